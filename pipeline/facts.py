@@ -1,0 +1,169 @@
+"""What is known of a release, as values: written beside it as ``bitmill.json``, shown on its card, read by inspect.
+
+Nothing here depends on when or where a conversion ran, so that an interrupted run and an undisturbed one write the
+same bytes.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.spec import Budgets, VariantSpec
+
+FACTS_FILE = "bitmill.json"
+
+
+class Facts(BaseModel):
+    """Base of every fact: frozen and closed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceFacts(Facts):
+    """The model that was converted."""
+
+    name: str
+    """`org/name` on a hub, or the name of a local folder."""
+    is_local: bool
+    """Whether the source was a folder on disk."""
+    commit: str
+    """Hub commit (40 hex digits), or for a folder the fingerprint of its files' digests."""
+    license: str | None
+    """Licence identifier as its own card states it."""
+    architecture: str
+    """Class named in config.json, for example `LlamaForCausalLM`."""
+    num_parameters: int
+    """Stored parameters (tied ones once)."""
+    size_bytes: int
+    """Bytes of weights."""
+    dtype: str
+    """Dtype that most parameters are stored in, for example `bfloat16`."""
+    file_digests: dict[str, str]
+    """SHA-256 of each weights file."""
+
+
+class CalibrationFacts(Facts):
+    """The tokens that statistics were collected on."""
+
+    text: str
+    """`builtin`, the file's name, or the dataset file on the hub with its commit."""
+    samples: int
+    length: int
+    seed: int
+    tokens_digest: str
+    """SHA-256 of the token ids (int32, little-endian, row after row)."""
+
+
+class ModuleFacts(Facts):
+    """One linear of the model."""
+
+    name: str
+    """Its name in the checkpoint, without `.weight`."""
+    block: int
+    """Index of its decoder block."""
+    out_features: int
+    in_features: int
+    bits: int
+    """Width of its codes; 16 when it was left unquantized."""
+    group_size: int
+    """Group size used; 0 when it was left unquantized."""
+    note: str
+    """Why it differs from the variant's scheme; empty when it does not."""
+    loss: float
+    """Mean squared output error summed over outputs, per token."""
+    relative_error: float
+    """sqrt of tr(dW H dW^T) / tr(W H W^T)."""
+    weight_error: float
+    """Frobenius norm of the weight's error over the weight's."""
+    damping: float
+    """Damping fraction used by the factorization; 0 where none was made."""
+    awq_exponent: float | None
+    """Exponent of the activation-aware scaling; None where none was made."""
+    degradations: tuple[str, ...]
+    """What the solver did otherwise than asked."""
+
+
+class Check(Facts):
+    """One gate's answer."""
+
+    name: str
+    """For example `accounting`, `round_trip`, `scales`, `relative_error`, `divergence`, `generation`, `engine`."""
+    passed: bool
+    detail: str
+    """What was compared with what, or which module or prompt failed."""
+    figures: dict[str, float] = {}
+
+
+class Sample(Facts):
+    """A smoke prompt and what the release made of it."""
+
+    prompt: str
+    continuation: str
+
+
+class Verdict(Facts):
+    """The answer of all gates for one variant."""
+
+    checks: tuple[Check, ...]
+    budgets: Budgets
+    samples: tuple[Sample, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed; a Verdict without checks has not."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if not check.passed)
+
+
+class Quality(Facts):
+    """How close a variant is to its source on held-out text."""
+
+    heldout_text: str
+    heldout_tokens: int
+    """Tokens whose prediction was scored."""
+    source_perplexity: float
+    perplexity: float
+    kl: float
+    """Mean KL(source || variant), nats per token."""
+    top1_agreement: float
+    """Share of tokens whose most likely prediction is the source's."""
+
+
+class SiblingFacts(Facts):
+    """Another variant of the same conversion, for comparison on the card."""
+
+    variant: str
+    size_bytes: int
+    kl: float
+    perplexity: float
+
+
+class ReleaseFacts(Facts):
+    """Everything that a release says about itself."""
+
+    schema_version: int = 1
+    release: str
+    """`namespace/name` of the release."""
+    variant: VariantSpec
+    source: SourceFacts
+    calibration: CalibrationFacts
+    modules: tuple[ModuleFacts, ...]
+    kept: dict[str, str]
+    """Tensors copied unquantized, each with the reason (`embedding`, `norm`, `output head`, ...)."""
+    dropped: dict[str, str]
+    """Source tensors that are not in the release, each with the reason."""
+    quality: Quality
+    verdict: Verdict
+    size_bytes: int
+    """Bytes of weights in the release."""
+    siblings: tuple[SiblingFacts, ...]
+    versions: dict[str, str]
+    """Versions of what computed the bytes: bitmill, torch, transformers, compressed-tensors."""
+    compute: str
+    """Device kind and dtype of the arithmetic, for example `cpu float32`."""
+    spec_fingerprint: str
+    """Fingerprint of the source, the variant, the calibration tokens and the algorithms' versions."""
