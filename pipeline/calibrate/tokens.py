@@ -1,0 +1,145 @@
+"""Token sequences from a text: a shipped text, a file, or a file of a dataset repository.
+
+Plain text gives its first ``samples * length`` tokens in order. A ``.jsonl`` or ``.parquet`` file gives its ``text``
+column, the documents drawn in an order fixed by the seed and joined by blank lines. No special tokens are added.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import CalibrationError
+from pipeline.fingerprint import digest_bytes
+from pipeline.hub import fetch_dataset_file
+from pipeline.settings import Settings
+
+BUILTIN = "builtin"
+BUILTIN_FILES = {"calibration": "calibration.txt", "heldout": "heldout.txt"}
+"""The shipped texts; see ``jobs/demo/train.py`` for where they come from."""
+
+CHARS_PER_READ = 4_000_000
+"""Text is tokenized in pieces of this many characters until there are enough tokens; pieces end at a line break."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token sequences and where they come from.
+
+    Attributes:
+        tokens_NL: int64 [samples, length].
+        provenance: ``builtin``, a file's name, or the dataset file with its commit.
+        digest: SHA-256 of the ids (int32, little-endian, row after row).
+    """
+
+    tokens_NL: Tensor
+    provenance: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and its provenance, before it is tokenized."""
+
+    content: str
+    provenance: str
+
+
+def load_text(text: str, purpose: str, seed: int, settings: Settings) -> Text:
+    """Return the text that a spec names.
+
+    Args:
+        text: ``builtin``, a path, or ``hub:org/name[@revision]:path``.
+        purpose: ``calibration`` or ``heldout``: which shipped text ``builtin`` means.
+        seed: Order of the documents of a .jsonl or .parquet file.
+        settings: Where the hub is.
+
+    Raises:
+        CalibrationError: when the file is missing, unreadable or has no ``text`` column.
+    """
+    if text == BUILTIN:
+        path = resources.files("pipeline.calibrate") / "data" / BUILTIN_FILES[purpose]
+        return Text(path.read_text(encoding="utf-8"), f"{BUILTIN}:{purpose}")
+    if text.startswith("hub:"):
+        file, provenance = fetch_dataset_file(text, settings)
+    else:
+        file, provenance = Path(text).expanduser(), Path(text).name
+    try:
+        return Text(_read(file, seed), provenance)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(
+            f"{purpose} text {text} cannot be read: {error}",
+            code="calibration.unreadable",
+            hint="give a UTF-8 text file, a .jsonl or .parquet file with a `text` column, or `builtin`",
+        ) from error
+
+
+def _read(file: Path, seed: int) -> str:
+    match file.suffix:
+        case ".jsonl" | ".parquet":
+            documents = _documents(file)
+            random.Random(seed).shuffle(documents)
+            return "\n\n".join(documents)
+        case _:
+            return file.read_text(encoding="utf-8")
+
+
+def _documents(file: Path) -> list[str]:
+    if file.suffix == ".parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            column = parquet.read_table(file, columns=["text"])["text"].to_pylist()
+        except (ArrowException, KeyError) as error:
+            raise _no_text_column(file, str(error)) from error
+        return [text for text in column if text]
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(str(json.loads(line)["text"]))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise _no_text_column(file, f"line {number}: {error!r}") from error
+    return found
+
+
+def _no_text_column(file: Path, reason: str) -> CalibrationError:
+    return CalibrationError(
+        f"{file.name} has no readable `text` column: {reason}",
+        code="calibration.column",
+        hint="every document needs a string under the key `text`",
+    )
+
+
+def take_tokens(
+    text: Text, encode: Callable[[str], Sequence[int]], samples: int, length: int, skip: int = 0
+) -> TokenBatch:
+    """Return the first ``samples * length`` tokens of ``text`` after the first ``skip``, in order.
+
+    Raises:
+        CalibrationError: when the text is too short, saying how many tokens it has and how many are needed.
+    """
+    needed = skip + samples * length
+    ids: list[int] = []
+    start = 0
+    while len(ids) < needed and start < len(text.content):
+        end = text.content.find("\n", start + CHARS_PER_READ) + 1 or len(text.content)
+        ids.extend(encode(text.content[start:end]))
+        start = end
+    if len(ids) < needed:
+        fits = max((len(ids) - skip) // length, 0)
+        raise CalibrationError(
+            f"{text.provenance} has {len(ids):,} tokens, but {samples} x {length} are needed"
+            + (f" after the first {skip:,}" if skip else ""),
+            code="calibration.too_short",
+            hint=f"give a longer text, or at most --samples {fits} at this length" if fits else "give a longer text",
+        )
+    tokens_NL = torch.tensor(ids[skip:needed], dtype=torch.int64).view(samples, length)
+    return TokenBatch(tokens_NL, text.provenance, digest_bytes(tokens_NL.to(torch.int32).numpy().tobytes()))

