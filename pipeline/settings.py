@@ -45,3 +45,9 @@ def load_settings() -> Settings:
         s3_endpoint=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None,
         ray_address=os.environ.get("RAY_ADDRESS") or None,
     )
+
+
+def quiet_ray() -> None:
+    """Switch off Ray's usage reports and start-up notices for this process and the ones that it starts."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.errors import CalibrationError
 from pipeline.fingerprint import digest_bytes
-from pipeline.hub import fetch_dataset_file
+from pipeline.hub.dataset import fetch_dataset_file
 from pipeline.settings import Settings
 
 BUILTIN = "builtin"

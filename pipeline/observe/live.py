@@ -132,21 +132,20 @@ def _phase_note(phase: PhaseTally) -> str:
 
 
 def _variant_table(variants: list[VariantTally], num_blocks: int, *, narrow: bool) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("variant", no_wrap=True, overflow="ellipsis")
     table.add_column("block", justify="right", no_wrap=True)
     table.add_column("loss", justify="right", no_wrap=True, min_width=8)
     if not narrow:
-        table.add_column("worst error", justify="right", no_wrap=True)
+        table.add_column("error", justify="right", no_wrap=True, min_width=7)
         table.add_column("KL", justify="right", no_wrap=True, min_width=6)
-    table.add_column("state", no_wrap=True)
+    # Names give way before what became of them.
+    table.add_column("state", no_wrap=True, min_width=len("quantizing, 10 degraded"))
     for variant in variants:
         block = "-" if variant.block is None else f"{variant.block + 1}/{num_blocks}"
         figures = [format_percent(variant.worst_relative_error), format_figure(variant.figures.get("kl"))]
         state = Text(variant.state.value, style=_STATE_STYLES[variant.state])
         if variant.num_degradations:
             state.append(f", {variant.num_degradations} degraded", style="yellow")
-        table.add_row(
-            one_line(variant.name), block, format_figure(variant.loss), *([] if narrow else figures), state
-        )
+        table.add_row(one_line(variant.name), block, format_figure(variant.loss), *([] if narrow else figures), state)
     return table

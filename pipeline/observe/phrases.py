@@ -17,7 +17,6 @@ from pipeline.observe.events import (
 from pipeline.observe.terminal import one_line
 from pipeline.units import format_bytes
 
-
 _FIGURE_NAMES = {"kl": "KL"}
 
 

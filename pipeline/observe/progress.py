@@ -132,4 +132,3 @@ class PlainProgress(ClosingSink):
         self._stream.write(line + "\n")
         self._stream.flush()
         self._said_at_s = now_s
-

@@ -47,6 +47,24 @@ class Folded:
     text: str
 
 
+@dataclass(frozen=True)
+class FamilyMember:
+    """One variant of a conversion; ``is_this`` marks the release that the facts are of."""
+
+    variant: str
+    size_bytes: int
+    kl: float
+    perplexity: float
+    is_this: bool
+
+
+def family(facts: ReleaseFacts) -> tuple[FamilyMember, ...]:
+    """Return this variant and its siblings, smallest first."""
+    own = FamilyMember(facts.variant.name, facts.size_bytes, facts.quality.kl, facts.quality.perplexity, is_this=True)
+    others = [FamilyMember(item.variant, item.size_bytes, item.kl, item.perplexity, False) for item in facts.siblings]
+    return tuple(sorted([own, *others], key=lambda member: (member.size_bytes, member.variant)))
+
+
 def quantized_modules(facts: ReleaseFacts) -> tuple[ModuleFacts, ...]:
     """Return the linears that were quantized, in the order of the facts."""
     return tuple(module for module in facts.modules if module.bits < UNQUANTIZED_BITS)
@@ -99,6 +117,13 @@ def bits_per_quantized_weight(facts: ReleaseFacts) -> float | None:
 def channels_per_group(module: ModuleFacts) -> int:
     """Return how many input channels share a scale: the group size, or all where there is one scale per row."""
     return module.in_features if module.group_size == PER_CHANNEL else module.group_size
+
+
+def group_word(module: ModuleFacts) -> str:
+    """Return the group size as a word: a number, ``row`` for one scale per row, ``-`` where nothing was quantized."""
+    if module.bits >= UNQUANTIZED_BITS:
+        return "-"
+    return "row" if module.group_size in (PER_CHANNEL, module.in_features) else str(module.group_size)
 
 
 def quantized_share(facts: ReleaseFacts) -> float:

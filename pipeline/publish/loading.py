@@ -11,13 +11,6 @@ from dataclasses import dataclass
 
 from pipeline.spec import Format, VariantSpec
 
-_TRANSFORMERS = '"transformers>=5" torch accelerate'
-_REQUIREMENTS = {
-    Format.GPTQ: f"{_TRANSFORMERS} gptqmodel==7.6.0 optimum==2.3.0",
-    Format.AWQ: f"{_TRANSFORMERS} gptqmodel==7.6.0 optimum==2.3.0",
-    Format.COMPRESSED_TENSORS: f"{_TRANSFORMERS} compressed-tensors==0.20.0",
-}
-
 
 @dataclass(frozen=True)
 class LoadingGuide:
@@ -50,10 +43,19 @@ def loading_guide(variant: VariantSpec, release: str, *, runs_half_only: bool) -
     return LoadingGuide(
         vllm_shell=f"pip install vllm\nvllm serve {shlex.quote(release)}{dtype}",
         vllm_notes=_vllm_notes(variant),
-        transformers_shell=f"pip install {_REQUIREMENTS[variant.format]}",
+        transformers_shell=f"pip install {_requirements(variant)}",
         transformers_python=_python(release),
         transformers_notes=_transformers_notes(variant),
     )
+
+
+def _requirements(variant: VariantSpec) -> str:
+    match variant.format:
+        case Format.GPTQ | Format.AWQ:
+            return '"transformers>=5" accelerate gptqmodel==7.6.0 optimum==2.3.0'
+        case Format.COMPRESSED_TENSORS:
+            transformers = '"transformers>=5"' if variant.symmetric else '"transformers~=5.17.0"'
+            return f"{transformers} accelerate compressed-tensors==0.20.0"
 
 
 def _vllm_notes(variant: VariantSpec) -> tuple[str, ...]:
@@ -70,8 +72,7 @@ def _transformers_notes(variant: VariantSpec) -> tuple[str, ...]:
             native = "transformers reads this format natively once the `compressed-tensors` package is installed."
             if variant.symmetric:
                 return (native,)
-            limit = "Asymmetric checkpoints do not load in transformers 5.23 (`weight_zero_point` shape); 5.17 loads them."
-            return (native, limit)
+            return (native, "Asymmetric checkpoints load in 5.17 but not in 5.23, which refuses their zero points.")
 
 
 def _python(release: str) -> str:

@@ -33,11 +33,12 @@ MARLIN_IN = 128
 MARLIN_GROUPS = (32, 64, 128)
 
 _COLUMN = frozenset(
-    "q_proj k_proj v_proj qkv_proj query_key_value c_attn query key value Wqkv gate_proj up_proj gate_up_proj "
-    "w1 w3 fc1 c_fc dense_h_to_4h fc_in q_b_proj kv_b_proj".split()
+    {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "query", "key", "value", "Wqkv"}
+    | {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc", "dense_h_to_4h", "fc_in"}
+    | {"q_b_proj", "kv_b_proj"}
 )
-_ROW = frozenset("o_proj out_proj down_proj dense dense_4h_to_h fc2 c_proj wo w2 fc_out".split())
-_REPLICATED = frozenset("gate router q_a_proj kv_a_proj_with_mqa".split())
+_ROW = frozenset({"o_proj", "out_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "c_proj", "wo", "w2", "fc_out"})
+_REPLICATED = frozenset({"gate", "router", "q_a_proj", "kv_a_proj_with_mqa"})
 
 
 class Loading(StrEnum):
@@ -55,12 +56,14 @@ class TpAnswer:
     Attributes:
         size: Number of ranks.
         loading: How it loads.
-        reason: The first linear and rule that keep it from the fast kernel; empty when nothing does.
+        module: Name of the first linear that keeps it from loading, or from the fast kernel; empty when none does.
+        reason: The rule that this linear breaks; empty when none does.
     """
 
     size: int
     loading: Loading
-    reason: str
+    module: str = ""
+    reason: str = ""
 
 
 def tp_answers(
@@ -72,18 +75,17 @@ def tp_answers(
 
 
 def _answer(modules: tuple[ModuleFacts, ...], variant: VariantSpec, size: int) -> TpAnswer:
-    slow_reason = ""
+    slow: TpAnswer | None = None
+    # Without a zero point, and in AWQ's own format, vLLM has a second kernel to fall back to.
+    fallback = Loading.GENERAL if variant.symmetric or variant.format is Format.AWQ else Loading.REFUSED
     for module in modules:
         refusal = _refusal(module, variant, size)
         if refusal:
-            return TpAnswer(size, Loading.REFUSED, f"{module.name}: {refusal}")
-        if not slow_reason and module.bits < UNQUANTIZED_BITS:
-            obstacle = _marlin_obstacle(module, variant, size)
-            slow_reason = f"{module.name}: {obstacle}" if obstacle else ""
-    if not slow_reason:
-        return TpAnswer(size, Loading.FAST, "")
-    has_general_kernel = variant.symmetric or variant.format is Format.AWQ
-    return TpAnswer(size, Loading.GENERAL if has_general_kernel else Loading.REFUSED, slow_reason)
+            return TpAnswer(size, Loading.REFUSED, module.name, refusal)
+        obstacle = _marlin_obstacle(module, variant, size)
+        if obstacle and slow is None:
+            slow = TpAnswer(size, fallback, module.name, obstacle)
+    return slow or TpAnswer(size, Loading.FAST)
 
 
 def _splits(module: ModuleFacts, size: int) -> tuple[int, int]:
@@ -118,6 +120,8 @@ def _refusal(module: ModuleFacts, variant: VariantSpec, size: int) -> str:
 
 def _marlin_obstacle(module: ModuleFacts, variant: VariantSpec, size: int) -> str:
     """Return which rule of the fast kernel the cut linear breaks; empty when none."""
+    if module.bits >= UNQUANTIZED_BITS:
+        return ""
     out_parts, in_parts = _splits(module, size)
     out_rank, in_rank = module.out_features // out_parts, module.in_features // in_parts
     if out_rank % MARLIN_OUT:

@@ -31,12 +31,12 @@ class Scheme:
     @property
     def max_code(self) -> int:
         """The largest code, ``2**bits - 1``."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def middle(self) -> int:
         """The zero point of a symmetric grid, ``2**(bits - 1)``."""
-        return 2 ** (self.bits - 1)
+        return 1 << (self.bits - 1)
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,14 @@ class Producer:
         fold: How it takes up a division.
         first_row: First output channel that feeds the group.
         row_of_I: For each input channel of the group, the output channel (from ``first_row``) that it comes from.
+        is_transposed: Whether a linear's weight is stored as [in, out].
     """
 
     local_name: str
     fold: Fold
     first_row: int
     row_of_I: tuple[int, ...]
+    is_transposed: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -112,7 +114,8 @@ def _candidates(
             for mapping in _head_mappings(skeleton, group.in_features):
                 needed = max(mapping) + 1
                 if needed <= rows:
-                    yield Producer(name, Fold.ROWS, rows - needed, mapping)
+                    transposed = not isinstance(module, nn.Linear)
+                    yield Producer(name, Fold.ROWS, rows - needed, mapping, transposed)
         elif (fold := _norm_fold(module, group.in_features)) is not None:
             yield Producer(name, fold, 0, identity)
 

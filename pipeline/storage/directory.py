@@ -32,8 +32,8 @@ from pipeline.storage.disk import (
 )
 from pipeline.storage.objects import (
     CHUNK_BYTES,
-    ObjectInfo,
     Blob,
+    ObjectInfo,
     changed_file,
     check_key,
     missing_object,
@@ -201,8 +201,9 @@ class DirectoryStore:
     def delete(self, key: str) -> None:
         """Remove an object and the folders that it leaves empty."""
         path = self.path_of(key)
-        if not path.exists():
-            return
+        with self._errors():
+            if not path.exists():
+                return
         self._prepare()
         with self._errors(), self._lock():
             path.unlink(missing_ok=True)
@@ -220,8 +221,9 @@ class DirectoryStore:
 
     def _existing(self, key: str) -> Path:
         path = self.path_of(key)
-        if not path.is_file():
-            raise missing_object(self.url, key)
+        with self._errors():
+            if not path.is_file():
+                raise missing_object(self.url, key)
         return path
 
     def _link(self, temporary: Path, target: Path, key: str) -> None:
@@ -241,13 +243,13 @@ class DirectoryStore:
         """Create the directory where needed and clean up after killed writers, once per store object."""
         if self._is_ready:
             return
-        if not self.root.parent.is_dir():
-            raise TargetUnavailableError(
-                f"cannot create {self.url}: its parent folder does not exist", hint=f"mkdir -p {self.root.parent}"
-            )
-        if self.root.exists() and not self.root.is_dir():
-            raise TargetUnavailableError(f"{self.url} is not a directory", hint="choose another target")
         with self._errors():
+            if not self.root.parent.is_dir():
+                raise TargetUnavailableError(
+                    f"cannot create {self.url}: its parent folder does not exist", hint=f"mkdir -p {self.root.parent}"
+                )
+            if self.root.exists() and not self.root.is_dir():
+                raise TargetUnavailableError(f"{self.url} is not a directory", hint="choose another target")
             make_folders(self._temporaries.folder)
             self._temporaries.sweep()
         self._is_ready = True

@@ -24,12 +24,13 @@ _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 @contextmanager
-def disk_errors(place: str, *, hint: str) -> Iterator[None]:
+def disk_errors(place: str, *, hint: str, only_full: bool = False) -> Iterator[None]:
     """Turn an OSError of the block into a StorageError that names ``place`` and the file.
 
     Args:
         place: The directory that is written to, as the user knows it.
         hint: What to do when it is full or cannot be written.
+        only_full: Let all errors but those of a full disk pass as they are.
 
     Raises:
         DiskFullError: for no space or no quota.
@@ -43,8 +44,10 @@ def disk_errors(place: str, *, hint: str) -> Iterator[None]:
         what = f"{place}: {reason}" + (f" ({error.filename})" if error.filename else "")
         if error.errno in _FULL:
             raise DiskFullError(f"no space left in {what}", hint=hint) from error
+        if only_full:
+            raise
         if error.errno in _DENIED:
-            raise TargetUnavailableError(f"cannot write to {what}", hint=hint) from error
+            raise TargetUnavailableError(f"no access to {what}", hint=hint) from error
         if error.errno in _GONE:
             raise TargetUnavailableError(f"a folder is missing in {what}", hint=hint) from error
         raise StorageError(f"the file system failed in {what}", hint=hint) from error

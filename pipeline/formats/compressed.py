@@ -1,0 +1,96 @@
+"""compressed-tensors ``pack-quantized``: 4 and 8 bits, symmetric and asymmetric.
+
+Dimension suffixes: O = out_features, I = in_features, G = groups of a row, P = packed words.
+
+Per linear: ``weight_packed`` int32 [O, ceil(I * b / 32)], packed along each row, stored value = signed code +
+2**(b-1), which is the unsigned code; ``weight_scale`` [O, G] in the model's dtype; ``weight_shape`` int64 [2];
+asymmetric grids add ``weight_zero_point`` int32 [ceil(O * b / 32), G], packed along out_features. Symmetric grids have
+their zero point at the middle, the signed 0.
+
+The layout belongs to the ``compressed-tensors`` package. Reading goes through its own ``unpack_from_int32``, so the
+round-trip proof of every release asks the owner. Writing uses ``packing.pack_rows``, over ten times faster than the
+package's ``pack_to_int32`` and equal to it bit for bit (a test compares them at every width and odd shape). The
+package is imported where it is used: it takes seconds to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import FormatError
+from pipeline.formats.codec import require_holdable
+from pipeline.formats.packing import WORD_BITS, load_scale, pack_rows, store_scale, take
+from pipeline.quantize.types import QuantizedLinear, Scheme
+from pipeline.spec import FORMAT_BITS, Format
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class CompressedCodec:
+    """Codec of compressed-tensors pack-quantized."""
+
+    format = Format.COMPRESSED_TENSORS
+
+    def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        symmetric = ("weight_packed", "weight_scale", "weight_shape")
+        return symmetric if scheme.symmetric else (*symmetric, "weight_zero_point")
+
+    def check(self, name: str, out_features: int, in_features: int, scheme: Scheme) -> str | None:
+        if scheme.bits not in FORMAT_BITS[Format.COMPRESSED_TENSORS]:
+            return f"{name}: format compressed-tensors holds 4 or 8 bits, not {scheme.bits}"
+        if in_features % scheme.group_size:
+            return f"{name}: group size {scheme.group_size} does not divide {in_features} columns"
+        return None
+
+    def pack(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        require_holdable(self, name, linear)
+        if scale_dtype not in SCALE_DTYPES:
+            raise FormatError(f"{name}: format compressed-tensors stores no scales in {scale_dtype}")
+        bits = linear.scheme.bits
+        tensors = {
+            f"{name}.weight_packed": pack_rows(linear.codes_OI, bits),
+            f"{name}.weight_scale": store_scale(name, linear.scale_OG, scale_dtype).contiguous(),
+            f"{name}.weight_shape": torch.tensor(linear.codes_OI.shape, dtype=torch.int64),
+        }
+        if not linear.scheme.symmetric:
+            tensors[f"{name}.weight_zero_point"] = pack_rows(linear.zero_OG.t(), bits).t().contiguous()
+        return tensors
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+        shape = take(name, tensors, "weight_shape", [torch.int64, torch.int32], [2])
+        out_features, in_features = (int(size) for size in shape.tolist())
+        if out_features <= 0 or in_features <= 0:
+            raise FormatError(f"{name}.weight_shape is {shape.tolist()}", code="format.wrong_tensor")
+        if (reason := self.check(name, out_features, in_features, scheme)) is not None:
+            raise FormatError(reason)
+        if f"{name}.weight_g_idx" in tensors:
+            raise FormatError(f"{name}.weight_g_idx: columns stored out of order are not read")
+        num_groups, bits = in_features // scheme.group_size, scheme.bits
+        packed = take(name, tensors, "weight_packed", [torch.int32], [out_features, _num_words(in_features, bits)])
+        scale = take(name, tensors, "weight_scale", SCALE_DTYPES, [out_features, num_groups])
+        codes_OI = _unpack(packed, scheme, (out_features, in_features), packed_dim=1)
+        if scheme.symmetric:
+            zero_OG = torch.full_like(scale, scheme.middle, dtype=torch.uint8)
+            if f"{name}.weight_zero_point" in tensors:
+                raise FormatError(f"{name}.weight_zero_point is there, but the configuration says symmetric")
+        else:
+            packed_shape = [_num_words(out_features, bits), num_groups]
+            packed_zero = take(name, tensors, "weight_zero_point", [torch.int32], packed_shape)
+            zero_OG = _unpack(packed_zero, scheme, (out_features, num_groups), packed_dim=0)
+        return codes_OI, load_scale(f"{name}.weight_scale", scale), zero_OG
+
+
+def _num_words(num_codes: int, bits: int) -> int:
+    return -(-num_codes * bits // WORD_BITS)
+
+
+def _unpack(words: Tensor, scheme: Scheme, shape: tuple[int, int], packed_dim: int) -> Tensor:
+    """Return uint8 codes of ``shape`` through the package's own reader."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    signed: Tensor = unpack_from_int32(words, scheme.bits, torch.Size(shape), packed_dim=packed_dim)
+    # The two's complement byte of (code - middle) plus middle is the code, modulo 256.
+    return signed.contiguous().view(torch.uint8) + scheme.middle

@@ -1,0 +1,305 @@
+"""The ``quantization_config`` of ``config.json``: written from the linears' schemes, and read back.
+
+What loaders make of it, and what follows:
+
+- GPTQ: one base grid; linears that differ are named in ``dynamic`` (regular expressions matched from the start of the
+  name, ``+:`` overrides, ``-:`` leaves in 16 bit), which vLLM and gptqmodel read. transformers ignores ``dynamic`` and
+  quantizes every linear of the blocks unless ``modules_in_block_to_quantize`` says otherwise, so that is written too
+  when a linear inside a block stays in 16 bit. It has no word for a second group size.
+- AWQ: one grid; ``modules_to_not_convert`` names the rest. vLLM looks for these as substrings, so a name that occurs
+  in a quantized linear's name is refused here.
+- compressed-tensors: one config group per grid, built with the owning package's own models. With one grid it targets
+  the class ``Linear``; with several, names, because engines try classes before the parts of fused linears. ``ignore``
+  always lists full names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipeline.errors import FormatError
+from pipeline.formats.names import ModuleSchemes, Rule, cover, in_block_names, is_in_block, with_fused
+from pipeline.quantize.types import Scheme
+from pipeline.spec import FORMAT_BITS, PER_CHANNEL, Format, VariantSpec
+
+OUTPUT_HEAD = "lm_head"
+"""Loaders never quantize a linear of this name unless told to."""
+
+PACK_QUANTIZED = "pack-quantized"
+
+
+def quantization_config(
+    format_: Format, schemes: Mapping[str, Scheme | None], variant: VariantSpec, version: str
+) -> dict[str, Any]:
+    """Return the JSON-ready configuration of a release.
+
+    Args:
+        format_: Format of all quantized linears.
+        schemes: Every linear of the model by checkpoint name, also those left in 16 bit (None), above all the output
+            head: what is not listed here, loaders would take for quantized.
+        variant: What was asked for; says whether groups are whole rows and what goes into ``meta``.
+        version: Version of Bitmill.
+
+    Raises:
+        FormatError: when nothing is quantized, or the format's configuration cannot express the schemes.
+    """
+    if not any(schemes.values()):
+        raise FormatError(f"no linear is quantized, so format {format_} has no configuration")
+    match format_:
+        case Format.GPTQ:
+            return _gptq_config(schemes, variant, version)
+        case Format.AWQ:
+            return _awq_config(schemes, variant, version)
+        case Format.COMPRESSED_TENSORS:
+            return _compressed_config(schemes, variant)
+
+
+def read_quantization_config(config: Mapping[str, Any]) -> ModuleSchemes:
+    """Return which linears a release has quantized, and how.
+
+    Raises:
+        FormatError: when the configuration is of an unknown kind, contradicts itself, or describes a layout that
+            is not read here.
+    """
+    readers: dict[Any, Callable[[Mapping[str, Any]], ModuleSchemes]] = {
+        "gptq": _read_gptq,
+        "awq": _read_awq,
+        "compressed-tensors": _read_compressed,
+    }
+    method = config.get("quant_method")
+    if not isinstance(method, str) or method not in readers:
+        raise FormatError(f"quantization_config: quant_method {method!r} is none of {', '.join(readers)}")
+    return readers[method](config)
+
+
+def _group_size(scheme: Scheme, variant: VariantSpec) -> int:
+    return PER_CHANNEL if variant.group_size == PER_CHANNEL else scheme.group_size
+
+
+def _by_grid(schemes: Mapping[str, Scheme | None], variant: VariantSpec) -> dict[tuple[int, int, bool], list[str]]:
+    """Return the quantized linears by (bits, group size, symmetric), the most frequent grid first."""
+    grids = {
+        name: (scheme.bits, _group_size(scheme, variant), scheme.symmetric)
+        for name, scheme in schemes.items()
+        if scheme is not None
+    }
+    return {grid: [name for name in grids if grids[name] == grid] for grid, _ in Counter(grids.values()).most_common()}
+
+
+def _meta(variant: VariantSpec, version: str) -> dict[str, Any]:
+    return {"quantizer": [f"bitmill:{version}"], "variant": variant.name}
+
+
+def _gptq_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec, version: str) -> dict[str, Any]:
+    by_grid = _by_grid(schemes, variant)
+    (bits, group_size, symmetric), *others = by_grid
+    if not all(grid[2] for grid in by_grid):
+        raise FormatError("format gptq holds symmetric grids only")
+    kept = [name for name, scheme in schemes.items() if scheme is None and name != OUTPUT_HEAD]
+    dynamic: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in with_fused(cover(kept, schemes))}
+    for grid in others:
+        for pattern in with_fused(cover(by_grid[grid], schemes)):
+            dynamic[f"+:{pattern}"] = {"bits": grid[0], "group_size": grid[1]}
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": False,
+        "lm_head": schemes.get(OUTPUT_HEAD) is not None,
+        "pack_dtype": "int32",
+        "true_sequential": False,
+        "damp_percent": variant.damping,
+        "meta": _meta(variant, version) | {"act_order": variant.act_order, "static_groups": True},
+    }
+    if dynamic:
+        config["dynamic"] = dynamic
+    if any(is_in_block(name) for name in kept):
+        quantized = [name for names in by_grid.values() for name in names]
+        config["modules_in_block_to_quantize"] = [in_block_names(quantized, kept)]
+    return config
+
+
+def _awq_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec, version: str) -> dict[str, Any]:
+    by_grid = _by_grid(schemes, variant)
+    if len(by_grid) > 1:
+        sizes = ", ".join(f"{bits} bits in groups of {group}" for bits, group, _ in by_grid)
+        raise FormatError(
+            f"format awq has one grid for all linears, not {sizes}",
+            hint="choose a group size that divides every matrix, or group_fallback: skip, or format compressed-tensors",
+            code="format.mixed_grids",
+        )
+    bits, group_size, symmetric = next(iter(by_grid))
+    if symmetric or bits not in FORMAT_BITS[Format.AWQ]:
+        raise FormatError(f"format awq holds asymmetric 4 bit grids, not {bits} bit, symmetric: {symmetric}")
+    kept = [name for name, scheme in schemes.items() if scheme is None]
+    for name in kept:
+        inside = next((other for other, scheme in schemes.items() if scheme is not None and name in other), None)
+        if inside is not None:
+            raise FormatError(f"format awq: leaving {name} in 16 bit would make engines skip {inside} too")
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": bits,
+        "group_size": group_size,
+        "zero_point": True,
+        "modules_to_not_convert": kept,
+        "meta": _meta(variant, version),
+    }
+
+
+def _compressed_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec) -> dict[str, Any]:
+    from compressed_tensors import __version__ as package_version
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+    by_grid = _by_grid(schemes, variant)
+    groups = {}
+    for index, ((bits, group_size, symmetric), names) in enumerate(by_grid.items()):
+        whole_row = group_size == PER_CHANNEL
+        weights = QuantizationArgs(
+            num_bits=bits,
+            type="int",
+            symmetric=symmetric,
+            strategy="channel" if whole_row else "group",
+            group_size=None if whole_row else group_size,
+        )
+        targets = ["Linear"] if len(by_grid) == 1 else [f"re:{pattern}" for pattern in cover(names, schemes)]
+        groups[f"group_{index}"] = QuantizationScheme(targets=targets, weights=weights, format=PACK_QUANTIZED)
+    config = QuantizationConfig(
+        config_groups=groups,
+        format=PACK_QUANTIZED,
+        quantization_status="compressed",
+        ignore=[name for name, scheme in schemes.items() if scheme is None],
+    )
+    dumped: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
+    return dumped | {"version": package_version}
+
+
+def _grid(where: str, bits: Any, group_size: Any, symmetric: Any, format_: Format) -> tuple[int, int, bool]:
+    """Return a grid that ``format_`` can have.
+
+    Raises:
+        FormatError: naming the value that cannot be.
+    """
+    legal = FORMAT_BITS[format_]
+    if type(bits) is not int or bits not in legal:
+        raise FormatError(f"{where}: bits {bits!r} is none of {', '.join(map(str, legal))}")
+    if type(group_size) is not int or (group_size != PER_CHANNEL and group_size < 1):
+        raise FormatError(f"{where}: group_size {group_size!r} is neither positive nor -1")
+    if type(symmetric) is not bool:
+        raise FormatError(f"{where}: symmetry {symmetric!r} is neither true nor false")
+    return bits, group_size, symmetric
+
+
+def _matcher(where: str, pattern: str) -> Callable[[str], bool]:
+    """Return whether a regular expression matches from the start of a name, as the loaders ask.
+
+    Raises:
+        FormatError: when it is none.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise FormatError(f"{where}: {pattern!r} is no regular expression: {error}") from error
+    return lambda name: compiled.match(name) is not None
+
+
+def _names(where: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise FormatError(f"{where} is no list of names: {value!r:.80}")
+    return value
+
+
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] == OUTPUT_HEAD
+
+
+def _read_gptq(config: Mapping[str, Any]) -> ModuleSchemes:
+    where = "quantization_config (gptq)"
+    labels = {config[key] for key in ("checkpoint_format", "format") if isinstance(config.get(key), str)}
+    if labels - {"gptq"}:
+        found = ", ".join(sorted(labels - {"gptq"}))
+        raise FormatError(f"{where}: layout {found} is not read, only version 1 (gptq)", code="format.unknown_layout")
+    if config.get("sym") is not True:
+        raise FormatError(f"{where}: sym is {config.get('sym')!r}, asymmetric grids are not read in this layout")
+    base = _grid(where, config.get("bits"), config.get("group_size"), True, Format.GPTQ)
+    rules = [] if config.get("lm_head") else [Rule(_is_head, None)]
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise FormatError(f"{where}: dynamic is no mapping")
+    for key, over in dynamic.items():
+        meant = _matcher(f"{where}: dynamic", re.sub(r"^[+-]:", "", key))
+        if key.startswith("-:"):
+            rules.append(Rule(meant, None))
+            continue
+        if not isinstance(over, dict) or over.get("sym", True) is not True:
+            raise FormatError(f"{where}: dynamic {key!r} has no readable override: {over!r:.80}")
+        bits, group_size = over.get("bits", base[0]), over.get("group_size", base[1])
+        rules.append(Rule(meant, _grid(f"{where}: dynamic {key!r}", bits, group_size, True, Format.GPTQ)))
+    listed = config.get("modules_in_block_to_quantize") or []
+    if not isinstance(listed, list):
+        raise FormatError(f"{where}: modules_in_block_to_quantize is no list")
+    nested = [item for items in listed for item in (items if isinstance(items, list) else [items])]
+    if endings := tuple(_names(f"{where}: modules_in_block_to_quantize", nested)):
+        rules.append(Rule(lambda name: not name.endswith(endings), None))
+    return ModuleSchemes(Format.GPTQ, (*rules, Rule(lambda name: True, base)))
+
+
+def _read_awq(config: Mapping[str, Any]) -> ModuleSchemes:
+    where = "quantization_config (awq)"
+    version = config.get("version", config.get("format", "gemm"))
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise FormatError(f"{where}: layout {version!r} is not read, only gemm", code="format.unknown_layout")
+    if config.get("zero_point") is not True:
+        raise FormatError(f"{where}: zero_point is {config.get('zero_point')!r}, only true is read")
+    base = _grid(where, config.get("bits"), config.get("group_size"), False, Format.AWQ)
+    kept = _names(f"{where}: modules_to_not_convert", config.get("modules_to_not_convert"))
+    patterns = [re.compile(rf"(?:^|\.){re.escape(name)}(?:\.|$)") for name in kept]
+    rules = (
+        Rule(_is_head, None),
+        Rule(lambda name: any(pattern.search(name) for pattern in patterns), None),
+        Rule(lambda name: True, base),
+    )
+    return ModuleSchemes(Format.AWQ, rules)
+
+
+def _read_compressed(config: Mapping[str, Any]) -> ModuleSchemes:
+    from compressed_tensors.quantization import QuantizationConfig
+    from pydantic import ValidationError
+
+    where = "quantization_config (compressed-tensors)"
+    try:
+        parsed = QuantizationConfig.model_validate(dict(config))
+    except (ValidationError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+        raise FormatError(f"{where} is not valid: {error}") from error
+    if parsed.format != PACK_QUANTIZED or parsed.quantization_status.value != "compressed":
+        found = f"{parsed.format}, {parsed.quantization_status.value}"
+        raise FormatError(f"{where}: {found} is not read, only {PACK_QUANTIZED}, compressed")
+    if parsed.kv_cache_scheme is not None:
+        raise FormatError(f"{where}: a quantized KV cache is not read")
+    rules = [Rule(_target(where, target), None) for target in parsed.ignore or []]
+    for group_name, group in parsed.config_groups.items():
+        here, weights = f"{where}: {group_name}", group.weights
+        if weights is None or group.input_activations or group.output_activations or weights.dynamic:
+            raise FormatError(f"{here}: only static weight quantization is read")
+        if weights.type != "int" or weights.strategy not in ("group", "channel"):
+            raise FormatError(f"{here}: {weights.type} by {weights.strategy} is not read")
+        if group.format not in (None, PACK_QUANTIZED):
+            raise FormatError(f"{here}: format {group.format} is not read")
+        group_size = PER_CHANNEL if weights.strategy == "channel" else weights.group_size
+        grid = _grid(here, weights.num_bits, group_size, weights.symmetric, Format.COMPRESSED_TENSORS)
+        rules.extend(Rule(_target(here, target), grid) for target in group.targets)
+    return ModuleSchemes(Format.COMPRESSED_TENSORS, tuple(rules))
+
+
+def _target(where: str, target: str) -> Callable[[str], bool]:
+    """Return what a target means: a class (every linear here is a ``Linear``), ``re:`` and an expression, or a name."""
+    if target == "Linear":
+        return lambda name: True
+    return _matcher(where, target[3:]) if target.startswith("re:") else lambda name: name == target

@@ -1,0 +1,92 @@
+"""The GPTQ layout, version 1 (``checkpoint_format: gptq``), symmetric, 4 and 8 bits.
+
+Dimension suffixes: O = out_features, I = in_features, G = groups of a row, P = packed words.
+
+Per linear: ``qweight`` int32 [I * b / 32, O], packed along in_features; ``qzeros`` int32 [G, O * b / 32], packed along
+out_features, holding **zero - 1** (7 for symmetric 4-bit codes: every word 0x77777777); ``scales`` float16 [G, O];
+``g_idx`` int32 [I], i // group_size, since groups stay static. A weight is scale * (code - (stored zero + 1)).
+
+Version 2 of the layout stores the true zero. A file of one version under the label of the other makes engines emit
+noise, so ``unpack`` insists on the stored zero of version 1. Asymmetric grids are refused: a zero point of 0 would be
+stored as -1 and borrow from its neighbour in the word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import FormatError
+from pipeline.formats.codec import require_holdable
+from pipeline.formats.packing import WORD_BITS, load_scale, pack_rows, store_scale, take, unpack_rows
+from pipeline.quantize.types import QuantizedLinear, Scheme
+from pipeline.spec import FORMAT_BITS, Format
+
+
+class GptqCodec:
+    """Codec of the GPTQ layout, version 1."""
+
+    format = Format.GPTQ
+
+    def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        return ("qweight", "qzeros", "scales", "g_idx")
+
+    def check(self, name: str, out_features: int, in_features: int, scheme: Scheme) -> str | None:
+        if scheme.bits not in FORMAT_BITS[Format.GPTQ]:
+            return f"{name}: format gptq holds 4 or 8 bits, not {scheme.bits}"
+        if not scheme.symmetric:
+            return f"{name}: format gptq holds symmetric grids only"
+        if in_features % scheme.group_size:
+            return f"{name}: group size {scheme.group_size} does not divide {in_features} columns"
+        per_word = WORD_BITS // scheme.bits
+        for what, size in (("in_features", in_features), ("out_features", out_features)):
+            if size % per_word:
+                return f"{name}: format gptq packs {per_word} codes into a word, which does not divide {what} {size}"
+        return None
+
+    def pack(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        require_holdable(self, name, linear)
+        bits, columns = linear.scheme.bits, linear.codes_OI.shape[1]
+        device = linear.codes_OI.device
+        return {
+            f"{name}.qweight": pack_rows(linear.codes_OI, bits).t().contiguous(),
+            f"{name}.qzeros": pack_rows((linear.zero_OG - 1).t(), bits),
+            f"{name}.scales": store_scale(name, linear.scale_OG, torch.float16).t().contiguous(),
+            f"{name}.g_idx": _sequential(columns, linear.scheme.group_size, device),
+        }
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+        out_features, in_features = _sizes(name, tensors, scheme)
+        if (reason := self.check(name, out_features, in_features, scheme)) is not None:
+            raise FormatError(reason)
+        num_groups, bits = in_features // scheme.group_size, scheme.bits
+        qweight = take(name, tensors, "qweight", [torch.int32], [in_features * bits // WORD_BITS, out_features])
+        qzeros = take(name, tensors, "qzeros", [torch.int32], [num_groups, out_features * bits // WORD_BITS])
+        scales = take(name, tensors, "scales", [torch.float16], [num_groups, out_features])
+        g_idx = take(name, tensors, "g_idx", [torch.int32], [in_features])
+        if not torch.equal(g_idx, _sequential(in_features, scheme.group_size, g_idx.device)):
+            raise FormatError(f"{name}.g_idx is not i // {scheme.group_size}: columns stored out of order are not read")
+        stored_zero_GO = unpack_rows(qzeros, bits, out_features)
+        if not bool((stored_zero_GO == scheme.middle - 1).all()):
+            raise FormatError(
+                f"{name}.qzeros must hold {scheme.middle - 1} everywhere (version 1 stores zero - 1)",
+                hint=f"{scheme.middle} everywhere is version 2 content: label it checkpoint_format gptq_v2",
+                code="format.label_disagrees",
+            )
+        codes_OI = unpack_rows(qweight.t(), bits, in_features)
+        scale_OG = load_scale(f"{name}.scales", scales).t().contiguous()
+        return codes_OI, scale_OG, (stored_zero_GO + 1).t().contiguous()
+
+
+def _sequential(in_features: int, group_size: int, device: torch.device) -> Tensor:
+    return (torch.arange(in_features, device=device) // group_size).to(torch.int32)
+
+
+def _sizes(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, int]:
+    """Return out_features and in_features as ``qweight`` has them; ``take`` judges everything else by these."""
+    qweight = tensors.get(f"{name}.qweight")
+    if qweight is None or qweight.ndim != 2 or not qweight.numel():
+        raise FormatError(f"{name}.qweight is missing or no matrix", code="format.missing_tensor")
+    return qweight.shape[1], qweight.shape[0] * WORD_BITS // scheme.bits

@@ -1,0 +1,281 @@
+"""From finished units to a release folder: facts, verdict, files in their final layout.
+
+The folder is made anew from the work store each time, by hard links where possible, so an interrupted assembly leaves
+nothing behind that matters, and equal units give an equal folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.facts import (
+    FACTS_FILE,
+    CalibrationFacts,
+    Facts,
+    ModuleFacts,
+    Quality,
+    ReleaseFacts,
+    SiblingFacts,
+    SourceFacts,
+    Verdict,
+)
+from pipeline.fingerprint import fingerprint
+from pipeline.graph.build import COMPUTE_PACKAGES, Inputs, JobUnits, VariantPlan, VariantUnits
+from pipeline.graph.dag import WorkUnit
+from pipeline.hub.card import read_card
+from pipeline.hub.fetch import FetchedSource
+from pipeline.publish.card import render_card
+from pipeline.publish.plots import plot_layer_error, plot_size_quality
+from pipeline.spec import PER_CHANNEL, resolve_budgets
+from pipeline.storage.work import StageRecord, WorkStore
+from pipeline.tensors.writer import write_index
+from pipeline.validate.divergence import Divergence, add_up
+from pipeline.validate.gates import (
+    check_accounting,
+    check_degradations,
+    check_divergence,
+    check_generation,
+    check_relative_error,
+    check_round_trip,
+    check_scales,
+    make_verdict,
+)
+from pipeline.validate.generation import Continuation
+
+Records = Mapping[str, StageRecord]
+"""Finished units' records by key."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one variant before its siblings are.
+
+    Attributes:
+        plan: The variant.
+        modules: Every linear.
+        kept: Tensors copied, with reasons.
+        quality: Against the source.
+        verdict: All gates.
+        size_bytes: Bytes of weights.
+    """
+
+    plan: VariantPlan
+    modules: tuple[ModuleFacts, ...]
+    kept: dict[str, str]
+    quality: Quality
+    verdict: Verdict
+    size_bytes: int
+
+
+def measure_variant(inputs: Inputs, plan: VariantPlan, units: JobUnits, records: Records) -> Measured:
+    """Return figures and Verdict of one variant, from its units' records."""
+    own = units.variants[plan.spec.name]
+    modules, kept = _modules(inputs, plan, own, records), _kept(inputs, plan, own, records)
+    quality = _quality(inputs, own, records)
+    budgets = resolve_budgets(inputs.spec.gates, plan.spec)
+    packs = [records[unit.key].summary for unit in own.packs]
+    prompts = inputs.spec.gates.prompts
+    source, variant = (_continuations(unit, records) for unit in (units.source_generation, own.generation))
+    quantized = [module.name for module in modules if module.group_size]
+    weights = {name + ".weight" for name in quantized}
+    checks = (
+        check_accounting(inputs.outline.index.entries, weights, kept, {}),
+        check_round_trip(sum(pack["num_proven"] for pack in packs), len(quantized)),
+        check_scales([problem for pack in packs for problem in pack["scale_problems"]], len(quantized)),
+        check_relative_error(modules, budgets.max_relative_error),
+        check_degradations(modules, budgets.max_degradations),
+        check_divergence(quality, budgets),
+        check_generation(prompts, source, variant),
+    )
+    size = sum(pack["bytes"] for pack in packs) + records[units.outer.key].summary["bytes"]
+    return Measured(plan, modules, kept, quality, make_verdict(checks, budgets, prompts, variant), size)
+
+
+def _modules(inputs: Inputs, plan: VariantPlan, own: VariantUnits, records: Records) -> tuple[ModuleFacts, ...]:
+    reports: dict[str, dict[str, Any]] = {}
+    for unit in own.solves:
+        summary = records[unit.key].summary
+        for name, report in summary["reports"].items():
+            reports[name] = {**report, "awq_exponent": summary["awq_exponent"]}
+    return tuple(_module(plan, name, reports.get(name)) for name in plan.matrices)
+
+
+def _module(plan: VariantPlan, name: str, report: Mapping[str, Any] | None) -> ModuleFacts:
+    matrix = plan.matrices[name]
+    scheme, linear = matrix.scheme, matrix.linear
+    size = 0 if scheme is None else PER_CHANNEL if plan.spec.group_size == PER_CHANNEL else scheme.group_size
+    report = report or {}
+    return ModuleFacts(
+        name=name,
+        block=matrix.block,
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        bits=16 if scheme is None else scheme.bits,
+        group_size=size,
+        note=matrix.note,
+        loss=report.get("loss", 0.0),
+        relative_error=report.get("relative_error", 0.0),
+        weight_error=report.get("weight_error", 0.0),
+        damping=report.get("damping", 0.0),
+        awq_exponent=report.get("awq_exponent"),
+        degradations=tuple(report.get("degradations", ())),
+    )
+
+
+def _kept(inputs: Inputs, plan: VariantPlan, own: VariantUnits, records: Records) -> dict[str, str]:
+    """Return the source tensors that the packed files hold under their own names, with the reason."""
+    reasons = {}
+    outer = {name: model for model, name in inputs.outline.skeleton.outer_tensors().items()}
+    for name in inputs.outline.skeleton.outer_tensors().values():
+        reasons[name] = _outer_reason(inputs, outer[name])
+    for name in inputs.outline.skeleton.extra_names:
+        reasons[name] = "not used by the language model; copied as it is"
+    for unit in own.packs:
+        summary = records[unit.key].summary
+        present = set(summary["tensors"]) & set(inputs.outline.index.entries)
+        folded = set(summary["folded"])
+        for name in sorted(present):
+            linear = plan.matrices.get(name.removesuffix(".weight"))
+            if name in folded:
+                reasons[name] = "takes up activation-aware scales"
+            elif linear is not None and name.endswith(".weight"):
+                reasons[name] = linear.note
+            else:
+                reasons[name] = "bias" if name.endswith(".bias") else "norm or other parameter of a block"
+    return reasons
+
+
+def _outer_reason(inputs: Inputs, model_name: str) -> str:
+    net = inputs.outline.skeleton.net
+    module = net.get_submodule(model_name.rpartition(".")[0])
+    if module is net.get_output_embeddings():
+        return "output head"
+    return "embedding" if module is net.get_input_embeddings() else "outside the decoder blocks"
+
+
+def _quality(inputs: Inputs, own: VariantUnits, records: Records) -> Quality:
+    total = add_up(Divergence(**records[unit.key].summary["divergence"]) for unit in own.evaluations)
+    return Quality(
+        heldout_text=inputs.heldout.provenance,
+        heldout_tokens=total.num_tokens,
+        source_perplexity=total.source_perplexity,
+        perplexity=total.perplexity,
+        kl=total.mean_kl,
+        top1_agreement=total.top1_agreement,
+    )
+
+
+def _continuations(unit: WorkUnit, records: Records) -> list[Continuation]:
+    return [Continuation(tuple(item["ids"]), item["text"]) for item in records[unit.key].summary["continuations"]]
+
+
+def make_facts(inputs: Inputs, fetched: FetchedSource, release: str, own: Measured, all_: Sequence[Measured]) -> ReleaseFacts:
+    """Return everything that a release says about itself."""
+    siblings = [other for other in all_ if other is not own]
+    calibration = inputs.spec.calibration
+    versions = {"bitmill": version("bitmill"), **{name: version(name) for name in COMPUTE_PACKAGES}}
+    return ReleaseFacts(
+        release=release,
+        variant=own.plan.spec,
+        source=_source_facts(inputs, fetched),
+        calibration=CalibrationFacts(
+            text=inputs.calibration.provenance,
+            samples=calibration.samples,
+            length=calibration.length,
+            seed=calibration.seed,
+            tokens_digest=inputs.calibration.digest,
+        ),
+        modules=own.modules,
+        kept=own.kept,
+        dropped={},
+        quality=own.quality,
+        verdict=own.verdict,
+        size_bytes=own.size_bytes,
+        siblings=tuple(
+            SiblingFacts(variant=o.plan.spec.name, size_bytes=o.size_bytes, kl=o.quality.kl, perplexity=o.quality.perplexity)
+            for o in siblings
+        ),
+        versions=versions,
+        compute=f"{inputs.device} float32",
+        spec_fingerprint=fingerprint({
+            "source": fetched.commit,
+            "variant": own.plan.spec,
+            "calibration": [inputs.calibration.digest, calibration.slice_sequences],
+            "versions": versions,
+        }),
+    )
+
+
+def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
+    index = inputs.outline.index
+    bytes_by_dtype: dict[str, int] = {}
+    for _, entry in index.entries.values():
+        bytes_by_dtype[entry.dtype] = bytes_by_dtype.get(entry.dtype, 0) + entry.num_bytes
+    most = max(bytes_by_dtype, key=lambda dtype: bytes_by_dtype[dtype])
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    return SourceFacts(
+        name=fetched.source.name,
+        is_local=fetched.source.is_local,
+        commit=fetched.commit,
+        license=read_card(fetched.folder).license,
+        architecture=inputs.outline.skeleton.architecture,
+        num_parameters=index.num_parameters,
+        size_bytes=index.total_bytes,
+        dtype=names.get(most, most.lower()),
+        file_digests={path: digest for path, digest in sorted(fetched.digests.items()) if path in index.files},
+    )
+
+
+def assemble_release(
+    inputs: Inputs, fetched: FetchedSource, facts: ReleaseFacts, units: JobUnits, work: WorkStore, folder: Path
+) -> None:
+    """Make ``folder`` the release: weights, index, config, companions, facts, card, plots. What was there is removed."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    own = units.variants[facts.variant.name]
+    sources = [(units.outer, "outer.safetensors"), *((pack, "block.safetensors") for pack in own.packs)]
+    weight_map: dict[str, str] = {}
+    for number, (unit, file) in enumerate(sources, 1):
+        name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
+        _link(work.open_checked(unit.kind.value, unit.key, file), folder / name)
+        record = work.lookup(unit.kind.value, unit.key)
+        weight_map.update(dict.fromkeys(record.summary["tensors"] if record else (), name))
+    write_index(folder / "model.safetensors.index.json", weight_map, facts.size_bytes)
+    config = next(plan.quantization_config for plan in inputs.variants if plan.spec.name == facts.variant.name)
+    _write_json(folder / "config.json", {**inputs.outline.config, "quantization_config": config})
+    for path in sorted(fetched.digests):
+        if _is_companion(path, inputs):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(fetched.folder / path, folder / path)
+    _write_facts(folder / FACTS_FILE, facts)
+    (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
+    (folder / "layer_error.png").write_bytes(plot_layer_error(facts))
+    (folder / "size_quality.png").write_bytes(plot_size_quality(facts))
+
+
+def _is_companion(path: str, inputs: Inputs) -> bool:
+    replaced = {"config.json", "README.md", "model.safetensors.index.json", "quantize_config.json"}
+    return path not in replaced and path not in inputs.outline.index.files
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links: a copy is as good
+        shutil.copyfile(source, target)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_facts(path: Path, facts: Facts) -> None:
+    _write_json(path, facts.model_dump(mode="json"))

@@ -1,0 +1,277 @@
+"""The hub over HTTP: one repository at one commit, its listing and byte ranges of its files.
+
+Ranges are read from ``/resolve/<commit>/`` as every hub serves it, so a hub's content network only has to honour
+``Range``. The address is resolved anew for every request, because redirects carry signatures that expire. The client
+drops ``Authorization`` when a redirect leaves the hub's origin (scheme, host and port); a test holds it to that.
+
+Waits: a failed request is repeated at most ``MAX_ATTEMPTS`` times without progress, after what the hub asks for in
+``RateLimit`` or ``Retry-After``, else after 1, 2, 4, ... seconds.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import CorruptWeightsError, SourceError
+from pipeline.hub.translate import not_a_hub, translate
+
+if TYPE_CHECKING:
+    import httpx2
+
+MAX_ATTEMPTS = 6
+MAX_BACKOFF_S = 30.0
+MAX_ASKED_WAIT_S = 600.0
+"""A hub that asks for a longer wait gets an error instead: a person should decide."""
+
+API_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 15.0
+RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+
+Sleep = Callable[[float], None]
+
+_PARSER_FAILURES: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError)
+"""What the library's parsers raise on a reply that does not come from a hub."""
+
+
+class RepositoryKind(StrEnum):
+    """What a repository holds."""
+
+    MODEL = "model"
+    DATASET = "dataset"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository on a hub.
+
+    Attributes:
+        kind: What it holds.
+        name: ``org/name``, or ``name`` alone.
+        endpoint: Base URL of the hub.
+    """
+
+    kind: RepositoryKind
+    name: str
+    endpoint: str
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a source.
+
+    Attributes:
+        path: Path inside the source, with ``/``.
+        size_bytes: Its size.
+        sha256: Digest of its content where the hub knows it (large files), else None.
+        git_sha1: Git blob id of its content where the hub knows it (small files), else None.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str | None = None
+    git_sha1: str | None = None
+
+
+@dataclass(frozen=True)
+class HubClient:
+    """Reads of a hub with one identity.
+
+    Attributes:
+        token: Sent to the hub's own origin only; None reads anonymously, whatever is logged in on this machine.
+        sleep: Waits between attempts.
+    """
+
+    token: str | None = field(repr=False)
+    sleep: Sleep = time.sleep
+
+    def listing(self, repository: Repository, revision: str | None) -> tuple[str, tuple[SourceFile, ...]]:
+        """Return the commit (40 hex digits) that ``revision`` is now, and all files at it.
+
+        Raises:
+            SourceNotFoundError: when the repository or revision is not there, not accessible, or the hub is not.
+        """
+        from huggingface_hub import HfApi
+
+        subject = f"{repository.name}@{revision}" if revision else repository.name
+        api = HfApi(endpoint=repository.endpoint, token=self.token or False, library_name="bitmill")
+        call: Callable[..., Any] = api.model_info if repository.kind is RepositoryKind.MODEL else api.dataset_info
+        attempt = 0
+        while True:
+            try:
+                info = call(repository.name, revision=revision, files_metadata=True, timeout=API_TIMEOUT_S)
+                break
+            except _failures() + _PARSER_FAILURES as error:
+                attempt += 1
+                # A first contact that is refused is a typo more often than an outage: say so at once.
+                self._wait(error, attempt, subject, repository.endpoint, retry_connect=False)
+        commit = info.sha
+        if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit) or info.siblings is None:
+            raise not_a_hub(subject, repository.endpoint)
+        if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and commit != revision:
+            raise SourceError(f"{repository.endpoint} gave commit {commit} for {subject}", code="source.wrong_commit")
+        return commit, tuple(_source_file(sibling, subject) for sibling in info.siblings)
+
+    def read_range(self, repository: Repository, commit: str, path: str, start: int, end: int) -> bytes:
+        """Return the bytes ``[start, end)`` of a file.
+
+        Raises:
+            SourceNotFoundError: when the file or the hub is not there or not accessible.
+            CorruptWeightsError: when the file is shorter than ``end``.
+        """
+        data = bytearray()
+        self.copy_range(repository, commit, path, start, end, data.extend)
+        return bytes(data)
+
+    def copy_range(
+        self, repository: Repository, commit: str, path: str, start: int, end: int, sink: Callable[[bytes], object]
+    ) -> None:
+        """Give the bytes ``[start, end)`` of a file to ``sink`` in order, each byte once, over dropped connections.
+
+        Raises:
+            SourceNotFoundError: when the file or the hub is not there or not accessible.
+            CorruptWeightsError: when the file is shorter than ``end``.
+        """
+        from huggingface_hub import hf_hub_url
+
+        subject = f"{repository.name}/{path}"
+        url = hf_hub_url(
+            repository.name, path, repo_type=repository.kind.value, revision=commit, endpoint=repository.endpoint
+        )
+        position, attempt = start, 0
+        while position < end:
+            before = position
+            try:
+                for chunk in self._open(url, position, end, subject):
+                    sink(chunk)
+                    position += len(chunk)
+                if position < end:
+                    raise _bad_reply("the reply ended before the range did")
+            except _failures() as error:
+                attempt = 1 if position > before else attempt + 1
+                self._wait(error, attempt, subject, repository.endpoint, retry_connect=True)
+
+    def _open(self, url: str, start: int, end: int, subject: str) -> Iterator[bytes]:
+        """Yield the bytes ``[start, end)`` of one reply, as they come and never more."""
+        import httpx2
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not marked as exported
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        headers = build_hf_headers(token=self.token or False, library_name="bitmill")
+        # Compressed replies would make offsets meaningless.
+        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        timeout = httpx2.Timeout(API_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
+            hf_raise_for_status(response)
+            if response.status_code not in (200, 206):
+                raise _bad_reply(f"the reply to a range is HTTP {response.status_code}")
+            # A server may answer a range with the whole file (200): skip to where we are.
+            offset = _reply_start(response, start, subject) if response.status_code == 206 else 0
+            for chunk in response.iter_raw():
+                wanted = chunk[max(start - offset, 0) : max(end - offset, 0)]
+                offset += len(chunk)
+                if wanted:
+                    yield wanted
+                if offset >= end:
+                    return
+
+    def _wait(self, error: Exception, attempt: int, subject: str, endpoint: str, retry_connect: bool) -> None:
+        """Sleep before the next attempt, or raise what ``error`` means when there should be none."""
+        if attempt >= MAX_ATTEMPTS or not _is_temporary(error, retry_connect):
+            raise translate(error, subject, endpoint) from error
+        asked_s = _asked_wait_s(error)
+        if asked_s is not None and asked_s > MAX_ASKED_WAIT_S:
+            raise translate(error, subject, endpoint) from error
+        self.sleep(asked_s if asked_s is not None else min(2.0 ** (attempt - 1), MAX_BACKOFF_S))
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return the exceptions that a request ends with when the hub or the way to it is at fault."""
+    import httpx2
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return (httpx2.HTTPError, httpx2.InvalidURL, OfflineModeIsEnabled)
+
+
+def _bad_reply(reason: str) -> httpx2.HTTPError:
+    import httpx2
+
+    return httpx2.RemoteProtocolError(reason)
+
+
+def _is_temporary(error: Exception, retry_connect: bool) -> bool:
+    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
+
+    match error:
+        case HfHubHTTPError():
+            return error.response.status_code in RETRIED_STATUSES
+        case httpx2.ConnectError():
+            return retry_connect
+        case httpx2.TimeoutException() | httpx2.NetworkError() | httpx2.RemoteProtocolError():
+            return True
+        case _:
+            return False
+
+
+def _asked_wait_s(error: Exception) -> float | None:
+    """Return the seconds that the reply asks to wait, or None when it does not say."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    headers = error.response.headers
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    asked = headers.get("Retry-After", "").strip()
+    if asked.isdecimal():
+        return float(asked)
+    try:
+        # A date is compared with the server's own clock, so that ours does not matter.
+        until, now = parsedate_to_datetime(asked), parsedate_to_datetime(headers.get("Date", ""))
+        return max((until - now).total_seconds(), 0.0)
+    except (ValueError, TypeError):
+        return None
+
+
+def _reply_start(response: httpx2.Response, start: int, subject: str) -> int:
+    """Return the offset in the file at which a partial reply begins, having checked that it is the one asked for."""
+    match = re.match(r"bytes (\d+)-\d+/", response.headers.get("Content-Range", ""))
+    if match is None or int(match[1]) != start:
+        got = response.headers.get("Content-Range", "none")
+        raise CorruptWeightsError(
+            f"{subject}: asked for bytes from {start}, the reply's Content-Range is {got:.60}",
+            code="source.wrong_range",
+            hint="check HF_ENDPOINT and any proxy between",
+        )
+    return start
+
+
+def _source_file(sibling: Any, subject: str) -> SourceFile:
+    """Return one entry of a listing, refused when it could leave the folder that it will be written to."""
+    path, size = sibling.rfilename, sibling.size
+    parts = path.split("/") if isinstance(path, str) else [""]
+    if not all(part.isprintable() and "\\" not in part and part not in ("", ".", "..") for part in parts):
+        hostile = f"{subject} lists a file called {path!r:.200}, which is no path inside a repository"
+        raise SourceError(hostile, code="source.unsafe_path", hint="do not use this repository")
+    if type(size) is not int or size < 0:
+        unsized = f"{subject} lists {path} without its size"
+        raise SourceError(unsized, code="source.no_size", hint="the hub must answer model info with blobs=true")
+    if sibling.lfs is not None:
+        return SourceFile(path, size, sha256=_hex_or_none(sibling.lfs.sha256, 64))
+    return SourceFile(path, size, git_sha1=_hex_or_none(sibling.blob_id, 40))
+
+
+def _hex_or_none(value: Any, num_digits: int) -> str | None:
+    is_digest = isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{num_digits}}}", value)
+    return value if is_digest else None

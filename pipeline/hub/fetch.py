@@ -1,0 +1,264 @@
+"""Fetch what a conversion needs, resumably, and prove that it is what the hub says it is.
+
+A file grows as ``<file>.part`` beside its final name and takes that name only after its digest has been checked, so a
+file under its final name is whole. A rerun continues each part from the bytes that are there; a part whose digest is
+wrong in the end is deleted, because nobody knows which byte of it is bad. One process fetches a commit at a time;
+others wait for it and then find the files.
+
+Memory is one network chunk; a file is hashed while it comes in and not read again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pipeline.errors import CorruptWeightsError, DiskFullError, SourceError, SourceNotFoundError
+from pipeline.fingerprint import fingerprint
+from pipeline.hub.client import HubClient, Repository, Sleep, SourceFile
+from pipeline.hub.digests import ContentHasher, DigestRecords, Digests, storage_error
+from pipeline.hub.source import Source, needed_files
+from pipeline.settings import Settings
+from pipeline.units import format_bytes
+
+RANGE_BYTES = 64 * 1024 * 1024
+"""Bytes of one request: small enough that an expiring address is renewed in time, large enough that 100 GB stay below
+the few thousand requests that hubs allow in five minutes."""
+
+PROGRESS_BYTES = 4 * 1024 * 1024
+PART_SUFFIX = ".part"
+
+OnProgress = Callable[[str, int, int], None]
+"""Called as ``on_progress(path, done_bytes, total_bytes)``, the last time with both equal."""
+
+
+@dataclass(frozen=True)
+class FetchedSource:
+    """A source whose needed files lie in a local folder, verified.
+
+    Attributes:
+        source: What was fetched.
+        folder: Where the files are; for a local source its own folder.
+        digests: SHA-256 of each needed file by path.
+        commit: The hub's commit, or for a folder the fingerprint of ``digests``.
+    """
+
+    source: Source
+    folder: Path
+    digests: dict[str, str]
+    commit: str
+
+
+def fetch(
+    source: Source, settings: Settings, on_progress: OnProgress | None = None, *, sleep: Sleep = time.sleep
+) -> FetchedSource:
+    """Make all needed files of a source local and verified.
+
+    A rerun after a crash downloads only what is missing and hashes only what has changed. A local folder is used in
+    place and never written to.
+
+    Raises:
+        SourceNotFoundError: when the hub or a file is not there or not accessible any more.
+        CorruptWeightsError: when a file's digest is not the one that the hub announced, or a local file changed.
+        DiskFullError: when the cache directory cannot take the files.
+        StorageError: when the cache directory cannot be written for another reason.
+    """
+    report = on_progress or _no_progress
+    needed = needed_files(source)
+    if source.is_local:
+        return _digest_folder(source, needed, settings, report)
+    assert source.commit is not None, "a hub source is pinned"
+    folder = settings.cache_dir / "sources" / source.name / source.commit
+    client = HubClient(settings.hub_token, sleep)
+    fetched = fetch_files(client, source.repository, source.commit, needed, folder, settings.cache_dir, report)
+    return FetchedSource(source, folder, fetched, source.commit)
+
+
+def fetch_files(
+    client: HubClient,
+    repository: Repository,
+    commit: str,
+    files: tuple[SourceFile, ...],
+    folder: Path,
+    cache_dir: Path,
+    on_progress: OnProgress,
+) -> dict[str, str]:
+    """Make ``files`` of a repository lie in ``folder`` and return their SHA-256 by path.
+
+    Raises:
+        As ``fetch``.
+    """
+    with _alone_in(folder):
+        records = DigestRecords(cache_dir, folder)
+        _require_space(files, folder)
+        fetched: dict[str, str] = {}
+        for file in files:
+            download = _Download(client, repository, commit, file, folder / file.path, on_progress)
+            fetched[file.path] = download.run(records).sha256
+        return fetched
+
+
+@dataclass(frozen=True)
+class _Download:
+    """One file on its way."""
+
+    client: HubClient
+    repository: Repository
+    commit: str
+    file: SourceFile
+    target: Path
+    on_progress: OnProgress
+
+    @property
+    def _by_git(self) -> bool:
+        return self.file.sha256 is None
+
+    def run(self, records: DigestRecords) -> Digests:
+        """Make the target whole and return its digests."""
+        file = self.file
+        if file.sha256 is None and file.git_sha1 is None:
+            unverifiable = f"{self.repository.name}/{file.path}: the hub states no digest, so it cannot be verified"
+            raise SourceError(
+                unverifiable, code="source.no_digest", hint="use a hub that lists blob ids and LFS digests"
+            )
+        try:
+            if self.target.is_file():
+                kept = records.measure(file.path, self._report, with_git=self._by_git)
+                if self._mismatch(kept) is None:
+                    return kept
+                # Our own cache was damaged or tampered with: fetch it again.
+                self.target.unlink()
+            digests = self._complete_part()
+            records.remember(file.path, digests)
+        except OSError as error:
+            raise storage_error(error, self.target, file.size_bytes) from error
+        return digests
+
+    def _complete_part(self) -> Digests:
+        """Download what the part lacks, verify all of it, and give it its name."""
+        part = self.target.with_name(self.target.name + PART_SUFFIX)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if part.exists() and part.stat().st_size > self.file.size_bytes:
+            part.unlink()
+        hasher = ContentHasher(self.file.size_bytes, with_git=self._by_git)
+        # Unbuffered: what has arrived survives a SIGKILL of this process.
+        with part.open("ab", buffering=0) as handle:
+            hasher.update_from(part, self._report)
+            self._append(handle.fileno(), part, hasher)
+            os.fsync(handle.fileno())
+        digests = hasher.digests()
+        mismatch = self._mismatch(digests)
+        if mismatch is not None:
+            part.unlink()
+            raise mismatch
+        part.replace(self.target)
+        self._report(self.file.size_bytes)
+        return digests
+
+    def _append(self, descriptor: int, part: Path, hasher: ContentHasher) -> None:
+        done = part.stat().st_size
+        told = done
+
+        def take(data: bytes) -> None:
+            nonlocal done, told
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            hasher.update(data)
+            done += len(data)
+            if done - told >= PROGRESS_BYTES:
+                told = done
+                self._report(done)
+
+        while done < self.file.size_bytes:
+            end = min(done + RANGE_BYTES, self.file.size_bytes)
+            self.client.copy_range(self.repository, self.commit, self.file.path, done, end, take)
+
+    def _mismatch(self, got: Digests) -> CorruptWeightsError | None:
+        """Return the error for digests other than the announced ones, or None when they are the same."""
+        kind, expected, actual = "SHA-256", self.file.sha256, got.sha256
+        if self._by_git:
+            kind, expected, actual = "git blob id", self.file.git_sha1 or "", got.git_sha1
+        if actual == expected:
+            return None
+        return CorruptWeightsError(
+            f"{self.repository.name}/{self.file.path} came with {kind} {actual}, the hub announced {expected}",
+            code="source.digest",
+            hint="the partial file was deleted; run the command again, and check any proxy or mirror if it stays so",
+            context={"file": self.file.path, "expected": expected, "got": actual},
+        )
+
+    def _report(self, done_bytes: int) -> None:
+        _tell(self.on_progress, self.file, done_bytes)
+
+
+def _digest_folder(
+    source: Source, needed: tuple[SourceFile, ...], settings: Settings, on_progress: OnProgress
+) -> FetchedSource:
+    folder = Path(source.location)
+    records = DigestRecords(settings.cache_dir, folder)
+    digests: dict[str, str] = {}
+    for file in needed:
+        total = file.size_bytes
+        try:
+            size_bytes = (folder / file.path).stat().st_size
+            if size_bytes != total:
+                changed = f"{folder / file.path} had {total} bytes a moment ago and has {size_bytes} now"
+                raise CorruptWeightsError(changed, code="source.changed", hint="run the command when it is complete")
+            digests[file.path] = records.measure(file.path, partial(_tell, on_progress, file), with_git=False).sha256
+        except OSError as error:
+            gone = f"{folder / file.path} cannot be read: {error.strerror or error}"
+            raise SourceNotFoundError(
+                gone, code="source.unreadable", hint="check the file and its permissions"
+            ) from error
+    return FetchedSource(source, folder, digests, fingerprint(digests))
+
+
+def _require_space(files: tuple[SourceFile, ...], folder: Path) -> None:
+    """Require that the disk can take what is not there yet, before an hour of downloading shows that it cannot."""
+    missing = 0
+    for file in files:
+        target = folder / file.path
+        part = target.with_name(target.name + PART_SUFFIX)
+        present = next((path.stat().st_size for path in (target, part) if path.exists()), 0)
+        missing += max(file.size_bytes - present, 0)
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise DiskFullError(
+            f"{folder}: {format_bytes(missing)} are to be fetched, {format_bytes(free)} are free",
+            hint=f"free at least {format_bytes(missing - free)} there, or set BITMILL_CACHE to a larger disk",
+            context={"path": str(folder), "needed_bytes": missing, "free_bytes": free},
+        )
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, waiting for it; the system releases it when the process dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise storage_error(error, folder, 0) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise storage_error(error, folder, 0) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _tell(on_progress: OnProgress, file: SourceFile, done_bytes: int) -> None:
+    on_progress(file.path, done_bytes, file.size_bytes)
+
+
+def _no_progress(path: str, done_bytes: int, total_bytes: int) -> None:
+    """Tell nobody."""

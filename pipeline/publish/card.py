@@ -1,0 +1,152 @@
+"""The release's README.md: a model card in the hub's form.
+
+It is a pure function of ``ReleaseFacts``: no time, no path, no machine, so an interrupted and an undisturbed run write
+the same bytes. Text that comes from outside (names, prompts, continuations, messages) passes through ``markdown.py``.
+The template is ``templates/card.md.jinja``; a name that it does not know is an error, never an empty string.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import Counter
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pipeline.errors import SpecError
+from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
+from pipeline.publish import figures, markdown
+from pipeline.publish.loading import loading_guide
+from pipeline.publish.plots import LAYER_ERROR_FILE, SIZE_QUALITY_FILE
+from pipeline.publish.tensor_parallel import Loading, tp_answers
+from pipeline.spec import VariantSpec, parse_variant
+from pipeline.units import format_bytes, format_count
+
+CARD_FILE = "README.md"
+NUM_WORST_MODULES = 10
+MAX_LISTED = 50
+"""Entries of one list that the card spells out; the rest is counted and stands in the facts file."""
+
+_HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+def render_card(facts: ReleaseFacts) -> str:
+    """Return the text of the release's README.md, ending with a newline."""
+    environment = Environment(
+        loader=PackageLoader("pipeline.publish"),
+        undefined=StrictUndefined,
+        autoescape=False,  # Markdown, escaped by the filters below.
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "escape": markdown.escape,
+        "code": markdown.code_span,
+        "code_cell": markdown.code_cell,
+        "fenced": markdown.fenced,
+        "bytes": format_bytes,
+        "count": format_count,
+        "figure": lambda value: f"{value:.4g}",
+        "group": figures.group_word,
+        "percent": lambda value: f"{100 * value:.2f} %",
+    }
+    return environment.get_template("card.md.jinja").render(_values(facts))
+
+
+def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
+    """Return the card's metadata. A local source has no address, so there is no ``base_model`` then."""
+    metadata: dict[str, Any] = {}
+    license_id = facts.source.license
+    if license_id is not None and _HUB_LICENSE.fullmatch(license_id):
+        metadata["license"] = license_id
+    elif license_id is not None:
+        metadata |= {"license": "other", "license_name": license_id}
+    if not facts.source.is_local:
+        metadata |= {"base_model": facts.source.name, "base_model_relation": "quantized"}
+    variant = facts.variant
+    tags = [variant.method.value, f"{variant.bits}-bit", variant.format.value, "bitmill"]
+    return metadata | {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys(tags)),
+    }
+
+
+def reproduce_spec(facts: ReleaseFacts) -> str | None:
+    """Return the YAML of a spec file that is needed to make the same bytes; None when flags say everything."""
+    document: dict[str, Any] = {}
+    if not _is_short_name(facts.variant):
+        document["variants"] = [facts.variant.model_dump(mode="json", exclude_defaults=True)]
+    if facts.calibration.seed:
+        document["calibration"] = {"seed": facts.calibration.seed}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True) if document else None
+
+
+def reproduce_command(facts: ReleaseFacts) -> str:
+    """Return the command that makes the same bytes, with ``spec.yaml`` where ``reproduce_spec`` returns text."""
+    source, calibration = facts.source, facts.calibration
+    words = ["bitmill", "convert", source.name if source.is_local else f"{source.name}@{source.commit}"]
+    if reproduce_spec(facts) is not None:
+        words += ["--spec", "spec.yaml"]
+    if _is_short_name(facts.variant):
+        words += ["--variant", facts.variant.name]
+    words += ["--calibration", calibration.text]
+    words += ["--samples", str(calibration.samples), "--length", str(calibration.length), "--to", "releases"]
+    return shlex.join(words)
+
+
+def _is_short_name(variant: VariantSpec) -> bool:
+    try:
+        return parse_variant(variant.name) == variant
+    except SpecError:
+        return False
+
+
+def _values(facts: ReleaseFacts) -> dict[str, Any]:
+    answers = tp_answers(facts.modules, facts.variant)
+    runs_half_only = answers[0].loading is Loading.GENERAL
+    spec = reproduce_spec(facts)
+    return {
+        "facts": facts,
+        "front_matter": yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True).rstrip(),
+        "scheme": figures.describe_scheme(facts.variant),
+        "judged": figures.judge(facts),
+        "checks": [(check.name, check.passed, _check_text(check)) for check in facts.verdict.checks],
+        "guide": loading_guide(facts.variant, facts.release, runs_half_only=runs_half_only),
+        "tp_answers": answers,
+        "runs_half_only": runs_half_only,
+        "ratio": figures.size_ratio(facts),
+        "perplexity_ratio": figures.perplexity_ratio(facts),
+        "bits_per_parameter": figures.bits_per_parameter(facts),
+        "bits_per_quantized_weight": figures.bits_per_quantized_weight(facts),
+        "quantized": figures.quantized_modules(facts),
+        "quantized_share": figures.quantized_share(facts),
+        "family": figures.family(facts),
+        "exceptions": figures.list_exceptions(facts),
+        "kept": Counter(facts.kept[name] for name in sorted(facts.kept)),
+        "dropped": figures.fold_names(sorted(facts.dropped.items())),
+        "degradations": figures.list_degradations(facts),
+        "worst": figures.worst_modules(facts, NUM_WORST_MODULES),
+        "max_listed": MAX_LISTED,
+        "samples": [_sample_text(sample.prompt, sample.continuation) for sample in facts.verdict.samples],
+        "reproduce_spec": spec,
+        "reproduce_command": reproduce_command(facts),
+        "facts_file": FACTS_FILE,
+        "layer_error_file": LAYER_ERROR_FILE,
+        "size_quality_file": SIZE_QUALITY_FILE,
+    }
+
+
+def _check_text(check: Check) -> str:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(check.figures.items()))
+    return f"{check.detail} ({numbers})" if numbers and check.detail else check.detail or numbers
+
+
+def _sample_text(prompt: str, continuation: str) -> str:
+    # The border between what was given and what was made must survive any text: JSON strings quote it.
+    quoted = [json.dumps(text, ensure_ascii=False) for text in (prompt, continuation)]
+    return f"prompt:  {quoted[0]}\nrelease: {quoted[1]}"

@@ -1,0 +1,123 @@
+"""Activation-aware scaling: channels that see large inputs get finer steps.
+
+Dimension suffixes: O = out_features (rows of the whole stack), I = in_features, G = groups of a row.
+
+The law (Lin et al. 2023, arXiv:2306.00978). For positive scales s, W x = (W s)(x / s): the weight is stored scaled and
+its input arrives scaled down by whatever produces it (a norm's weight or the linear before). Rounding (W s) gives
+channel i the error of the group's step divided by s_i. s = (mean|x|)^exponent, normalised to be centred on 1; the
+exponent is searched, coarse to fine, for the least tr(dW H dW^T) with dW = Q(W s) / s - W. This is the same loss as
+re-running the layer on all tokens, from the second moment alone: matrix products only, no tokens.
+
+The exponent 0 (no scaling) is among the candidates, and the winner is compared with it over all rows at the end, so
+scaling is never worse than leaving it. While searching, at most SEARCH_ROWS rows, evenly spread over the stack, stand
+for all, on grids that span the range: the loss depends on both, its dependence on the exponent hardly does. The final
+comparison is on all rows and on searched grids (if they are to be searched).
+
+The change of basis itself (weights, statistics and whatever produces the input) belongs to the block, and so does its
+rounding to the model's dtype. ``solve`` then gets the scaled weight with ``statistics.rescale``d statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.quantize.checks import require_solvable
+from pipeline.quantize.grid import channel_importance, encode, fit_grid
+from pipeline.quantize.loss import row_losses
+from pipeline.quantize.solve import SolveOptions
+from pipeline.quantize.types import Scheme, Statistics, dequantize
+
+COARSE_EXPONENTS = tuple(k / 10 for k in range(11))
+FINE_OFFSETS = (-0.05, 0.05, -0.025, 0.025)
+"""Tried around the best exponent so far, one after the other."""
+
+SEARCH_ROWS = 512
+"""Rows that the exponent is searched on."""
+
+MEAN_FLOOR = 1e-3
+"""Least mean|x| of a channel as a fraction of the average: a channel that calibration never woke is not shrunk away."""
+
+MAX_SCALE_RATIO = 1e4
+"""Scales stay within this factor of 1, so that scaled weights stay far inside float16."""
+
+
+@dataclass(frozen=True)
+class AwqScales:
+    """The scaling of one linear input.
+
+    Attributes:
+        scale_I: float32 [I], positive; all ones when scaling does not help.
+        exponent: The exponent of mean|x| that gave them; 0 when scaling does not help.
+        loss_unscaled: tr(dW H dW^T) / num_tokens of rounding to nearest without scaling.
+        loss_scaled: The same with the scales, never larger.
+    """
+
+    scale_I: Tensor
+    exponent: float
+    loss_unscaled: float
+    loss_scaled: float
+
+
+def search_scales(weight_OI: Tensor, statistics: Statistics, scheme: Scheme, options: SolveOptions) -> AwqScales:
+    """Return the scales that lower the rounding loss of all linears that share one input the most.
+
+    Args:
+        weight_OI: float32 [O, I], the rows of all of them.
+        statistics: Statistics of their input.
+        scheme: Their grid.
+        options: Whether the grids that the winner is judged on are searched or span the range.
+
+    Raises:
+        QuantizationError: naming what is not finite, has no tokens, or does not fit together.
+    """
+    require_solvable(weight_OI, statistics, scheme)
+    device = weight_OI.device
+    second_moment_II = statistics.second_moment_II.to(device)
+    mean_I = statistics.abs_sum_I.to(device) / statistics.num_tokens
+    stride = -(-weight_OI.shape[0] // SEARCH_ROWS)
+    sample_OI = weight_OI[::stride].contiguous()
+
+    def loss_of(exponent: float, rows_OI: Tensor, search: bool = False) -> float:
+        return _scaled_loss(rows_OI, scales_for(mean_I, exponent), second_moment_II, scheme, search)
+
+    best, best_loss = 0.0, loss_of(0.0, sample_OI)
+    tried = {0.0}
+    for exponent, is_offset in [(e, False) for e in COARSE_EXPONENTS] + [(e, True) for e in FINE_OFFSETS]:
+        candidate = round(best + exponent if is_offset else exponent, 4)
+        if candidate in tried or not 0.0 <= candidate <= 1.0:
+            continue
+        tried.add(candidate)
+        if (loss := loss_of(candidate, sample_OI)) < best_loss:
+            best, best_loss = candidate, loss
+    unscaled = loss_of(0.0, weight_OI, options.clip_search)
+    scaled = loss_of(best, weight_OI, options.clip_search) if best else unscaled
+    if not scaled < unscaled:
+        best, scaled = 0.0, unscaled
+    per_token = 1 / statistics.num_tokens
+    return AwqScales(scales_for(mean_I, best), best, unscaled * per_token, scaled * per_token)
+
+
+def scales_for(mean_I: Tensor, exponent: float) -> Tensor:
+    """Return float32 [I]: mean|x| to the exponent, centred so that the largest and smallest scale are reciprocal.
+
+    The exponent 0 and an input that was never alive give exact ones.
+    """
+    average = mean_I.mean(dtype=torch.float64)
+    if exponent == 0.0 or not average > 0:
+        return torch.ones_like(mean_I)
+    scale_I = (mean_I.to(torch.float64) / average).clamp_min(MEAN_FLOOR).pow(exponent)
+    scale_I /= (scale_I.amin() * scale_I.amax()).sqrt()
+    return scale_I.clamp(1 / MAX_SCALE_RATIO, MAX_SCALE_RATIO).to(torch.float32)
+
+
+def _scaled_loss(weight_OI: Tensor, scale_I: Tensor, second_moment_II: Tensor, scheme: Scheme, search: bool) -> float:
+    """Return tr(dW H dW^T), dW = Q(W s) / s - W. The grid is fitted to scaled weights, so its importance is that of
+    the scaled inputs, diag(H) / s^2."""
+    scaled_OI = weight_OI * scale_I
+    importance_I = channel_importance(second_moment_II.diagonal() / scale_I.square())
+    scale_OG, zero_OG = fit_grid(scaled_OI, importance_I, scheme, search)
+    rounded_OI = dequantize(encode(scaled_OI, scale_OG, zero_OG, scheme), scale_OG, zero_OG, scheme.group_size)
+    return float(row_losses(rounded_OI.div_(scale_I).sub_(weight_OI), second_moment_II).sum())

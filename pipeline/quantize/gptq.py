@@ -1,0 +1,167 @@
+"""GPTQ: columns are rounded one after another, each making up for the errors of those before it.
+
+Dimension suffixes: O = out_features (rows), I = in_features (columns, in solving order once permuted), G = groups of a
+row, B = columns of a block, R = rows of the tile at hand (as the fast dimension: column j of the weight is row j here).
+
+The law. For a row, minimise e H e^T over codes, e = w - dequantized(q). Factor H = R R^T with R *upper* triangular
+(damped, columns in solving order). Then e H e^T = |e R|^2 = sum_j R_jj^2 (e_j + sum_{k<j} e_k F_kj)^2 with
+F_kj = R_kj / R_jj, and the best code of column j, given those before it, is the one nearest to
+w_j + sum_{k<j} e_k F_kj.
+
+This is the recursion of GPTQ (Frantar et al. 2022, arXiv:2210.17323) in the form of LDLQ (Chee et al. 2023,
+arXiv:2307.13304): GPTQ's factor U of the inverse, H^-1 = U^T U, is R^-1, and the codes are the same. It needs no
+inverse: one Cholesky factorization (n^3/3) instead of factor, invert, factor (4n^3/3), and the condition number enters
+once. The factorization runs in float64, because damping at 1 % leaves condition numbers around 100 n, where an
+inverse in float32 has few digits left. R comes from the ordinary Cholesky factor of H with rows and columns reversed.
+
+Blocks. F is applied in blocks of 128 columns: one matrix product brings in all errors of earlier blocks, then one
+matrix-vector product per column those of its own block. The sums are the same in another order, so the block size
+changes nothing but rounding in the last bit. The tile is kept transposed, so that a column of the weight is contiguous
+and a step costs six in-place operations.
+
+Groups are static: the grid is fixed from the original weights before the first column, hence ``act_order`` (columns by
+falling diagonal of H, ties in place) permutes only the solving order and never the stored layout.
+
+Inputs that were zero on every token have a zero row and column in H. They get the mean diagonal instead: no coupling
+to others, so they are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.quantize.types import Scheme
+
+BLOCK_SIZE = 128
+"""Columns between two matrix products with all earlier errors."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What the columns need of H; rows share it.
+
+    Attributes:
+        order_I: int64 [I], the column that is solved at each step.
+        feedback_II: float32 [I, I] in solving order, strictly upper: F_kj = R_kj / R_jj.
+        damping: Fraction of the mean diagonal that was added to the diagonal.
+    """
+
+    order_I: Tensor
+    feedback_II: Tensor
+    damping: float
+
+
+def damping_ladder(first: float) -> Iterator[float]:
+    """Yield the damping fractions to try: ``first``, then ten times as much each, and 1.0 at last."""
+    rung = first
+    while rung < 1.0:
+        yield rung
+        rung *= 10
+    yield 1.0
+
+
+def factor(second_moment_II: Tensor, damping: float, act_order: bool) -> Factor | None:
+    """Return the factor of H + damping * mean(diag H) * I, or None when that is not positive definite.
+
+    Args:
+        second_moment_II: float32 [I, I], symmetric.
+        damping: Fraction of the mean diagonal, positive.
+        act_order: Solve columns in falling order of H's diagonal instead of as stored.
+    """
+    diagonal_I = second_moment_II.diagonal()
+    order_I = torch.arange(diagonal_I.shape[0], device=diagonal_I.device)
+    if act_order:
+        order_I = torch.sort(diagonal_I, descending=True, stable=True).indices
+    reverse_I = order_I.flip(0)
+    damped_II = second_moment_II[reverse_I][:, reverse_I].to(torch.float64)
+    diagonal_I = damped_II.diagonal()
+    mean = diagonal_I.mean()
+    if not mean > 0:
+        mean = torch.ones_like(mean)
+    diagonal_I.copy_(torch.where(diagonal_I == 0, mean, diagonal_I) + damping * mean)
+    lower_II, info = torch.linalg.cholesky_ex(damped_II)
+    if int(info.item()) != 0:
+        return None
+    upper_II = lower_II.flip(0, 1)
+    feedback_II = (upper_II / upper_II.diagonal()).to(torch.float32).triu_(1)
+    return Factor(order_I, feedback_II, damping) if bool(feedback_II.isfinite().all()) else None
+
+
+def solve_columns(
+    weight_OI: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    scheme: Scheme,
+    factored: Factor,
+    block_size: int = BLOCK_SIZE,
+) -> tuple[Tensor, Tensor]:
+    """Return codes (uint8 [O, I]) and which rows stayed finite (bool [O]); codes of other rows mean nothing.
+
+    Accumulates in the dtype of the weight and the factor (float32 in use).
+
+    Args:
+        weight_OI: [O, I], finite.
+        scale_OG: [O, G], same dtype, positive.
+        zero_OG: uint8 [O, G].
+        scheme: Grid; its group size divides I.
+        factored: The factor of the second moment.
+        block_size: Columns in a block; does not change the result beyond rounding.
+    """
+    num_columns = weight_OI.shape[1]
+    weight_IR = weight_OI.t().contiguous().index_select(0, factored.order_I)
+    error_IR = torch.empty_like(weight_IR)
+    step_IR = torch.empty_like(weight_IR)
+    grid = _Grid.of(scale_OG, zero_OG, scheme, factored.order_I)
+    for start in range(0, num_columns, block_size):
+        block = slice(start, min(start + block_size, num_columns))
+        target_BR = weight_IR[block].clone()
+        if start:
+            target_BR.addmm_(factored.feedback_II[:start, block].t(), error_IR[:start])
+        within_BB = factored.feedback_II[block, block].t().contiguous()
+        _solve_block(target_BR, weight_IR[block], within_BB, grid, start, step_IR[block], error_IR[block])
+    inverse_I = torch.empty_like(factored.order_I)
+    inverse_I[factored.order_I] = torch.arange(num_columns, device=inverse_I.device)
+    step_OI = step_IR.index_select(0, inverse_I).t()
+    code_OGg = step_OI.reshape(*scale_OG.shape, scheme.group_size) + zero_OG.to(step_OI.dtype)[..., None]
+    return code_OGg.to(torch.uint8).view(weight_OI.shape), error_IR.isfinite().all(0)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Per column in solving order: its scale and the lowest and highest code - zero, each [R]. Views, no copies."""
+
+    scales: list[Tensor]
+    lows: list[Tensor]
+    highs: list[Tensor]
+
+    @classmethod
+    def of(cls, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, order_I: Tensor) -> _Grid:
+        groups = (order_I // scheme.group_size).tolist()
+        low_GR = -zero_OG.t().to(scale_OG.dtype).contiguous()
+        by_group = [tensor.unbind(0) for tensor in (scale_OG.t().contiguous(), low_GR, low_GR + scheme.max_code)]
+        scales, lows, highs = ([rows[group] for group in groups] for rows in by_group)
+        return cls(scales, lows, highs)
+
+
+def _solve_block(
+    target_BR: Tensor, weight_BR: Tensor, within_BB: Tensor, grid: _Grid, start: int, step_BR: Tensor, error_BR: Tensor
+) -> None:
+    """Fill ``step_BR`` (code - zero) and ``error_BR`` (weight - dequantized) of one block, column after column.
+
+    ``target_BR`` holds the weights with the errors of earlier blocks fed back, and is used up.
+    ``within_BB`` is the block's feedback, transposed so that what feeds into a column is contiguous.
+    """
+    rows = zip(target_BR.unbind(0), weight_BR.unbind(0), step_BR.unbind(0), error_BR.unbind(0), strict=True)
+    feedback = within_BB.unbind(0)
+    for j, (target_R, weight_R, step_R, error_R) in enumerate(rows):
+        scale_R = grid.scales[start + j]
+        if j:
+            target_R.addmv_(error_BR[:j].t(), feedback[j][:j])
+        torch.div(target_R, scale_R, out=step_R).round_()
+        torch.clamp(step_R, grid.lows[start + j], grid.highs[start + j], out=step_R)
+        torch.mul(step_R, scale_R, out=target_R)
+        torch.sub(weight_R, target_R, out=error_R)

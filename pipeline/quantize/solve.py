@@ -1,0 +1,219 @@
+"""One entry to every solver: a stack of linears that share an input goes in, one ``QuantizedLinear`` each comes out.
+
+Dimension suffixes: O = rows of the stack, I = in_features, G = groups of a row, R = rows of a tile.
+
+Rows are independent once the statistics are prepared (factored, cut into blocks), so linears that share an input are
+solved as one stack, and a stack could as well be solved in parts. That must not show in the bytes: the codes of a
+linear are bit-identical whether it is solved alone or in any stack. Matrix products round by their shape (libraries
+pick kernels by it), so all of them see one shape only: rows are worked on in tiles of a fixed number of rows, the last
+one filled up with zero rows. The tile also bounds memory: a few times R x I floats, whatever the stack.
+
+GPTQ's codes of a row are replaced by rounding to nearest on the same grid where that has the lower loss (it can, as
+clipping is not undone), so GPTQ is never worse than rounding, row by row.
+
+A factorization that fails climbs a ladder of damping. What was used is reported, and every rung above the first is a
+degradation; at the end of the ladder stands an error, never quiet rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import QuantizationError
+from pipeline.quantize.checks import require_solvable
+from pipeline.quantize.gptq import Factor, damping_ladder, factor, solve_columns
+from pipeline.quantize.grid import block_importance, channel_importance
+from pipeline.quantize.loss import row_losses
+from pipeline.quantize.rtn import round_rows
+from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport, Statistics, dequantize
+from pipeline.spec import Method
+
+TILE_ROWS = {"cpu": 1024}
+"""Rows worked on at once. On a CPU core a block of 128 x 1024 floats stays in cache while the cost of a step in
+Python is spread over enough rows."""
+
+TILE_ROWS_DEVICE = 8192
+"""The same on accelerators, where a step is bound by launches."""
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """How a solver goes about it.
+
+    Attributes:
+        damping: GPTQ: first rung of the damping ladder, a fraction of the mean diagonal of the second moment.
+        act_order: GPTQ: solve columns in falling order of the second moment's diagonal.
+        clip_search: Search each group's range for the least error instead of spanning it.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    clip_search: bool = True
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Solved rows: codes uint8 [O, I], scale float32 [O, G], zero uint8 [O, G], per row loss and energy w H w^T
+    (float64 [O], summed over tokens), squared norms of error and weight, and whether everything stayed finite."""
+
+    codes_OI: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor
+    loss_O: Tensor
+    energy_O: Tensor
+    error_norm_O: Tensor
+    norm_O: Tensor
+    is_finite_O: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(vars(self).values())
+
+
+_TileSolver = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+"""weight [R, I] -> codes, scale, zero, loss [R], is_finite [R]."""
+
+
+def solve(
+    method: Method,
+    weight_OI: Tensor,
+    row_sizes: Sequence[int],
+    statistics: Statistics,
+    scheme: Scheme,
+    options: SolveOptions,
+) -> tuple[QuantizedLinear, ...]:
+    """Return the linears of a stack quantized, in order; each is bit-identical to solving it alone.
+
+    Works on the weight's device. Products accumulate in float32, sums of losses and the factorization in float64.
+
+    Args:
+        method: How codes are found. For AWQ, weight and statistics are those after scaling.
+        weight_OI: float32 [O, I], the rows of all linears in order.
+        row_sizes: Rows of each linear; they add up to O.
+        statistics: Statistics of the input they share.
+        scheme: Their grid; its group size divides I.
+        options: How to go about it.
+
+    Raises:
+        QuantizationError: naming what is not finite or does not fit together, or that no damping made the second
+            moment factorable.
+    """
+    require_solvable(weight_OI, statistics, scheme)
+    if not row_sizes or min(row_sizes) <= 0 or sum(row_sizes) != weight_OI.shape[0]:
+        raise QuantizationError(f"rows {list(row_sizes)} do not make up a weight of {weight_OI.shape[0]} rows")
+    with torch.no_grad():
+        second_moment_II = statistics.second_moment_II.to(weight_OI.device)
+        pending = dict(enumerate(torch.split(weight_OI.detach(), list(row_sizes))))
+        results: dict[int, QuantizedLinear] = {}
+        for tile_solver, damping in _attempts(method, second_moment_II, scheme, options):
+            rows = _solve_in_tiles(torch.cat(list(pending.values())), second_moment_II, tile_solver, scheme)
+            sizes = [weight.shape[0] for weight in pending.values()]
+            parts = zip(*(torch.split(tensor, sizes) for tensor in rows.tensors()), strict=True)
+            for index, part in zip(list(pending), (_Rows(*tensors) for tensors in parts), strict=True):
+                if bool(part.is_finite_O.all()):
+                    results[index] = _linear(part, statistics, scheme, damping, options)
+                    del pending[index]
+            if not pending:
+                return tuple(results[index] for index in range(len(row_sizes)))
+    raise QuantizationError(
+        "the second moment could not be factored, or gave codes that are not finite, at any damping up to 1.0",
+        hint="its statistics are damaged: calibrate again",
+        code="quantize.not_factorable",
+    )
+
+
+def _attempts(
+    method: Method, second_moment_II: Tensor, scheme: Scheme, options: SolveOptions
+) -> Iterator[tuple[_TileSolver, float]]:
+    """Yield tile solvers from the one asked for to the most damped, each with its damping (0: nothing factored)."""
+
+    def rounding(importance: Tensor) -> _TileSolver:
+        def solve_tile(weight_RI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+            codes_RI, scale_RG, zero_RG = round_rows(weight_RI, importance, scheme, options.clip_search)
+            loss_R = _losses(weight_RI, codes_RI, scale_RG, zero_RG, second_moment_II, scheme)
+            return codes_RI, scale_RG, zero_RG, loss_R, torch.ones_like(loss_R, dtype=torch.bool)
+
+        return solve_tile
+
+    match method:
+        case Method.RTN:
+            yield rounding(channel_importance(second_moment_II.diagonal())), 0.0
+        case Method.AWQ:
+            yield rounding(block_importance(second_moment_II, scheme.group_size)), 0.0
+        case Method.GPTQ:
+            for damping in damping_ladder(options.damping):
+                factored = factor(second_moment_II, damping, options.act_order)
+                if factored is not None:
+                    yield _gptq_solver(second_moment_II, factored, scheme, options), damping
+
+
+def _gptq_solver(second_moment_II: Tensor, factored: Factor, scheme: Scheme, options: SolveOptions) -> _TileSolver:
+    importance_I = channel_importance(second_moment_II.diagonal())
+
+    def solve_tile(weight_RI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        nearest_RI, scale_RG, zero_RG = round_rows(weight_RI, importance_I, scheme, options.clip_search)
+        codes_RI, is_finite_R = solve_columns(weight_RI, scale_RG, zero_RG, scheme, factored)
+        loss_R, nearest_loss_R = (
+            _losses(weight_RI, tried_RI, scale_RG, zero_RG, second_moment_II, scheme)
+            for tried_RI in (codes_RI, nearest_RI)
+        )
+        is_worse_R = loss_R > nearest_loss_R
+        best_RI = torch.where(is_worse_R[:, None], nearest_RI, codes_RI)
+        return best_RI, scale_RG, zero_RG, torch.minimum(loss_R, nearest_loss_R), is_finite_R
+
+    return solve_tile
+
+
+def _losses(
+    weight_RI: Tensor, codes_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor, second_moment_II: Tensor, scheme: Scheme
+) -> Tensor:
+    delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(weight_RI)
+    return row_losses(delta_RI, second_moment_II)
+
+
+def _solve_in_tiles(weight_OI: Tensor, second_moment_II: Tensor, tile_solver: _TileSolver, scheme: Scheme) -> _Rows:
+    tile_rows = TILE_ROWS.get(weight_OI.device.type, TILE_ROWS_DEVICE)
+    tiles: list[tuple[Tensor, ...]] = []
+    for weight_RI in torch.split(weight_OI, tile_rows):
+        num_rows = weight_RI.shape[0]
+        padded_RI = torch.nn.functional.pad(weight_RI, (0, 0, 0, tile_rows - num_rows))
+        codes_RI, scale_RG, zero_RG, loss_R, is_finite_R = (part[:num_rows] for part in tile_solver(padded_RI))
+        delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(weight_RI)
+        solved = _Rows(
+            codes_OI=codes_RI,
+            scale_OG=scale_RG,
+            zero_OG=zero_RG,
+            loss_O=loss_R,
+            energy_O=row_losses(weight_RI, second_moment_II),
+            error_norm_O=delta_RI.square_().sum(-1, dtype=torch.float64),
+            norm_O=weight_RI.square().sum(-1, dtype=torch.float64),
+            is_finite_O=is_finite_R,
+        )
+        tiles.append(solved.tensors())
+    return _Rows(*(torch.cat(columns) for columns in zip(*tiles, strict=True)))
+
+
+def _linear(
+    rows: _Rows, statistics: Statistics, scheme: Scheme, damping: float, options: SolveOptions
+) -> QuantizedLinear:
+    loss, energy = float(rows.loss_O.sum()), float(rows.energy_O.sum())
+    error_norm, norm = float(rows.error_norm_O.sum()), float(rows.norm_O.sum())
+    degradations: tuple[str, ...] = ()
+    if damping > options.damping:
+        degradations = (f"damping raised from {options.damping:g} to {damping:g}: with less, H could not be factored",)
+    report = SolveReport(
+        loss=loss / statistics.num_tokens,
+        relative_error=(loss / energy) ** 0.5 if energy > 0 else 0.0,
+        weight_error=(error_norm / norm) ** 0.5 if norm > 0 else 0.0,
+        damping=damping,
+        num_dead_inputs=int((statistics.second_moment_II.diagonal() == 0).sum()),
+        degradations=degradations,
+    )
+    if not all(map(math.isfinite, (report.loss, report.relative_error, report.weight_error))):
+        raise QuantizationError(f"the loss overflows: weights as large as these ({norm**0.5:.3g}) cannot be stored")
+    # Own memory: a view would keep (and a serializer would write) the whole stack.
+    return QuantizedLinear(scheme, rows.codes_OI.clone(), rows.scale_OG.clone(), rows.zero_OG.clone(), report)

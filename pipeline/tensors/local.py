@@ -1,0 +1,43 @@
+"""Weights in a local folder: the index of a model folder, and all tensors of one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.tensors.header import read_header
+from pipeline.tensors.index import WeightIndex, read_index
+from pipeline.tensors.reader import read_tensors
+
+
+def read_local_range(folder: Path, path: str, start: int, end: int) -> bytes:
+    """Return bytes ``start`` to ``end`` of a file in a folder; fewer when the file is shorter."""
+    with (folder / path).open("rb") as handle:
+        handle.seek(start)
+        return handle.read(end - start)
+
+
+def read_folder_index(folder: Path) -> WeightIndex:
+    """Return where every tensor of a model folder lies, with all headers checked.
+
+    Raises:
+        SourceNotFoundError: when there are no safetensors.
+        CorruptWeightsError: when a header or the index is damaged or they contradict each other.
+    """
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    return read_index(sizes, lambda path, start, end: read_local_range(folder, path, start, end))
+
+
+def read_file_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of one safetensors file on the CPU.
+
+    Raises:
+        CorruptWeightsError: when the file is damaged.
+    """
+    header = read_header(lambda name, start, end: read_local_range(path.parent, name, start, end), path.name,
+                         path.stat().st_size)
+    entries = {name: (path.name, entry) for name, entry in header.entries.items()}
+    total = sum(entry.num_bytes for entry in header.entries.values())
+    count = sum(entry.num_elements for entry in header.entries.values())
+    return read_tensors(path.parent, WeightIndex(entries, (path.name,), total, count), entries)

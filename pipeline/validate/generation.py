@@ -1,0 +1,115 @@
+"""Greedy continuations of smoke prompts with one block in memory at a time, and whether they degenerate."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.skeleton.model import BlockCall, BlockForward, Skeleton
+from pipeline.spec import PromptSpec
+
+RESIDENT_BYTES = 2 << 30
+"""Dense blocks are kept between tokens up to this much; a larger model is read again for every token."""
+
+RUN_LENGTH = 8
+"""A token this many times in a row is degenerate, unless the source does the same."""
+
+MIN_DISTINCT = 0.15
+"""Fewer distinct tokens than this share of a continuation of at least 16 is degenerate, unless the source's is too."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model made of a prompt.
+
+    Attributes:
+        ids: Generated token ids, without an end token.
+        text: The same as text.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+
+
+class BlockCache:
+    """Dense weights of blocks, read on demand, the least recently used dropped beyond a number of bytes."""
+
+    def __init__(self, load: Callable[[int], Mapping[str, Tensor]], max_bytes: int = RESIDENT_BYTES) -> None:
+        self._load, self._max_bytes = load, max_bytes
+        self._blocks: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
+        self._bytes: dict[int, int] = {}
+
+    def __call__(self, index: int) -> Mapping[str, Tensor]:
+        """Return the weights of one block by local name."""
+        if index not in self._blocks:
+            weights = self._load(index)
+            self._blocks[index] = weights
+            self._bytes[index] = sum(tensor.nbytes for tensor in weights.values())
+            while sum(self._bytes.values()) > self._max_bytes and len(self._blocks) > 1:
+                # Blocks come round in order, so the one used last is the one needed last.
+                stale = next(key for key in reversed(self._blocks) if key != index)
+                del self._blocks[stale], self._bytes[stale]
+        return self._blocks[index]
+
+
+@torch.no_grad()
+def continue_greedily(
+    skeleton: Skeleton, load: Callable[[int], Mapping[str, Tensor]], prompt_ids: Sequence[int], max_tokens: int,
+    end_ids: frozenset[int],
+) -> tuple[int, ...]:
+    """Return up to ``max_tokens`` most likely token ids after a prompt, ended by any of ``end_ids`` (not included).
+
+    The model's own forward and key-value cache are used; only its blocks' weights come and go. Needs
+    ``attach_outer``.
+    """
+
+    def run(index: int, forward: BlockForward, call: BlockCall, hidden: Tensor) -> Any:
+        with skeleton.attached(index, load(index)):
+            return call.run_raw(forward, hidden)
+
+    ids: list[int] = []
+    step = torch.tensor([list(prompt_ids)], device=skeleton.device)
+    past: Any = None
+    with skeleton.blocks_replaced(run):
+        for _ in range(max_tokens):
+            output = skeleton.net(input_ids=step, past_key_values=past, use_cache=True)
+            token = int(output.logits[0, -1].argmax())
+            if token in end_ids:
+                break
+            ids.append(token)
+            past, step = output.past_key_values, torch.tensor([[token]], device=skeleton.device)
+    return tuple(ids)
+
+
+def degeneracy(ids: Sequence[int]) -> str:
+    """Return why a continuation is degenerate, or an empty string."""
+    if not ids:
+        return "nothing was generated"
+    longest, run = 1, 1
+    for before, after in zip(ids, ids[1:], strict=False):
+        run = run + 1 if before == after else 1
+        longest = max(longest, run)
+    if longest >= RUN_LENGTH:
+        return f"one token {longest} times in a row"
+    if len(ids) >= 16 and len(Counter(ids)) < MIN_DISTINCT * len(ids):
+        return f"only {len(Counter(ids))} distinct tokens in {len(ids)}"
+    return ""
+
+
+def judge_continuation(prompt: PromptSpec, source: Continuation, variant: Continuation) -> str:
+    """Return what is wrong with a variant's continuation, or an empty string.
+
+    Degenerate text is only held against a variant whose source writes better on the same prompt.
+    """
+    fault = degeneracy(variant.ids)
+    if fault and not degeneracy(source.ids):
+        return f"{prompt.prompt!r}: {fault}"
+    if prompt.expect and not re.search(prompt.expect, variant.text):
+        return f"{prompt.prompt!r}: {variant.text[:80]!r} does not match {prompt.expect!r}"
+    return ""

@@ -1,0 +1,101 @@
+"""What the storage suites run in processes of their own: writers that race, and writers that are killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConflictError
+from pipeline.settings import load_settings
+from pipeline.storage.objects import ObjectStore, open_store
+from pipeline.storage.release import publish_release
+from pipeline.storage.s3 import S3Store
+from pipeline.storage.work import WorkStore
+
+PROVENANCE = {"source": "org/model", "commit": "c" * 40, "settings": {"bits": 4, "damping": 0.01}}
+PART_BYTES = 5 << 20
+
+
+def process_context() -> ForkServerContext:
+    """Processes that start in milliseconds, from a server that has loaded this module and boto3 but no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.storage.s3", "tests.contract.storage_actors"])
+    return context
+
+
+def open_for_test(url: str) -> ObjectStore:
+    """Open a store; S3 uploads use the smallest parts, so that small files are multipart uploads."""
+    store = open_store(url, load_settings())
+    if isinstance(store, S3Store):
+        store.part_bytes = PART_BYTES
+    return store
+
+
+def race_to_put(url: str, key: str, writer: int, condition: dict[str, Any], barrier: Any, answers: Any) -> None:
+    """Write once everybody is ready, and report whether we were told that we won."""
+    store = open_for_test(url)
+    barrier.wait()
+    try:
+        store.put(key, f"written by {writer}".encode(), **condition)
+    except ConflictError:
+        answers.put((writer, False))
+    else:
+        answers.put((writer, True))
+
+
+def publish_and_die(url: str, folder: str, environment: dict[str, str], step: int) -> None:
+    """Publish, and be killed right before the given step (1 is the first)."""
+    os.environ.update(environment)
+    store = open_for_test(url)
+    if isinstance(store, S3Store):
+        left = [step]
+
+        def before_send(**_: Any) -> None:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        store._client.meta.events.register("before-send.s3", before_send)
+    else:
+        _die_at_disk_step(step)
+    publish_release(store, Path(folder), "org", "model-GPTQ", PROVENANCE, verdict_passed=True)
+
+
+def finish_and_die(root: str, stage: str, key: str, step: int) -> None:
+    """Write a stage, and be killed right before the given step."""
+    store = WorkStore(Path(root))
+    _die_at_disk_step(step)
+    with store.writing(stage, key) as writer:
+        writer.path("codes.bin").write_bytes(b"codes" * 1000)
+        writer.finish({"loss": 0.5})
+
+
+def race_to_finish(root: str, stage: str, key: str, barrier: Any, answers: Any) -> None:
+    """Write the same stage as everybody else at the same time."""
+    store = WorkStore(Path(root))
+    with store.writing(stage, key) as writer:
+        writer.path("codes.bin").write_bytes(b"codes" * 1000)
+        barrier.wait()
+        answers.put(writer.finish({"loss": 0.5}).model_dump())
+
+
+def _die_at_disk_step(step: int) -> None:
+    """Every change of the file system that orders others (flush, link, rename, removal) counts as one step."""
+    left = [step]
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **named)
+
+        return wrapper
+
+    for name in ("fsync", "link", "replace", "rename", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))

@@ -1,0 +1,378 @@
+"""Publishing, finding and checking releases, on a directory and on a real S3 server."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConflictError, CorruptReleaseError, SpecError, StorageError
+from pipeline.fingerprint import digest_bytes
+from pipeline.settings import Settings
+from pipeline.storage.locate import download_release, locate_release, verify_release_files
+from pipeline.storage.manifest import MANIFEST_NAME, Manifest, release_prefix
+from pipeline.storage.objects import ObjectStore, open_store
+from pipeline.storage.refs import MAX_HISTORY, Ref, move_ref, read_ref
+from pipeline.storage.release import (
+    ListedRelease,
+    PublishedRelease,
+    list_releases,
+    publish_release,
+    sweep_unfinished,
+)
+from tests.contract.storage_actors import PART_BYTES, PROVENANCE, open_for_test, process_context, publish_and_die
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+ADDRESS = ("org", "model-GPTQ")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three files as a converter leaves them."""
+    folder = tmp_path / "converted"
+    (folder / "assets").mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(b"0123456789abcdef" * 100)
+    (folder / "assets" / "size.png").write_bytes(b"png")
+    return folder
+
+
+def publish(store: ObjectStore, folder: Path, **changed: object) -> PublishedRelease:
+    arguments: dict[str, object] = {"provenance": PROVENANCE, "verdict_passed": True, "now": lambda: NOW, **changed}
+    return publish_release(store, folder, *ADDRESS, **arguments)  # type: ignore[arg-type]
+
+
+def contents(store: ObjectStore, prefix: str = "releases/") -> dict[str, str]:
+    """Every object's digest."""
+    return {info.key: digest_bytes(b"".join(store.stream(info.key))) for info in store.list(prefix)}
+
+
+def test_a_published_release_is_found_listed_and_intact(store: ObjectStore, settings: Settings, folder: Path) -> None:
+    published = publish(store, folder)
+    assert published.path_or_uri == f"{store.url}/releases/org/model-GPTQ/{published.revision}"
+    assert (published.url, published.refs, published.num_uploaded) == (store.url, ("main",), 3)
+    assert list_releases(store) == (ListedRelease(*ADDRESS, published.revision, ("main",)),)
+    by_name = f"{store.url}/releases/org/model-GPTQ"
+    locations = [
+        by_name,
+        f"{by_name}/",
+        f"{by_name}@main",
+        f"{by_name}@{published.revision}",
+        published.path_or_uri,
+        f"{published.path_or_uri}/manifest.json",
+    ]
+    for location in locations:
+        located = locate_release(location, settings)
+        assert (located.namespace, located.name, located.revision) == (*ADDRESS, published.revision)
+        assert located.uri == published.path_or_uri
+        assert (located.local_path is None) == store.url.startswith("s3://")
+    assert verify_release_files(located) == []
+    assert [file.path for file in located.manifest.files] == ["assets/size.png", "config.json", "model.safetensors"]
+    assert located.manifest.provenance == PROVENANCE
+
+
+def test_publishing_again_uploads_nothing_and_changes_nothing(store: ObjectStore, folder: Path) -> None:
+    first = publish(store, folder)
+    before = contents(store, "")
+    again = publish(store, folder, now=lambda: NOW + timedelta(days=1))
+    assert (again.revision, again.num_uploaded) == (first.revision, 0)
+    assert contents(store, "") == before
+
+
+def test_a_release_does_not_depend_on_when_it_is_published(
+    new_url: Callable[[], str], settings: Settings, folder: Path
+) -> None:
+    stores = [open_store(new_url(), settings) for _ in range(2)]
+    for days, store in enumerate(stores):
+        publish(store, folder, now=lambda days=days: NOW + timedelta(days=days))
+    assert contents(stores[0]) == contents(stores[1])
+
+
+def test_other_content_provenance_or_verdict_is_another_revision(store: ObjectStore, folder: Path) -> None:
+    revisions = {publish(store, folder).revision}
+    revisions.add(publish(store, folder, provenance=PROVENANCE | {"commit": "d" * 40}).revision)
+    revisions.add(publish(store, folder, verdict_passed=False, refs=()).revision)
+    (folder / "config.json").write_text("{}")
+    revisions.add(publish(store, folder).revision)
+    assert len(revisions) == 4
+    assert {found.revision for found in list_releases(store)} == revisions
+
+
+def test_a_release_that_failed_its_gates_gets_no_ref(store: ObjectStore, folder: Path) -> None:
+    with pytest.raises(StorageError, match="did not pass its gates"):
+        publish(store, folder, verdict_passed=False)
+    assert contents(store, "") == {}
+    failed = publish(store, folder, verdict_passed=False, refs=())
+    with pytest.raises(StorageError, match="did not pass its gates"):
+        move_ref(store, *ADDRESS, "main", failed.revision)
+    assert read_ref(store, *ADDRESS, "main") is None
+
+
+def test_a_ref_cannot_point_at_what_is_not_finished(store: ObjectStore) -> None:
+    with pytest.raises(StorageError, match="not a finished release"):
+        move_ref(store, *ADDRESS, "main", "a" * 64)
+
+
+def test_names_that_cannot_be_addresses_are_refused_before_anything_is_written(
+    store: ObjectStore, folder: Path
+) -> None:
+    for namespace, name, ref in (("a/b", "n", "main"), ("a", "..", "main"), ("a", "n", "@"), ("", "n", "main")):
+        with pytest.raises(SpecError, match="cannot be the"):
+            publish_release(store, folder, namespace, name, PROVENANCE, verdict_passed=True, refs=(ref,))
+    assert contents(store, "") == {}
+
+
+def test_a_ref_keeps_its_history(store: ObjectStore, folder: Path) -> None:
+    revisions = []
+    for version in range(3):
+        (folder / "config.json").write_text(f"{version}")
+        revisions.append(publish(store, folder, now=lambda version=version: NOW + timedelta(hours=version)).revision)
+    move_ref(store, *ADDRESS, "main", revisions[0], now=lambda: NOW + timedelta(hours=9))
+    ref = read_ref(store, *ADDRESS, "main")
+    assert ref is not None
+    assert (ref.sequence, ref.revision, ref.previous) == (4, revisions[0], revisions[2])
+    assert [(move.sequence, move.revision) for move in ref.history] == [
+        (3, revisions[2]),
+        (2, revisions[1]),
+        (1, revisions[0]),
+    ]
+    assert [move.updated_at for move in ref.history] == [NOW + timedelta(hours=hours) for hours in (2, 1, 0)]
+
+
+def test_racing_moves_of_a_ref_lose_none(store: ObjectStore, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    revisions = []
+    for version in range(8):
+        (small / "config.json").write_text(f"{version}")
+        revisions.append(publish(store, small, refs=()).revision)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda revision: move_ref(store, *ADDRESS, "main", revision), revisions))
+    ref = read_ref(store, *ADDRESS, "main")
+    assert ref is not None and ref.sequence == 8
+    assert {ref.revision, *(move.revision for move in ref.history)} == set(revisions)
+
+
+def test_racing_publishers_of_the_same_bytes_all_succeed(store: ObjectStore, folder: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        published = list(pool.map(lambda _: publish(store, folder), range(8)))
+    assert len({found.revision for found in published}) == 1
+    ref = read_ref(store, *ADDRESS, "main")
+    assert ref is not None and ref.sequence == 1
+
+
+def test_a_history_is_bounded_while_its_numbers_go_on() -> None:
+    ref = Ref(sequence=1, revision="0" * 64, updated_at=NOW, previous=None, history=())
+    for number in range(1, MAX_HISTORY + 6):
+        ref = ref.moved_to(f"{number:064x}", NOW)
+    assert (ref.sequence, len(ref.history)) == (MAX_HISTORY + 6, MAX_HISTORY)
+    assert ref.history[0].revision == ref.previous
+
+
+def test_every_kind_of_damage_is_named(store: ObjectStore, settings: Settings, folder: Path) -> None:
+    for name in ("lost.txt", "short.txt", "other.txt"):
+        (folder / name).write_text("content")
+    published = publish(store, folder)
+    prefix = release_prefix(*ADDRESS, published.revision)
+    store.delete(f"{prefix}lost.txt")
+    store.put(f"{prefix}short.txt", b"cont")
+    store.put(f"{prefix}other.txt", b"CONTENT")
+    store.put(f"{prefix}added.txt", b"x")
+    problems = verify_release_files(locate_release(published.path_or_uri, settings))
+    assert [problem.split(" ", 1)[0] for problem in problems] == ["lost.txt", "other.txt", "short.txt", "added.txt"]
+    for word, problem in zip(("missing", "SHA-256", "bytes", "not in"), problems, strict=True):
+        assert word in problem
+    assert publish(store, folder).num_uploaded == 3
+    assert verify_release_files(locate_release(published.path_or_uri, settings)) == ["added.txt is not in the manifest"]
+
+
+def test_a_folder_without_a_manifest_is_not_a_release(store: ObjectStore, settings: Settings, folder: Path) -> None:
+    published = publish(store, folder)
+    other = release_prefix("org", "other", "b" * 64)
+    store.put(f"{other}config.json", b"{}")
+    with pytest.raises(CorruptReleaseError, match="not a finished release") as caught:
+        locate_release(f"{store.url}/{other}", settings)
+    assert f"{store.url}/releases/org/model-GPTQ@main" in caught.value.hint
+    assert [found.revision for found in list_releases(store)] == [published.revision]
+
+
+def test_a_wrong_location_says_what_is_there(store: ObjectStore, settings: Settings, folder: Path) -> None:
+    publish(store, folder)
+    for location in ("releases/org/absent", "releases/org/model-GPTQ@beta", f"releases/org/model-GPTQ/{'e' * 64}"):
+        with pytest.raises(StorageError) as caught:
+            locate_release(f"{store.url}/{location}", settings)
+        assert caught.value.code == "storage.release_not_found"
+        assert f"{store.url}/releases/org/model-GPTQ@main" in caught.value.hint
+
+
+def test_an_edited_manifest_is_refused(store: ObjectStore, settings: Settings, folder: Path) -> None:
+    published = publish(store, folder)
+    key = release_prefix(*ADDRESS, published.revision) + MANIFEST_NAME
+    blob = store.read(key)
+    assert blob is not None
+    for data, reason in (
+        (blob.data.replace(b'"verdict_passed": true', b'"verdict_passed": false'), "changed after it was published"),
+        (blob.data.replace(b'"config.json"', b'"../config.json"'), "not a release's manifest"),
+        (blob.data[:-20], "not a release's manifest"),
+    ):
+        assert data != blob.data
+        store.put(key, data)
+        with pytest.raises(CorruptReleaseError, match=reason):
+            locate_release(published.path_or_uri, settings)
+        with pytest.raises(CorruptReleaseError, match="other content"):
+            publish(store, folder)
+
+
+def test_a_manifest_in_another_releases_folder_is_refused(store: ObjectStore, settings: Settings, folder: Path) -> None:
+    published = publish(store, folder)
+    blob = store.read(release_prefix(*ADDRESS, published.revision) + MANIFEST_NAME)
+    assert blob is not None
+    moved = release_prefix("org", "copied", published.revision)
+    store.put(moved + MANIFEST_NAME, blob.data)
+    with pytest.raises(CorruptReleaseError, match="holds the manifest of org/model-GPTQ"):
+        locate_release(f"{store.url}/{moved}", settings)
+
+
+def test_a_downloaded_release_is_a_release(
+    store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    located = locate_release(publish(store, folder).path_or_uri, settings)
+    copy = tmp_path / "copy"
+    (copy / "assets").mkdir(parents=True)
+    (copy / "config.json").write_text("interrupted")
+    download_release(located, copy)
+    found = locate_release(str(copy), settings)
+    assert verify_release_files(found) == []
+    assert (found.manifest, found.local_path) == (located.manifest, copy)
+    assert sorted(path.name for path in copy.iterdir()) == [
+        "assets",
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_damaged_file_is_not_downloaded(store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path) -> None:
+    located = locate_release(publish(store, folder).path_or_uri, settings)
+    store.put(located.prefix + "config.json", b"damaged")
+    with pytest.raises(CorruptReleaseError, match=r"config\.json does not match"):
+        download_release(located, tmp_path / "copy")
+    assert not (tmp_path / "copy" / "config.json").exists()
+    assert not (tmp_path / "copy" / MANIFEST_NAME).exists()
+
+
+@pytest.mark.parametrize("case", ["empty", "absent", "manifest"])
+def test_a_folder_that_cannot_be_a_release_is_refused(store: ObjectStore, tmp_path: Path, case: str) -> None:
+    folder = tmp_path / case
+    if case != "absent":
+        folder.mkdir()
+    if case == "manifest":
+        (folder / MANIFEST_NAME).write_text("{}")
+    with pytest.raises(StorageError, match=r"no files to publish|rename or remove it"):
+        publish(store, folder)
+    assert contents(store, "") == {}
+
+
+def test_a_lost_answer_to_the_manifests_creation_is_no_conflict(store: ObjectStore, folder: Path) -> None:
+    """What an HTTP client's retry does: the write took place, its repetition is refused."""
+
+    class LosesAnswers:
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+        def put(self, key: str, data: bytes, **condition: object) -> str:
+            store.put(key, data, **condition)  # type: ignore[arg-type]
+            raise ConflictError(f"{key} is there already")
+
+    published = publish(LosesAnswers(), folder)  # type: ignore[arg-type]
+    ref = read_ref(store, *ADDRESS, "main")
+    assert ref is not None and (ref.revision, ref.sequence) == (published.revision, 1)
+
+
+def test_a_file_that_vanishes_before_the_manifest_stops_the_release(store: ObjectStore, folder: Path) -> None:
+    class LosesFiles:
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+        def upload(self, path: Path, key: str, sha256: str) -> None:
+            if path.name != "config.json":
+                store.upload(path, key, sha256)
+
+    with pytest.raises(StorageError, match=r"config\.json vanished"):
+        publish(LosesFiles(), folder)  # type: ignore[arg-type]
+    assert list_releases(store) == ()
+    assert read_ref(store, *ADDRESS, "main") is None
+
+
+def test_a_publisher_killed_anywhere_leaves_nothing_half_done_and_a_rerun_completes_it(
+    new_url: Callable[[], str], settings: Settings, folder: Path
+) -> None:
+    # Larger than an upload's part.
+    (folder / "model.safetensors").write_bytes(b"0123456789abcdef" * (PART_BYTES // 16) + b"tail")
+    undisturbed = open_for_test(new_url())
+    revision = publish(undisturbed, folder).revision
+    expected = contents(undisturbed)
+    num_killed = 0
+    for step in itertools.count(1):
+        url = new_url()
+        process = process_context().Process(target=publish_and_die, args=(url, str(folder), dict(os.environ), step))
+        process.start()
+        process.join()
+        store = open_for_test(url)
+        _require_whole_or_nothing(store, settings, revision)
+        publish(store, folder)
+        assert contents(store) == expected
+        assert list_releases(store) == (ListedRelease(*ADDRESS, revision, ("main",)),)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        num_killed += 1
+        store.sweep_partial(datetime.now(UTC) + timedelta(hours=1))
+        leftovers = {info.key for info in store.list("")} - expected.keys() - {"refs/org/model-GPTQ/main"}
+        assert leftovers == set()
+        assert store.sweep_partial(datetime.now(UTC) + timedelta(hours=1)) == ()
+    assert num_killed > 12
+
+
+def _require_whole_or_nothing(store: ObjectStore, settings: Settings, revision: str) -> None:
+    for found in list_releases(store):
+        assert found.revision == revision
+        located = locate_release(f"{store.url}/{release_prefix(*ADDRESS, revision)}", settings)
+        assert verify_release_files(located) == []
+    ref = read_ref(store, *ADDRESS, "main")
+    assert ref is None or [found.refs for found in list_releases(store)] == [("main",)]
+
+
+def test_a_sweep_removes_unfinished_publications_and_nothing_else(store: ObjectStore, folder: Path) -> None:
+    publish(store, folder)
+    finished = contents(store, "")
+    prefix = release_prefix("org", "killed", "b" * 64)
+    store.put(f"{prefix}config.json", b"{}")
+    store.put(f"{prefix}model.safetensors", b"1234")
+    long_ago, later = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timedelta(hours=1)
+    assert sweep_unfinished(store, before=long_ago).releases == ()
+    planned = sweep_unfinished(store, before=later, dry_run=True)
+    assert [(found.prefix, found.num_files, found.size_bytes) for found in planned.releases] == [(prefix, 2, 6)]
+    assert len(contents(store, "")) == len(finished) + 2
+    assert sweep_unfinished(store, before=later) == planned
+    assert contents(store, "") == finished
+
+
+def test_a_ref_that_is_no_ref_is_refused(store: ObjectStore) -> None:
+    store.put("refs/org/model-GPTQ/main", b"not json")
+    with pytest.raises(CorruptReleaseError, match="refs/org/model-GPTQ/main is not a ref"):
+        read_ref(store, *ADDRESS, "main")
+
+
+def test_a_manifest_has_one_text(store: ObjectStore, folder: Path) -> None:
+    published = publish(store, folder)
+    blob = store.read(release_prefix(*ADDRESS, published.revision) + MANIFEST_NAME)
+    assert blob is not None
+    assert Manifest.model_validate_json(blob.data).to_bytes() == blob.data
+    assert str(folder) not in blob.data.decode()

@@ -1,0 +1,305 @@
+"""Codecs against independent bit-by-bit readers, against the owning package, and against damage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import FormatError
+from pipeline.formats.codec import Codec, codec_for, prove_round_trip
+from pipeline.formats.packing import pack_rows, unpack_rows
+from pipeline.quantize.types import QuantizedLinear, Scheme
+from pipeline.spec import Format
+
+MakeLinear = Callable[..., QuantizedLinear]
+SYMMETRIC = [Scheme(4, 16, True), Scheme(8, 16, True)]
+ASYMMETRIC = [Scheme(4, 16, False), Scheme(8, 16, False)]
+HOLDABLE = [
+    *((Format.GPTQ, scheme) for scheme in SYMMETRIC),
+    (Format.AWQ, ASYMMETRIC[0]),
+    *((Format.COMPRESSED_TENSORS, scheme) for scheme in SYMMETRIC + ASYMMETRIC),
+]
+
+
+def _bits(word: int, start: int, width: int) -> int:
+    return ((word & 0xFFFFFFFF) >> start) & ((1 << width) - 1)
+
+
+def _read_gptq(name: str, tensors: dict[str, Tensor], bits: int, group_size: int) -> Tensor:
+    """Return the float64 weight [O, I], code by code as the layout is described."""
+    qweight, qzeros = tensors[f"{name}.qweight"].tolist(), tensors[f"{name}.qzeros"].tolist()
+    scales, g_idx = tensors[f"{name}.scales"].double(), tensors[f"{name}.g_idx"].tolist()
+    per_word, rows, columns = 32 // bits, len(qweight[0]), len(g_idx)
+    weight = torch.zeros(rows, columns, dtype=torch.float64)
+    for o in range(rows):
+        for i in range(columns):
+            code = _bits(qweight[i // per_word][o], bits * (i % per_word), bits)
+            zero = _bits(qzeros[g_idx[i]][o // per_word], bits * (o % per_word), bits) + 1
+            weight[o, i] = scales[g_idx[i], o] * (code - zero)
+    return weight
+
+
+def _read_awq(name: str, tensors: dict[str, Tensor], bits: int, group_size: int) -> Tensor:
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    qweight, qzeros = tensors[f"{name}.qweight"].tolist(), tensors[f"{name}.qzeros"].tolist()
+    scales = tensors[f"{name}.scales"].double()
+    weight = torch.zeros(len(qweight[0]) * 8, len(qweight), dtype=torch.float64)
+    for i in range(weight.shape[1]):
+        for word in range(len(qweight[0])):
+            for nibble in range(8):
+                o = 8 * word + order[nibble]
+                code = _bits(qweight[i][word], 4 * nibble, 4)
+                zero = _bits(qzeros[i // group_size][word], 4 * nibble, 4)
+                weight[o, i] = scales[i // group_size, o] * (code - zero)
+    return weight
+
+
+def _read_compressed(name: str, tensors: dict[str, Tensor], bits: int, group_size: int) -> Tensor:
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    packed, scales = tensors[f"{name}.weight_packed"].tolist(), tensors[f"{name}.weight_scale"].double()
+    zeros = tensors[f"{name}.weight_zero_point"].tolist() if f"{name}.weight_zero_point" in tensors else None
+    per_word = 32 // bits
+    weight = torch.zeros(rows, columns, dtype=torch.float64)
+    for o in range(rows):
+        for i in range(columns):
+            group = i // group_size
+            signed = _bits(packed[o][i // per_word], bits * (i % per_word), bits) - (1 << bits - 1)
+            if zeros is not None:
+                stored = _bits(zeros[o // per_word][group], bits * (o % per_word), bits)
+                signed -= stored - (1 << bits - 1)
+            weight[o, i] = scales[o, group] * signed
+    return weight
+
+
+READERS = {Format.GPTQ: _read_gptq, Format.AWQ: _read_awq, Format.COMPRESSED_TENSORS: _read_compressed}
+
+
+@pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
+def test_an_independent_reader_sees_the_same_weights(make_linear: MakeLinear, format_: Format, scheme: Scheme) -> None:
+    linear = make_linear(16, 48, scheme)
+    tensors = codec_for(format_).pack("a.b", linear, torch.bfloat16)
+    read = READERS[format_]("a.b", tensors, scheme.bits, scheme.group_size)
+    assert torch.equal(read, linear.dequantize().double())
+
+
+@pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
+def test_unpacking_is_the_exact_inverse_and_tensors_are_ready_to_write(
+    make_linear: MakeLinear, format_: Format, scheme: Scheme
+) -> None:
+    codec = codec_for(format_)
+    linear = make_linear(72, 96, scheme)
+    tensors = codec.pack("a.b", linear, torch.float16)
+    assert list(tensors) == [f"a.b.{suffix}" for suffix in codec.suffixes(scheme)]
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    codes, scale, zero = codec.unpack("a.b", tensors, scheme)
+    assert torch.equal(codes, linear.codes_OI)
+    assert torch.equal(scale, linear.scale_OG)
+    assert torch.equal(zero, linear.zero_OG)
+    prove_round_trip(codec, "a.b", linear, tensors)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 8), (5, 9), (2, 31), (4, 32), (3, 33), (70, 130)], ids=str)
+def test_packing_equals_the_owning_package_at_odd_shapes(shape: tuple[int, int], bits: int) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    codes = torch.randint(0, 1 << bits, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    packed = pack_rows(codes, bits)
+    signed = (codes.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
+    assert torch.equal(packed, pack_to_int32(signed, bits))
+    assert torch.equal(unpack_rows(packed, bits, shape[1]), codes)
+
+
+def test_chunks_leave_no_seams(monkeypatch: pytest.MonkeyPatch, make_linear: MakeLinear) -> None:
+    for format_, scheme in HOLDABLE:
+        linear = make_linear(72, 96, scheme)
+        whole = codec_for(format_).pack("x", linear, torch.float16)
+        for module in ("packing", "awq"):
+            monkeypatch.setattr(f"pipeline.formats.{module}.CHUNK_CODES", 96 * 8 * 2)
+        pieces = codec_for(format_).pack("x", linear, torch.float16)
+        assert all(torch.equal(pieces[key], whole[key]) for key in whole)
+        prove_round_trip(codec_for(format_), "x", linear, whole)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("whole_row", [False, True])
+@pytest.mark.parametrize("scheme", SYMMETRIC + ASYMMETRIC, ids=str)
+def test_the_owning_package_decompresses_to_the_same_weights(
+    make_linear: MakeLinear, scheme: Scheme, whole_row: bool
+) -> None:
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    scheme = Scheme(scheme.bits, 48, scheme.symmetric) if whole_row else scheme
+    linear = make_linear(20, 48, scheme)
+    tensors = codec_for(Format.COMPRESSED_TENSORS).pack("m", linear, torch.float32)
+    strategy = {"strategy": "channel"} if whole_row else {"strategy": "group", "group_size": scheme.group_size}
+    args = QuantizationArgs(num_bits=scheme.bits, type="int", symmetric=scheme.symmetric, **strategy)
+    local = {key.removeprefix("m."): value for key, value in tensors.items()}
+    decompressed = PackedQuantizationCompressor.decompress(local, QuantizationScheme(targets=["Linear"], weights=args))
+    assert torch.equal(decompressed["weight"], linear.dequantize())
+
+
+def test_known_words_of_symmetric_four_bit_zeros(make_linear: MakeLinear) -> None:
+    tensors = codec_for(Format.GPTQ).pack("x", make_linear(16, 32, SYMMETRIC[0]), torch.float16)
+    assert set(tensors["x.qzeros"].flatten().tolist()) == {0x77777777}
+    assert tensors["x.g_idx"].tolist() == [0] * 16 + [1] * 16
+    assert tensors["x.scales"].dtype is torch.float16
+
+
+def test_version_2_content_under_the_version_1_label_is_caught(make_linear: MakeLinear) -> None:
+    linear = make_linear(16, 32, SYMMETRIC[0])
+    tensors = codec_for(Format.GPTQ).pack("x", linear, torch.float16)
+    tensors["x.qzeros"] = tensors["x.qzeros"] + 0x11111111
+    with pytest.raises(FormatError, match="version 2 content") as caught:
+        prove_round_trip(codec_for(Format.GPTQ), "x", linear, tensors)
+    assert caught.value.code == "format.label_disagrees"
+
+
+def test_columns_stored_out_of_order_are_refused(make_linear: MakeLinear) -> None:
+    tensors = codec_for(Format.GPTQ).pack("x", make_linear(16, 32, SYMMETRIC[0]), torch.float16)
+    tensors["x.g_idx"] = tensors["x.g_idx"].flip(0).contiguous()
+    with pytest.raises(FormatError, match="x.g_idx"):
+        codec_for(Format.GPTQ).unpack("x", tensors, SYMMETRIC[0])
+
+
+def test_proof_names_what_came_back_different(make_linear: MakeLinear) -> None:
+    linear = make_linear(16, 32, ASYMMETRIC[0])
+    codec = codec_for(Format.COMPRESSED_TENSORS)
+    tensors = codec.pack("x", linear, torch.float16)
+    flipped = tensors["x.weight_packed"].clone()
+    flipped[3, 1] ^= 1
+    with pytest.raises(FormatError, match="x: codes come back different"):
+        prove_round_trip(codec, "x", linear, tensors | {"x.weight_packed": flipped})
+    with pytest.raises(FormatError, match="x: scales come back different"):
+        prove_round_trip(codec, "x", linear, tensors | {"x.weight_scale": tensors["x.weight_scale"] * 2})
+
+
+def test_codes_too_wide_for_the_format_do_not_survive_the_proof(make_linear: MakeLinear) -> None:
+    linear = make_linear(16, 32, SYMMETRIC[0])
+    linear.codes_OI[0, 0] = 16
+    for format_ in (Format.GPTQ, Format.COMPRESSED_TENSORS):
+        tensors = codec_for(format_).pack("x", linear, torch.float16)
+        with pytest.raises(FormatError, match="codes come back different"):
+            prove_round_trip(codec_for(format_), "x", linear, tensors)
+
+
+@pytest.mark.parametrize(
+    ("format_", "rows", "columns", "scheme", "reason"),
+    [
+        (Format.GPTQ, 12, 32, Scheme(4, 16, True), "out_features 12"),
+        (Format.GPTQ, 16, 20, Scheme(4, 10, True), "in_features 20"),
+        (Format.GPTQ, 10, 32, Scheme(8, 16, True), "out_features 10"),
+        (Format.GPTQ, 16, 40, Scheme(4, 16, True), "does not divide 40"),
+        (Format.GPTQ, 16, 32, Scheme(4, 16, False), "symmetric"),
+        (Format.GPTQ, 16, 32, Scheme(3, 16, True), "not 3"),
+        (Format.AWQ, 12, 32, Scheme(4, 16, False), "out_features 12"),
+        (Format.AWQ, 16, 40, Scheme(4, 16, False), "does not divide 40"),
+        (Format.AWQ, 16, 32, Scheme(4, 16, True), "asymmetric"),
+        (Format.AWQ, 16, 32, Scheme(8, 16, False), "not 8"),
+        (Format.COMPRESSED_TENSORS, 16, 40, Scheme(4, 16, True), "does not divide 40"),
+        (Format.COMPRESSED_TENSORS, 16, 32, Scheme(3, 16, True), "not 3"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_said_and_refused(
+    make_linear: MakeLinear, format_: Format, rows: int, columns: int, scheme: Scheme, reason: str
+) -> None:
+    codec = codec_for(format_)
+    said = codec.check("blk.q", rows, columns, scheme)
+    assert said is not None
+    assert said.startswith("blk.q: ")
+    assert reason in said
+    if columns % scheme.group_size == 0:
+        with pytest.raises(FormatError, match=reason):
+            codec.pack("blk.q", make_linear(rows, columns, scheme), torch.float16)
+
+
+@pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
+def test_what_a_format_can_hold_is_not_refused(format_: Format, scheme: Scheme) -> None:
+    assert codec_for(format_).check("x", 16, 32, scheme) is None
+
+
+def test_scales_that_would_change_are_refused(make_linear: MakeLinear) -> None:
+    linear = make_linear(16, 32, SYMMETRIC[0])
+    linear.scale_OG[0, 0] = 1 + 2**-9  # exact in float16, not in bfloat16
+    codec_for(Format.COMPRESSED_TENSORS).pack("x", linear, torch.float16)
+    with pytest.raises(FormatError, match="not exact in bfloat16"):
+        codec_for(Format.COMPRESSED_TENSORS).pack("x", linear, torch.bfloat16)
+    linear.scale_OG[0, 0] = 1e-9
+    with pytest.raises(FormatError, match="not exact in float16"):
+        codec_for(Format.GPTQ).pack("x", linear, torch.bfloat16)
+    with pytest.raises(FormatError, match="float8"):
+        codec_for(Format.COMPRESSED_TENSORS).pack("x", linear, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
+def test_scales_that_cannot_be_are_refused(
+    make_linear: MakeLinear, format_: Format, scheme: Scheme, bad: float
+) -> None:
+    codec = codec_for(format_)
+    tensors = codec.pack("x", make_linear(16, 32, scheme), torch.float16)
+    key = "x.weight_scale" if format_ is Format.COMPRESSED_TENSORS else "x.scales"
+    tensors[key][1, 1] = bad
+    with pytest.raises(FormatError, match=key):
+        codec.unpack("x", tensors, scheme)
+
+
+def _damage(tensor: Tensor) -> dict[str, Tensor | None]:
+    return {
+        "missing": None,
+        "float64": tensor.double(),
+        "int16": tensor.to(torch.int16),
+        "empty": tensor[:0],
+        "scalar": tensor.flatten()[0],
+        "one row less": tensor[:-1],
+        "one row more": torch.cat([tensor, tensor[-1:]]),
+        "three dimensions": tensor[None, None] if tensor.ndim == 1 else tensor[None],
+        "flat": tensor.flatten() if tensor.ndim > 1 else tensor[:, None],
+    }
+
+
+@pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
+def test_damaged_tensors_are_format_errors_and_nothing_else(
+    make_linear: MakeLinear, format_: Format, scheme: Scheme
+) -> None:
+    codec: Codec = codec_for(format_)
+    tensors = codec.pack("x", make_linear(16, 48, scheme), torch.float16)
+    for key, tensor in tensors.items():
+        for damage, damaged in _damage(tensor).items():
+            changed = {k: v for k, v in tensors.items() if k != key}
+            if damaged is not None:
+                changed[key] = damaged
+            with pytest.raises(FormatError, match="x"):
+                codec.unpack("x", changed, scheme)
+                pytest.fail(f"{key} {damage} was accepted")
+
+
+@pytest.mark.parametrize("shape", [[16, -48], [0, 48], [16, 50], [16, 96], [2**62, 2**62]], ids=str)
+def test_a_lying_shape_is_a_format_error(make_linear: MakeLinear, shape: list[int]) -> None:
+    codec = codec_for(Format.COMPRESSED_TENSORS)
+    for scheme in (SYMMETRIC[0], ASYMMETRIC[0]):
+        tensors = codec.pack("x", make_linear(16, 48, scheme), torch.float16)
+        tensors["x.weight_shape"] = torch.tensor(shape)
+        with pytest.raises(FormatError, match="x"):
+            codec.unpack("x", tensors, scheme)
+
+
+@pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
+def test_reading_with_another_width_is_refused(make_linear: MakeLinear, format_: Format, scheme: Scheme) -> None:
+    codec = codec_for(format_)
+    tensors = codec.pack("x", make_linear(16, 48, scheme), torch.float16)
+    with pytest.raises(FormatError, match="x"):
+        codec.unpack("x", tensors, Scheme(12 - scheme.bits, 16, scheme.symmetric))
+
+
+def test_zero_points_of_a_symmetric_configuration_are_a_contradiction(make_linear: MakeLinear) -> None:
+    codec = codec_for(Format.COMPRESSED_TENSORS)
+    tensors = codec.pack("x", make_linear(16, 48, ASYMMETRIC[0]), torch.float16)
+    with pytest.raises(FormatError, match="weight_zero_point is there"):
+        codec.unpack("x", tensors, SYMMETRIC[0])
+    with pytest.raises(FormatError, match="weight_g_idx"):
+        codec.unpack("x", tensors | {"x.weight_g_idx": torch.zeros(48, dtype=torch.int32)}, ASYMMETRIC[0])

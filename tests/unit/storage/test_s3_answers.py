@@ -1,0 +1,178 @@
+"""What is made of the answers that a healthy server does not give: a local server that says what a test wants."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import (
+    ConditionalWriteError,
+    ConflictError,
+    DiskFullError,
+    PipelineError,
+    StorageError,
+    TargetUnavailableError,
+)
+from pipeline.fingerprint import digest_file
+from pipeline.storage.probe import probe
+from pipeline.storage.s3 import S3Store, connect_s3
+
+Answer = tuple[int, dict[str, str], bytes]
+
+
+class Script(ThreadingHTTPServer):
+    """Answers with ``answer(method, path, headers)`` and remembers the requests."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answer: Callable[[str, str, Any], Answer] = lambda *_: (200, {}, b"")
+        self.requests: list[tuple[str, str, str | None]] = []
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Script
+
+    def _reply(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.requests.append((self.command, self.path, self.headers.get("Range")))
+        status, headers, body = self.server.answer(self.command, self.path, self.headers)
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _reply  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    with Script() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def store(script: Script, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
+    monkeypatch.setattr("pipeline.storage.s3.MAX_ATTEMPTS", 2)
+    return connect_s3("b-1", "models", f"http://127.0.0.1:{script.server_port}")
+
+
+def error_answer(status: int, code: str) -> Answer:
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>said so</Message></Error>".encode()
+    return status, {"Content-Type": "application/xml"}, body
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (412, "PreconditionFailed", ConflictError),
+        (409, "ConditionalRequestConflict", ConflictError),
+        (404, "NoSuchKey", ConflictError),
+        (404, "NoSuchBucket", TargetUnavailableError),
+        (403, "AccessDenied", TargetUnavailableError),
+        (400, "AuthorizationHeaderMalformed", TargetUnavailableError),
+        (500, "InternalError", TargetUnavailableError),
+        (507, "InsufficientStorage", DiskFullError),
+        (400, "QuotaExceeded", DiskFullError),
+        (501, "NotImplemented", ConditionalWriteError),
+        (400, "InvalidRequest", StorageError),
+    ],
+)
+def test_each_refusal_has_its_error_with_place_and_reason(
+    store: S3Store, script: Script, status: int, code: str, kind: type[PipelineError]
+) -> None:
+    script.answer = lambda *_: error_answer(status, code)
+    with pytest.raises(StorageError) as caught:
+        store.put("a", b"x", if_match='"1"')
+    assert type(caught.value) is kind
+    assert f"bucket 'b-1' at http://127.0.0.1:{script.server_port}" in caught.value.message
+    assert caught.value.__cause__ is not None
+    if kind is not ConflictError:
+        assert caught.value.hint
+
+
+def test_a_full_store_is_named_while_uploading_and_the_upload_is_given_up(
+    store: S3Store, script: Script, tmp_path: Path
+) -> None:
+    def answer(method: str, path: str, _: Any) -> Answer:
+        if method == "POST":
+            return 200, {}, b"<InitiateMultipartUploadResult><UploadId>7</UploadId></InitiateMultipartUploadResult>"
+        return (204, {}, b"") if method == "DELETE" else error_answer(507, "InsufficientStorage")
+
+    script.answer = answer
+    store.part_bytes = 10
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 25)
+    with pytest.raises(DiskFullError, match="no space left in bucket 'b-1'"):
+        store.upload(path, "file", digest_file(path))
+    assert script.requests[-1][:2] == ("DELETE", "/b-1/models/file?uploadId=7")
+
+
+def test_a_server_that_stumbles_once_is_asked_again(store: S3Store, script: Script) -> None:
+    script.answer = lambda *_: (
+        error_answer(503, "SlowDown") if len(script.requests) == 1 else (200, {"ETag": '"1"'}, b"")
+    )
+    assert store.put("a", b"x") == '"1"'
+    assert len(script.requests) == 2
+
+
+def test_a_server_that_keeps_failing_is_given_up(store: S3Store, script: Script) -> None:
+    script.answer = lambda *_: error_answer(503, "SlowDown")
+    with pytest.raises(TargetUnavailableError, match="HTTP 503"):
+        store.read("a")
+    assert len(script.requests) == 2
+
+
+def test_a_broken_transfer_goes_on_where_it_broke(store: S3Store, script: Script) -> None:
+    whole = bytes(range(200))
+
+    def answer(_: str, __: str, headers: Any) -> Answer:
+        if "Range" not in headers:
+            return 200, {"Content-Length": "200", "ETag": '"1"'}, whole[:120]
+        assert headers["If-Match"] == '"1"'
+        return 206, {"ETag": '"1"', "Content-Range": "bytes 120-199/200"}, whole[120:]
+
+    script.answer = answer
+    assert b"".join(store.stream("a")) == whole
+    assert [request[2] for request in script.requests] == [None, "bytes=120-199"]
+
+
+def test_a_transfer_that_keeps_breaking_is_given_up(store: S3Store, script: Script) -> None:
+    script.answer = lambda *_: (200, {"Content-Length": "200", "ETag": '"1"'}, b"")
+    with pytest.raises(TargetUnavailableError, match=r"reading a broke 2 times, last at byte 0"):
+        list(store.stream("a"))
+
+
+def test_an_object_replaced_while_it_is_read_is_a_conflict(store: S3Store, script: Script) -> None:
+    script.answer = lambda _, __, headers: (
+        error_answer(412, "PreconditionFailed")
+        if "If-Match" in headers
+        else (200, {"Content-Length": "200", "ETag": '"1"'}, b"x" * 10)
+    )
+    with pytest.raises(ConflictError):
+        list(store.stream("a"))
+
+
+def test_a_store_that_refuses_conditions_that_hold_is_unfit(store: S3Store, script: Script) -> None:
+    script.answer = lambda *_: error_answer(412, "PreconditionFailed")
+    with pytest.raises(ConditionalWriteError, match="refused to create an object that did not exist"):
+        probe(store)
