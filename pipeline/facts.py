@@ -158,6 +158,8 @@ class ReleaseFacts(Facts):
     """Source tensors that are not in the release, each with the reason."""
     quality: Quality
     verdict: Verdict
+    generated_tokens: int
+    """Tokens that each smoke prompt was continued by, at most."""
     size_bytes: int
     """Bytes of weights in the release."""
     siblings: tuple[SiblingFacts, ...]

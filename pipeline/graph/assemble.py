@@ -18,7 +18,6 @@ from typing import Any
 from pipeline.facts import (
     FACTS_FILE,
     CalibrationFacts,
-    Facts,
     ModuleFacts,
     Quality,
     ReleaseFacts,
@@ -32,6 +31,7 @@ from pipeline.graph.dag import WorkUnit
 from pipeline.hub.card import read_card
 from pipeline.hub.fetch import FetchedSource
 from pipeline.publish.card import render_card
+from pipeline.publish.report import facts_as_json
 from pipeline.publish.plots import plot_layer_error, plot_size_quality
 from pipeline.spec import PER_CHANNEL, resolve_budgets
 from pipeline.storage.work import StageRecord, WorkStore
@@ -197,6 +197,7 @@ def make_facts(inputs: Inputs, fetched: FetchedSource, release: str, own: Measur
         dropped={},
         quality=own.quality,
         verdict=own.verdict,
+        generated_tokens=inputs.spec.gates.generated_tokens,
         size_bytes=own.size_bytes,
         siblings=tuple(
             SiblingFacts(variant=o.plan.spec.name, size_bytes=o.size_bytes, kl=o.quality.kl, perplexity=o.quality.perplexity)
@@ -255,7 +256,7 @@ def assemble_release(
         if _is_companion(path, inputs):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched.folder / path, folder / path)
-    _write_facts(folder / FACTS_FILE, facts)
+    (folder / FACTS_FILE).write_text(facts_as_json(facts), encoding="utf-8")
     (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
     (folder / "layer_error.png").write_bytes(plot_layer_error(facts))
     (folder / "size_quality.png").write_bytes(plot_size_quality(facts))
@@ -276,6 +277,3 @@ def _link(source: Path, target: Path) -> None:
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-
-def _write_facts(path: Path, facts: Facts) -> None:
-    _write_json(path, facts.model_dump(mode="json"))

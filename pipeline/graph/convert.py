@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.calibrate.tokens import Text, TokenBatch, load_text, take_tokens
 from pipeline.errors import SpecError
 from pipeline.facts import ReleaseFacts
@@ -300,3 +302,10 @@ def _publish(
         locations.append(published.path_or_uri)
     return tuple(locations)
 
+
+
+def resolve_device(wanted: str) -> str:
+    """Return ``cpu`` or ``cuda``: what was wanted, or for ``auto`` what this machine has."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted

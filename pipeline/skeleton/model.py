@@ -112,8 +112,10 @@ class Skeleton:
         block: nn.Module = self.net.get_submodule(self.block_names[index])
         return block
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def bind(self, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
         """Match checkpoint tensors (name to shape) with the model's parameters and persistent buffers.
+
+        A shape of None is not compared: the tensor is packed, and its format knows.
 
         Raises:
             UnsupportedArchitectureError: when tensors would be converted while loading.
@@ -132,10 +134,10 @@ class Skeleton:
                     code="source.missing_tensor",
                     hint="the upload is incomplete, or config.json belongs to another model",
                 )
-            if name is not None and shapes[name] != shape:
+            stored = shapes[name] if name is not None else None
+            if stored is not None and stored != shape:
                 raise CorruptWeightsError(
-                    f"{name} has the shape {list(shapes[name])}, but {self.architecture} as configured needs "
-                    f"{list(shape)}",
+                    f"{name} has the shape {list(stored)}, but {self.architecture} as configured needs {list(shape)}",
                     code="source.shape",
                     hint="config.json and the weights belong to different models",
                 )

@@ -73,6 +73,7 @@ def store(script: Script, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     monkeypatch.setattr("pipeline.storage.s3.MAX_ATTEMPTS", 2)
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
     return connect_s3("b-1", "models", f"http://127.0.0.1:{script.server_port}")
 
 

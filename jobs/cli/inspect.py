@@ -1,0 +1,36 @@
+"""``bitmill inspect``."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("inspect")
+@click.argument("release")
+@click.option("--modules", is_flag=True, help="Also the table of every linear.")
+@click.option("--card", is_flag=True, help="The card (README.md) as it is published.")
+@click.option("--json", "as_json", is_flag=True, help="Everything that is known of the release, as JSON.")
+def inspect_command(release: str, modules: bool, card: bool, as_json: bool) -> int:
+    """Show a published RELEASE: what it is, its figures, its modules, its card.
+
+    RELEASE is a revision folder, s3://bucket/.../REVISION, or TARGET/releases/NAMESPACE/NAME[@REF].
+    """
+    from rich.console import Console
+
+    from pipeline.graph.verify import inspect
+    from pipeline.publish.card import render_card
+    from pipeline.publish.report import facts_as_json, render_modules, render_summary
+    from pipeline.settings import load_settings
+
+    located, facts = inspect(release, load_settings())
+    if as_json:
+        click.echo(facts_as_json(facts), nl=False)
+    elif card:
+        click.echo(render_card(facts), nl=False)
+    else:
+        console = Console()
+        console.print(located.uri, soft_wrap=True, highlight=False)
+        render_summary(facts, console)
+        if modules:
+            render_modules(facts, console)
+    return 0

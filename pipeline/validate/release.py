@@ -1,0 +1,152 @@
+"""A release folder as a model: its packed tensors read by the project's own loader, block by block.
+
+Everything comes from the folder's files: the names and shapes from safetensors headers, the grids from
+``quantization_config``. The facts in ``bitmill.json`` are compared with them, not relied on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import CorruptReleaseError, FormatError, PipelineError
+from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
+from pipeline.skeleton.groups import LinearRef, linear_groups
+from pipeline.skeleton.model import Skeleton, dense_logits
+from pipeline.skeleton.tokenizer import TextTokenizer
+from pipeline.tensors.header import parse_json_object
+from pipeline.tensors.local import read_folder_index
+from pipeline.tensors.reader import read_tensors
+from pipeline.validate.dense import DenseReader, scale_problems
+from pipeline.validate.gates import check_scales
+from pipeline.validate.generation import BlockCache, continue_greedily, degeneracy
+
+PACKED_SUFFIXES = (
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+)
+"""Last name parts of the tensors that stand for a quantized ``weight``."""
+
+
+def read_facts(folder: Path) -> ReleaseFacts:
+    """Return the facts of the release in ``folder``.
+
+    Raises:
+        CorruptReleaseError: when they are missing or unreadable.
+    """
+    try:
+        return ReleaseFacts.model_validate_json((folder / FACTS_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptReleaseError(
+            f"{FACTS_FILE} of {folder} cannot be read: {error!s:.300}", hint="is this a release made by bitmill?"
+        ) from error
+
+
+class ReleaseModel:
+    """A release that computes: the reference that engines are compared with.
+
+    Attributes:
+        skeleton: The model without weights.
+        tokenizer: The release's own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read headers and config of the release in ``folder``.
+
+        Raises:
+            PipelineError: when they are damaged or do not belong together.
+        """
+        self._folder = folder
+        self._index = read_folder_index(folder)
+        config = parse_json_object((folder / "config.json").read_bytes())
+        self.skeleton = Skeleton(folder)
+        shapes = {name: entry.shape for name, (_, entry) in self._index.entries.items()}
+        packed = {name.rpartition(".")[0] + ".weight" for name in shapes if name.endswith(PACKED_SUFFIXES)}
+        plain = {name: shape for name, shape in shapes.items() if not name.endswith(PACKED_SUFFIXES)}
+        self.skeleton.bind({**plain, **dict.fromkeys(packed)})
+        groups = [linear_groups(self.skeleton, block) for block in range(self.skeleton.num_blocks)]
+        self._linears: dict[str, LinearRef] = {
+            linear.name: linear for block in groups for group in block for linear in group.linears
+        }
+        self._reader = DenseReader(config.get("quantization_config"), list(self._linears.values()))
+        self._load = BlockCache(self._read_block)
+        self.tokenizer = TextTokenizer(folder)
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        names = self.skeleton.block_tensors(index)
+        return self._reader.dense(names, self._tensors(list(names.values())))
+
+    def _tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        stored = [stored for name in names for stored in self._reader.stored_names(name)]
+        missing = [name for name in stored if name not in self._index.entries]
+        if missing:
+            raise FormatError(f"the release has no tensor {missing[0]}", hint="quantization_config and files disagree")
+        return read_tensors(self._folder, self._index, stored)
+
+    def attach(self) -> None:
+        """Put what lies outside the blocks in place; done once before computing."""
+        names = self.skeleton.outer_tensors()
+        tensors = read_tensors(self._folder, self._index, names.values())
+        self.skeleton.attach_outer({model: tensors[name] for model, name in names.items()})
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """Return float32 logits [length, vocabulary] of one sequence."""
+        return dense_logits(self.skeleton, torch.tensor([list(token_ids)]), self._load)[0]
+
+    def continue_prompt(self, prompt: str, max_tokens: int) -> tuple[int, ...]:
+        """Return the greedy continuation of a prompt, token ids."""
+        ids = self.tokenizer.encode(prompt, with_special=True)
+        return continue_greedily(self.skeleton, self._load, ids, max_tokens, self.tokenizer.end_ids)
+
+    def problems(self) -> tuple[list[str], int]:
+        """Return what is wrong with the packed linears, one line each, and how many there are."""
+        found: list[str] = []
+        count = 0
+        for index in range(self.skeleton.num_blocks):
+            names = self.skeleton.block_tensors(index)
+            tensors = self._tensors(list(names.values()))
+            for name in names.values():
+                scale_OG = self._reader.scales(name, tensors)
+                if scale_OG is not None:
+                    count += 1
+                    found.extend(scale_problems(name.removesuffix(".weight"), scale_OG))
+        return found, count
+
+
+def check_release(folder: Path, facts: ReleaseFacts, max_tokens: int) -> list[Check]:
+    """Return what a release's own files say: structure, scales, continuations against the recorded ones."""
+    try:
+        model = ReleaseModel(folder)
+        problems, count = model.problems()
+        model.attach()
+    except PipelineError as error:
+        return [Check(name="structure", passed=False, detail=error.message)]
+    stated = sum(module.bits < 16 for module in facts.modules)
+    detail = f"{count} quantized linears read by the project's own loader, {stated} stated"
+    return [
+        Check(name="structure", passed=count == stated and count > 0, detail=detail),
+        check_scales(problems, count),
+        _check_samples(model, facts, max_tokens),
+    ]
+
+
+def _check_samples(model: ReleaseModel, facts: ReleaseFacts, max_tokens: int) -> Check:
+    faults, same = [], 0
+    for sample in facts.verdict.samples:
+        ids = model.continue_prompt(sample.prompt, max_tokens)
+        is_same = model.tokenizer.decode(list(ids)) == sample.continuation
+        same += is_same
+        # Other machines round differently, so another text is no fault by itself; a degenerate one is.
+        if not is_same and (fault := degeneracy(ids)):
+            faults.append(f"{sample.prompt!r}: {fault}")
+    detail = "; ".join(faults) or f"{same} of {len(facts.verdict.samples)} prompts continued as recorded"
+    return Check(name="generation", passed=not faults, detail=detail)

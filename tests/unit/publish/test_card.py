@@ -1,0 +1,303 @@
+"""The card: metadata that a hub accepts, and everything a reader needs to judge a release."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, metadata_load
+from jinja2 import StrictUndefined, UndefinedError
+from markdown_it import MarkdownIt
+
+from pipeline.facts import Check, ReleaseFacts, Sample
+from pipeline.publish import card
+from pipeline.publish.card import front_matter, render_card, reproduce_command, reproduce_spec
+from pipeline.spec import VariantSpec, build_spec, parse_variant
+from tests.factories import make_facts, make_module, make_modules, make_verdict
+
+VARIANTS = ("gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128", "gptq-w4-g64-ct-asym", "rtn-w8-channel")
+
+
+def with_source(facts: ReleaseFacts, **changes: Any) -> ReleaseFacts:
+    return facts.model_copy(update={"source": facts.source.model_copy(update=changes)})
+
+
+def section(text: str, title: str) -> str:
+    """Return what stands below a heading, up to the next heading of any level."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if re.fullmatch(rf"#+ {re.escape(title)}", line)) + 1
+    end = next((i for i in range(start, len(lines)) if re.match(r"#{1,6} ", lines[i])), len(lines))
+    return "\n".join(lines[start:end])
+
+
+def fences(text: str) -> list[str]:
+    return [token.content for token in MarkdownIt("commonmark").parse(text) if token.type == "fence"]
+
+
+def loaded_metadata(text: str, folder: Path) -> dict[str, Any]:
+    path = folder / "README.md"
+    path.write_text(text, encoding="utf-8")
+    metadata = metadata_load(path)
+    assert metadata is not None
+    return metadata
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_hub_s_own_reader_finds_the_metadata(variant: str, tmp_path: Path) -> None:
+    spec = parse_variant(variant)
+    text = render_card(make_facts(variant))
+    assert loaded_metadata(text, tmp_path) == {
+        "license": "apache-2.0",
+        "base_model": "acme/TinyLlama",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys([spec.method.value, f"{spec.bits}-bit", spec.format.value, "bitmill"])),
+    }
+    assert ModelCard(text).data.base_model == "acme/TinyLlama"
+
+
+def test_a_local_source_has_no_base_model_and_the_card_says_so(tmp_path: Path) -> None:
+    facts = with_source(make_facts(), is_local=True, name="my model", license=None)
+    text = render_card(facts)
+    metadata = loaded_metadata(text, tmp_path)
+    assert not {"base_model", "base_model_relation", "license"} & set(metadata)
+    assert "`my model` (a local folder)" in text
+    assert "not stated by the source" in section(text, "Provenance")
+
+
+@pytest.mark.parametrize(
+    ("license_id", "expected"),
+    [
+        ("llama3.1", {"license": "llama3.1"}),
+        ("Acme: Research\nOnly", {"license": "other", "license_name": "Acme: Research\nOnly"}),
+    ],
+)
+def test_a_licence_that_is_no_identifier_becomes_other_with_its_name(
+    license_id: str, expected: dict[str, str], tmp_path: Path
+) -> None:
+    facts = with_source(make_facts(), license=license_id)
+    metadata = front_matter(facts)
+    assert {key: metadata[key] for key in metadata if key.startswith("license")} == expected
+    assert loaded_metadata(render_card(facts), tmp_path) == metadata
+
+
+def test_the_card_says_how_to_load_each_format() -> None:
+    needs_half = make_facts("gptq-w4-g64", modules=(make_module(in_features=576, group_size=64),))
+    gptq, awq, ct = (section(render_card(make_facts(name)), "Load it") for name in VARIANTS[:3])
+    assert "vllm serve demo/TinyLlama-gptq-w4-g128\n" in gptq
+    assert all("gptqmodel==7.6.0 optimum==2.3.0" in text and "compressed-tensors" not in text for text in (gptq, awq))
+    assert "compressed-tensors==0.20.0" in ct and "gptqmodel" not in ct
+    assert "it needs a GPU" in ct
+    assert "transformers~=5.17.0" in section(render_card(make_facts("gptq-w4-g64-ct-asym")), "Load it")
+    assert "--dtype half" not in gptq
+    assert "vllm serve demo/TinyLlama-gptq-w4-g64 --dtype half" in section(render_card(needs_half), "Load it")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_snippet_is_a_program(variant: str) -> None:
+    programs = [text for text in fences(render_card(make_facts(variant))) if "import" in text]
+    assert len(programs) == 1
+    compile(programs[0], "card", "exec")
+
+
+def test_sizes_figures_and_siblings_are_there() -> None:
+    text = render_card(make_facts())
+    assert "| weights | 336 MB (bfloat16) | 136 MB, 2.47× smaller |" in section(text, "Size")
+    assert "4.16 |" in section(text, "Size")
+    quality = section(text, "Quality")
+    assert "held-out text" in quality and "8,176 predicted tokens" in quality
+    assert "| perplexity | 22.61 | 23.94 (×1.059) |" in quality
+    assert "| 0 | 0.0612 |" in quality and "87.31 %" in quality
+    siblings = section(text, "Variants of the same conversion")
+    assert "**gptq-w4-g128** (this one) | 136 MB | 0.0612 | 23.94 |" in siblings
+    assert "| awq-w4-g128 | 152 MB | 0.0533 | 23.71 |" in siblings
+    assert "made one variant" in render_card(make_facts(siblings=()))
+
+
+def test_tensor_parallel_sizes_are_answered_with_the_limiting_linear() -> None:
+    answers = section(render_card(make_facts()), "Load it")
+    assert "| 2 | yes |  |" in answers
+    assert "| 4 | no | `model.layers.0.mlp.down_proj`: 704 inputs per rank are not whole groups of 128 |" in answers
+
+
+def test_a_passing_verdict_shows_every_figure_against_its_budget() -> None:
+    text = render_card(make_facts())
+    assert "**Verified:** all 4 checks passed." in text
+    verdict = section(text, "Verdict")
+    assert "| KL divergence (nats per token) | 0.0612 | 0.75 | yes |" in verdict
+    assert "| relative\\_error | passed | largest against budget (largest 0.2) |" in verdict
+
+
+def test_a_failing_verdict_cannot_be_overlooked() -> None:
+    facts = make_facts()
+    checks = (*facts.verdict.checks, Check(name="generation", passed=False, detail="prompt 2 repeats"))
+    text = render_card(facts.model_copy(update={"verdict": make_verdict(facts.variant, checks=checks)}))
+    assert "NOT VERIFIED: 1 of 5 checks failed" in text
+    assert "Verified:**" not in text
+    assert "| generation | **FAILED** | prompt 2 repeats |" in text
+
+
+def test_degradations_are_listed_and_their_absence_is_said() -> None:
+    assert "None: every linear was solved as asked." in section(render_card(make_facts()), "Degradations")
+    modules = tuple(make_module(f"m.{i}.q", degradations=("damping 0.04",)) for i in range(52))
+    listed = section(render_card(make_facts(modules=modules)), "Degradations")
+    assert "In 52 places" in listed
+    assert listed.count("damping 0.04") == 50
+    assert "and 2 more in `bitmill.json`" in listed
+
+
+def test_what_was_left_out_or_done_otherwise_is_named_with_its_reason() -> None:
+    facts = make_facts(
+        modules=(
+            make_module("m.0.down_proj", group_size=64, note="128 does not divide 576"),
+            make_module("m.1.down_proj", group_size=64, note="128 does not divide 576"),
+            make_module("m.0.up_proj", bits=16, group_size=0, note="ignored by the spec"),
+        ),
+        dropped={"m.0.inv_freq": "recomputed", "m.1.inv_freq": "recomputed", "mtp.weight": "not part of the model"},
+    )
+    text = section(render_card(facts), "What differs from the scheme")
+    assert "| `m.*.down_proj` | 2 | 4 bit, groups of 64: 128 does not divide 576 |" in text
+    assert "| `m.0.up_proj` | 1 | left in 16 bit: ignored by the spec |" in text
+    assert "| `m.*.inv_freq` | 2 | recomputed |" in text
+    assert "| `mtp.weight` | 1 | not part of the model |" in text
+    assert "Copied unquantized: embedding (1), norm (13)." in text
+    plain = section(render_card(make_facts()), "What differs from the scheme")
+    assert "all follow the scheme" in plain and "Dropped from the source: nothing." in plain
+
+
+def test_the_ten_worst_linears_are_shown_and_the_rest_is_referred_to() -> None:
+    errors = section(render_card(make_facts()), "Error per module")
+    assert errors.count("model.layers.") == 10
+    assert "`bitmill.json` holds all 84" in errors
+    assert "No linear was quantized." in render_card(make_facts(modules=()))
+
+
+def test_provenance_names_source_calibration_versions_and_fingerprint() -> None:
+    facts = make_facts()
+    text = section(render_card(facts), "Provenance")
+    for expected in (
+        f"| commit | `{facts.source.commit}` |",
+        "| licence | apache-2.0 |",
+        "| calibration text | `builtin` |",
+        "| calibration tokens | 128 × 512, seed 0 |",
+        facts.calibration.tokens_digest,
+        facts.spec_fingerprint,
+        "bitmill 0.1.0, compressed-tensors 0.20.0, torch 2.13.0, transformers 5.23.0",
+        "cpu float32",
+    ):
+        assert expected in text
+
+
+def test_a_short_name_is_reproduced_by_flags() -> None:
+    facts = make_facts()
+    assert reproduce_spec(facts) is None
+    assert reproduce_command(facts) == (
+        f"bitmill convert acme/TinyLlama@{facts.source.commit} --variant gptq-w4-g128 --calibration builtin "
+        "--samples 128 --length 512 --to releases"
+    )
+
+
+def test_what_flags_cannot_say_is_reproduced_by_a_spec_file() -> None:
+    variant = VariantSpec.model_validate(
+        {"name": "mine", "method": "gptq", "format": "gptq", "damping": 0.05, "ignore": ["re:down_proj$"]}
+    )
+    facts = make_facts(variant)
+    facts = facts.model_copy(update={"calibration": facts.calibration.model_copy(update={"seed": 7})})
+    text = reproduce_spec(facts)
+    assert text is not None
+    spec = build_spec(yaml.safe_load(text) | {"source": "acme/TinyLlama", "targets": ["releases"]}, "card")
+    assert (spec.variants, spec.calibration.seed) == ((variant,), 7)
+    words = shlex.split(reproduce_command(facts))
+    assert words[3:5] == ["--spec", "spec.yaml"] and "--variant" not in words
+    assert text in fences(render_card(facts))
+
+
+def test_a_seed_alone_needs_a_spec_beside_the_short_name() -> None:
+    facts = make_facts()
+    facts = facts.model_copy(update={"calibration": facts.calibration.model_copy(update={"seed": 7})})
+    assert yaml.safe_load(reproduce_spec(facts) or "") == {"calibration": {"seed": 7}}
+    assert "--spec spec.yaml --variant gptq-w4-g128" in reproduce_command(facts)
+
+
+def test_samples_keep_the_border_between_prompt_and_continuation() -> None:
+    facts = make_facts()
+    samples = (Sample(prompt="```\n# heading", continuation='"\n---\n\x1b[2J```` </p>'),)
+    text = render_card(facts.model_copy(update={"verdict": make_verdict(facts.variant, samples=samples)}))
+    shown = [fence for fence in fences(text) if fence.startswith("prompt:")]
+    assert shown == ['prompt:  "```\\n# heading"\nrelease: "\\"\\n---\\n\\u001b[2J```` </p>"\n']
+
+
+def test_hostile_names_change_neither_the_structure_nor_the_metadata(tmp_path: Path) -> None:
+    evil = "x`|\n---\n# <img src=x onerror=y> **b** [l](j)"
+    facts = make_facts(
+        modules=(make_module(evil, note=evil, degradations=(evil,)),),
+        kept={evil: evil},
+        dropped={evil: evil},
+        versions={evil: evil},
+        compute=evil,
+    )
+    facts = with_source(facts, name=evil, architecture=evil, license=evil, dtype=evil, is_local=True)
+    calm = with_source(
+        make_facts(
+            modules=(make_module("x", note="x", degradations=("x",)),),
+            kept={"x": "x"},
+            dropped={"x": "x"},
+            versions={"x": "x"},
+        ),
+        is_local=True,
+        license="Some Licence",
+    )
+    parser = MarkdownIt("commonmark").enable("table")
+
+    def body(text: str) -> str:
+        return (
+            text.split("\n---\n", 1)[1] if text is calm_text else re.split(r"\n- bitmill\n---\n", text, maxsplit=1)[1]
+        )
+
+    calm_text, evil_text = render_card(calm), render_card(facts)
+    outline = [token.type for token in parser.parse(body(evil_text))]
+    assert outline == [token.type for token in parser.parse(body(calm_text))]
+    inline = [child.type for token in parser.parse(body(evil_text)) for child in token.children or []]
+    assert "html_inline" not in inline and "link_open" not in inline
+    assert loaded_metadata(evil_text, tmp_path)["license_name"] == evil
+
+
+def test_the_same_facts_give_the_same_text_whatever_the_order_of_mappings() -> None:
+    facts = make_facts()
+    turned = facts.model_copy(
+        update={
+            "kept": dict(reversed(facts.kept.items())),
+            "versions": dict(reversed(facts.versions.items())),
+        }
+    )
+    assert render_card(facts) == render_card(turned)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_text_is_tidy(variant: str) -> None:
+    text = render_card(make_facts(variant))
+    assert text.endswith("\n") and not text.endswith("\n\n")
+    assert "\n\n\n" not in text
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
+    assert "None" not in text.replace("None: ", "")
+
+
+def test_a_card_of_many_blocks_stays_readable() -> None:
+    assert len(render_card(make_facts(num_blocks=80, modules=make_modules(80))).splitlines()) < 260
+
+
+def test_a_name_that_the_template_does_not_get_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = card._values
+
+    def lacking(facts: ReleaseFacts) -> dict[str, Any]:
+        return {key: value for key, value in values(facts).items() if key != "scheme"}
+
+    monkeypatch.setattr(card, "_values", lacking)
+    assert StrictUndefined is card.StrictUndefined
+    with pytest.raises(UndefinedError, match="scheme"):
+        render_card(make_facts())
