@@ -127,6 +127,7 @@ def make_facts(variant: str | VariantSpec = "gptq-w4-g128", num_blocks: int = 12
             top1_agreement=0.8731,
         ),
         "verdict": make_verdict(spec),
+        "generated_tokens": 32,
         "size_bytes": round(quantized * (spec.bits + 20 / 128) / 8) + 2 * kept,
         "siblings": (
             SiblingFacts(variant="awq-w4-g128", size_bytes=152_000_000, kl=0.0533, perplexity=23.71),

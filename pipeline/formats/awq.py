@@ -30,9 +30,11 @@ class AwqCodec:
     format = Format.AWQ
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        """Return the names of the three tensors of this layout."""
         return ("qweight", "qzeros", "scales")
 
     def check(self, name: str, out_features: int, in_features: int, scheme: Scheme) -> str | None:
+        """Return what keeps the layout from holding the linear: width, symmetry, or rows that words do not divide."""
         if scheme.bits not in FORMAT_BITS[Format.AWQ]:
             return f"{name}: format awq holds 4 bits, not {scheme.bits}"
         if scheme.symmetric:
@@ -44,6 +46,7 @@ class AwqCodec:
         return None
 
     def pack(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the three tensors; scales are float16 whatever ``scale_dtype`` says."""
         require_holdable(self, name, linear)
         return {
             f"{name}.qweight": _pack_columns(linear.codes_OI),
@@ -52,6 +55,7 @@ class AwqCodec:
         }
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, scale and zero point."""
         found = tensors.get(f"{name}.qweight")
         if found is None or found.ndim != 2 or not found.numel():
             raise FormatError(f"{name}.qweight is missing or no matrix", code="format.missing_tensor")

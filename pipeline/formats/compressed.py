@@ -35,10 +35,12 @@ class CompressedCodec:
     format = Format.COMPRESSED_TENSORS
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        """Return the names of the three tensors, or four with zero points."""
         symmetric = ("weight_packed", "weight_scale", "weight_shape")
         return symmetric if scheme.symmetric else (*symmetric, "weight_zero_point")
 
     def check(self, name: str, out_features: int, in_features: int, scheme: Scheme) -> str | None:
+        """Return what keeps the layout from holding the linear: width or group size."""
         if scheme.bits not in FORMAT_BITS[Format.COMPRESSED_TENSORS]:
             return f"{name}: format compressed-tensors holds 4 or 8 bits, not {scheme.bits}"
         if in_features % scheme.group_size:
@@ -46,6 +48,7 @@ class CompressedCodec:
         return None
 
     def pack(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors, with scales in ``scale_dtype``."""
         require_holdable(self, name, linear)
         if scale_dtype not in SCALE_DTYPES:
             raise FormatError(f"{name}: format compressed-tensors stores no scales in {scale_dtype}")
@@ -60,6 +63,7 @@ class CompressedCodec:
         return tensors
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, scale and zero point, read by the owning package."""
         shape = take(name, tensors, "weight_shape", [torch.int64, torch.int32], [2])
         out_features, in_features = (int(size) for size in shape.tolist())
         if out_features <= 0 or in_features <= 0:

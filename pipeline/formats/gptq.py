@@ -31,9 +31,11 @@ class GptqCodec:
     format = Format.GPTQ
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
+        """Return the names of the four tensors of this layout."""
         return ("qweight", "qzeros", "scales", "g_idx")
 
     def check(self, name: str, out_features: int, in_features: int, scheme: Scheme) -> str | None:
+        """Return what keeps the layout from holding the linear: width, symmetry, or a size that words do not divide."""
         if scheme.bits not in FORMAT_BITS[Format.GPTQ]:
             return f"{name}: format gptq holds 4 or 8 bits, not {scheme.bits}"
         if not scheme.symmetric:
@@ -47,6 +49,7 @@ class GptqCodec:
         return None
 
     def pack(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the four tensors; scales are float16 whatever ``scale_dtype`` says."""
         require_holdable(self, name, linear)
         bits, columns = linear.scheme.bits, linear.codes_OI.shape[1]
         device = linear.codes_OI.device
@@ -58,6 +61,7 @@ class GptqCodec:
         }
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, scale and zero point; version 2 content and columns out of order are refused."""
         out_features, in_features = _sizes(name, tensors, scheme)
         if (reason := self.check(name, out_features, in_features, scheme)) is not None:
             raise FormatError(reason)

@@ -50,6 +50,7 @@ def render_card(facts: ReleaseFacts) -> str:
         "fenced": markdown.fenced,
         "bytes": format_bytes,
         "count": format_count,
+        "ratio": lambda value: f"{value:.4f}",
         "figure": lambda value: f"{value:.4g}",
         "group": figures.group_word,
         "percent": lambda value: f"{100 * value:.2f} %",
@@ -77,26 +78,24 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
 
 
 def reproduce_spec(facts: ReleaseFacts) -> str | None:
-    """Return the YAML of a spec file that is needed to make the same bytes; None when flags say everything."""
-    document: dict[str, Any] = {}
-    if not _is_short_name(facts.variant):
-        document["variants"] = [facts.variant.model_dump(mode="json", exclude_defaults=True)]
-    if facts.calibration.seed:
-        document["calibration"] = {"seed": facts.calibration.seed}
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True) if document else None
+    """Return the YAML of the spec file that describes the variant; None when its name alone does."""
+    if _is_short_name(facts.variant):
+        return None
+    document = {"variants": [facts.variant.model_dump(mode="json", exclude_defaults=True)]}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
 def reproduce_command(facts: ReleaseFacts) -> str:
-    """Return the command that makes the same bytes, with ``spec.yaml`` where ``reproduce_spec`` returns text."""
+    """Return the command that makes the same weights, with ``spec.yaml`` where ``reproduce_spec`` returns text."""
     source, calibration = facts.source, facts.calibration
-    words = ["bitmill", "convert", source.name if source.is_local else f"{source.name}@{source.commit}"]
-    if reproduce_spec(facts) is not None:
-        words += ["--spec", "spec.yaml"]
-    if _is_short_name(facts.variant):
-        words += ["--variant", facts.variant.name]
-    words += ["--calibration", calibration.text]
-    words += ["--samples", str(calibration.samples), "--length", str(calibration.length), "--to", "releases"]
-    return shlex.join(words)
+    # The provenance of the shipped text names its part; the flag does not.
+    text = "builtin" if calibration.text.startswith("builtin:") else calibration.text
+    words = ["bitmill", "convert", f"./{source.name}" if source.is_local else f"{source.name}@{source.commit}"]
+    words += ["--variant", facts.variant.name] if _is_short_name(facts.variant) else ["--spec", "spec.yaml"]
+    words += ["--calibration", text]
+    words += ["--samples", str(calibration.samples), "--length", str(calibration.length)]
+    words += ["--seed", str(calibration.seed)] if calibration.seed else []
+    return shlex.join([*words, "--to", "releases"])
 
 
 def _is_short_name(variant: VariantSpec) -> bool:
@@ -109,13 +108,12 @@ def _is_short_name(variant: VariantSpec) -> bool:
 def _values(facts: ReleaseFacts) -> dict[str, Any]:
     answers = tp_answers(facts.modules, facts.variant)
     runs_half_only = answers[0].loading is Loading.GENERAL
-    spec = reproduce_spec(facts)
     return {
         "facts": facts,
         "front_matter": yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True).rstrip(),
         "scheme": figures.describe_scheme(facts.variant),
         "judged": figures.judge(facts),
-        "checks": [(check.name, check.passed, _check_text(check)) for check in facts.verdict.checks],
+        "checks": [(check, _check_figures(check)) for check in facts.verdict.checks],
         "guide": loading_guide(facts.variant, facts.release, runs_half_only=runs_half_only),
         "tp_answers": answers,
         "runs_half_only": runs_half_only,
@@ -133,7 +131,7 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
         "worst": figures.worst_modules(facts, NUM_WORST_MODULES),
         "max_listed": MAX_LISTED,
         "samples": [_sample_text(sample.prompt, sample.continuation) for sample in facts.verdict.samples],
-        "reproduce_spec": spec,
+        "reproduce_spec": reproduce_spec(facts),
         "reproduce_command": reproduce_command(facts),
         "facts_file": FACTS_FILE,
         "layer_error_file": LAYER_ERROR_FILE,
@@ -141,9 +139,8 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
     }
 
 
-def _check_text(check: Check) -> str:
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in sorted(check.figures.items()))
-    return f"{check.detail} ({numbers})" if numbers and check.detail else check.detail or numbers
+def _check_figures(check: Check) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in sorted(check.figures.items()))
 
 
 def _sample_text(prompt: str, continuation: str) -> str:

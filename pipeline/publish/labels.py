@@ -37,7 +37,8 @@ _POINT_RADIUS_PX = 11.0
 _LINE_RADIUS_PX = 3.0
 _DOT_RADIUS_PX = 8.0
 _MARGIN_PX = 5.0
-_CROWD_PX = 45.0
+_CROWD_PX = 28.0
+_NEIGHBOUR_PX = 100.0
 _CROSSING_PX2 = 400.0
 """What a line through a point or label costs, as overlapping pixels."""
 _LINE_STEPS = 24
@@ -63,10 +64,9 @@ def place_labels(
     boxes: dict[int, Bbox] = {}
     for i in sorted(range(len(points)), key=lambda i: centres[i]):
         others = [centre for j, centre in enumerate(centres) if j != i]
-        is_crowded = any(math.dist(centres[i], other) < _CROWD_PX for other in others)
         dots = [other for other in others if math.dist(centres[i], other) > _DOT_RADIUS_PX]
         best_cost, best_offset = math.inf, _FAR[0]
-        for offset in _FAR if is_crowded else (*_NEAR, *_FAR):
+        for offset in _places(centres[i], others):
             note = _annotate(axes, points[i], labels[i], colours[i], offset)
             box = _text_box(note).padded(_MARGIN_PX)
             note.remove()
@@ -82,6 +82,26 @@ def place_labels(
         if best_offset in _FAR:
             taken += [Bbox.from_extents(x - 2, y - 2, x + 2, y + 2) for x, y in _line(centres[i], boxes[i])]
     return [boxes[i] for i in range(len(points))]
+
+
+def _places(centre: tuple[float, float], others: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Return the offsets to try, in points: near ones unless the point is crowded, then far ones.
+
+    At each distance those that lead away from the neighbours come first, so that lines do not cross.
+    """
+    neighbours = [other for other in others if math.dist(centre, other) < _NEIGHBOUR_PX]
+    if not neighbours:
+        return (*_NEAR, *_FAR)
+    away_x = sum(centre[0] - x for x, _ in neighbours)
+    away_y = sum(centre[1] - y for _, y in neighbours)
+
+    def turn(offset: tuple[float, float]) -> tuple[int, float]:
+        angle = math.atan2(offset[1], offset[0]) - math.atan2(away_y, away_x)
+        return round(math.hypot(*offset)), round(abs(math.remainder(angle, math.tau)), 6)
+
+    far = sorted(_FAR, key=turn)
+    is_crowded = any(math.dist(centre, other) < _CROWD_PX for other in neighbours)
+    return tuple(far) if is_crowded else (*_NEAR, *far)
 
 
 def _annotate(

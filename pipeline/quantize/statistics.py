@@ -80,7 +80,7 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
 
 
 def rescale(statistics: Statistics, scale_I: Tensor) -> Statistics:
-    """Return the statistics of x / scale for positive ``scale_I`` (float32 [I]): H_ij / (s_i s_j), sums and maxima / s."""
+    """Return the statistics of x / s for positive ``scale_I`` (float32 [I]): H_ij / (s_i s_j), sums and maxima / s."""
     scale_I = scale_I.to(statistics.second_moment_II.device, torch.float32)
     return Statistics(
         second_moment_II=statistics.second_moment_II.div(scale_I[:, None]).div_(scale_I[None, :]),

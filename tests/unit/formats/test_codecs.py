@@ -162,7 +162,7 @@ def test_version_2_content_under_the_version_1_label_is_caught(make_linear: Make
 def test_columns_stored_out_of_order_are_refused(make_linear: MakeLinear) -> None:
     tensors = codec_for(Format.GPTQ).pack("x", make_linear(16, 32, SYMMETRIC[0]), torch.float16)
     tensors["x.g_idx"] = tensors["x.g_idx"].flip(0).contiguous()
-    with pytest.raises(FormatError, match="x.g_idx"):
+    with pytest.raises(FormatError, match=r"x\.g_idx"):
         codec_for(Format.GPTQ).unpack("x", tensors, SYMMETRIC[0])
 
 
@@ -248,6 +248,15 @@ def test_scales_that_cannot_be_are_refused(
         codec.unpack("x", tensors, scheme)
 
 
+def _refuses(codec: Codec, tensors: dict[str, Tensor], scheme: Scheme) -> bool:
+    """Return whether reading raises a FormatError that names the linear; any other exception passes through."""
+    try:
+        codec.unpack("x", tensors, scheme)
+    except FormatError as error:
+        return "x." in error.message or "x:" in error.message
+    return False
+
+
 def _damage(tensor: Tensor) -> dict[str, Tensor | None]:
     return {
         "missing": None,
@@ -273,9 +282,7 @@ def test_damaged_tensors_are_format_errors_and_nothing_else(
             changed = {k: v for k, v in tensors.items() if k != key}
             if damaged is not None:
                 changed[key] = damaged
-            with pytest.raises(FormatError, match="x"):
-                codec.unpack("x", changed, scheme)
-                pytest.fail(f"{key} {damage} was accepted")
+            assert _refuses(codec, changed, scheme), f"{key} {damage} was accepted"
 
 
 @pytest.mark.parametrize("shape", [[16, -48], [0, 48], [16, 50], [16, 96], [2**62, 2**62]], ids=str)

@@ -167,7 +167,10 @@ def test_block_importance_that_is_diagonal_gives_the_diagonal_result(scheme: Sch
     by_blocks = fit_grid(weight, blocks, scheme, search=True)
     by_diagonal = fit_grid(weight, diagonal, scheme, search=True)
     torch.testing.assert_close(
-        _losses(weight, *by_blocks, diagonal, scheme), _losses(weight, *by_diagonal, diagonal, scheme), rtol=1e-4, atol=0
+        _losses(weight, *by_blocks, diagonal, scheme),
+        _losses(weight, *by_diagonal, diagonal, scheme),
+        rtol=1e-4,
+        atol=0,
     )
 
 

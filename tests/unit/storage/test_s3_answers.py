@@ -38,6 +38,8 @@ class Script(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: Script
+    # Clients wait for "100 Continue" before they send a body, which only this version says.
+    protocol_version = "HTTP/1.1"
 
     def _reply(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
