@@ -27,7 +27,7 @@ from botocore.config import Config
 # SeaweedFS expects each gRPC port this far above its HTTP port; its built-in worker ignores any other choice.
 GRPC_OFFSET = 10_000
 START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 4.0
+STOP_TIMEOUT_S = 10.0
 
 
 def find_program(name: str) -> str | None:

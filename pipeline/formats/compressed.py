@@ -7,10 +7,11 @@ Per linear: ``weight_packed`` int32 [O, ceil(I * b / 32)], packed along each row
 asymmetric grids add ``weight_zero_point`` int32 [ceil(O * b / 32), G], packed along out_features. Symmetric grids have
 their zero point at the middle, the signed 0.
 
-The layout belongs to the ``compressed-tensors`` package. Reading goes through its own ``unpack_from_int32``, so the
-round-trip proof of every release asks the owner. Writing uses ``packing.pack_rows``, over ten times faster than the
-package's ``pack_to_int32`` and equal to it bit for bit (a test compares them at every width and odd shape). The
-package is imported where it is used: it takes seconds to load.
+The layout belongs to the ``compressed-tensors`` package. Four-bit codes and all zero points are read by its own
+``unpack_from_int32``, so that the round-trip proof of a release asks the owner. Writing uses ``packing.pack_rows``,
+over ten times faster than the package's ``pack_to_int32``, and eight-bit codes are read by ``packing.unpack_rows``, as
+the package's reader is fast for four bits only. Both equal the package bit for bit: tests compare them at odd shapes.
+The package is imported where it is used: it takes seconds to load.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import FormatError
 from pipeline.formats.codec import require_holdable
-from pipeline.formats.packing import WORD_BITS, load_scale, pack_rows, store_scale, take
+from pipeline.formats.packing import WORD_BITS, load_scale, pack_rows, store_scale, take, unpack_rows
 from pipeline.quantize.types import QuantizedLinear, Scheme
 from pipeline.spec import FORMAT_BITS, Format
 
@@ -75,7 +76,10 @@ class CompressedCodec:
         num_groups, bits = in_features // scheme.group_size, scheme.bits
         packed = take(name, tensors, "weight_packed", [torch.int32], [out_features, _num_words(in_features, bits)])
         scale = take(name, tensors, "weight_scale", SCALE_DTYPES, [out_features, num_groups])
-        codes_OI = _unpack(packed, scheme, (out_features, in_features), packed_dim=1)
+        if bits == 8:
+            codes_OI = unpack_rows(packed, bits, in_features)
+        else:
+            codes_OI = _unpack(packed, scheme, (out_features, in_features), packed_dim=1)
         if scheme.symmetric:
             zero_OG = torch.full_like(scale, scheme.middle, dtype=torch.uint8)
             if f"{name}.weight_zero_point" in tensors:

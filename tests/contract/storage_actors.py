@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,14 @@ def publish_and_die(url: str, folder: str, environment: dict[str, str], step: in
 
         store._client.meta.events.register("before-send.s3", before_send)
     else:
-        _die_at_disk_step(step)
+        _die_at_disk_step(url, step)
     publish_release(store, Path(folder), "org", "model-GPTQ", PROVENANCE, verdict_passed=True)
 
 
 def finish_and_die(root: str, stage: str, key: str, step: int) -> None:
     """Write a stage, and be killed right before the given step."""
     store = WorkStore(Path(root))
-    _die_at_disk_step(step)
+    _die_at_disk_step(root, step)
     with store.writing(stage, key) as writer:
         writer.path("codes.bin").write_bytes(b"codes" * 1000)
         writer.finish({"loss": 0.5})
@@ -84,18 +84,18 @@ def race_to_finish(root: str, stage: str, key: str, barrier: Any, answers: Any) 
         answers.put(writer.finish({"loss": 0.5}).model_dump())
 
 
-def _die_at_disk_step(step: int) -> None:
-    """Every change of the file system that orders others (flush, link, rename, removal) counts as one step."""
+def _die_at_disk_step(folder: str, step: int) -> None:
+    """Every change of the file system under a folder counts as one step, whoever asks for it."""
     left = [step]
 
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **named: Any) -> Any:
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        if any(str(argument).startswith(folder) for argument in arguments[:2]):
             left[0] -= 1
             if not left[0]:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return call(*arguments, **named)
 
-        return wrapper
-
-    for name in ("fsync", "link", "replace", "rename", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
+    sys.addaudithook(audit)

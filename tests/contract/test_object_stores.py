@@ -23,17 +23,22 @@ NUM_RACERS = 8
 def test_what_was_put_is_read_back(store: ObjectStore) -> None:
     etag = store.put("a/b.json", b"content")
     blob = store.read("a/b.json")
-    assert blob is not None and blob.data == b"content" and blob.etag == etag
+    assert blob is not None
+    assert blob.data == b"content"
+    assert blob.etag == etag
     info = store.head("a/b.json")
-    assert info is not None and (info.key, info.size_bytes) == ("a/b.json", 7)
+    assert info is not None
+    assert (info.key, info.size_bytes) == ("a/b.json", 7)
     assert abs(datetime.now(UTC) - info.modified_at) < timedelta(minutes=5)
 
 
 def test_an_empty_object_is_an_object(store: ObjectStore) -> None:
     store.put("empty", b"")
     blob, info = store.read("empty"), store.head("empty")
-    assert blob is not None and blob.data == b""
-    assert info is not None and info.size_bytes == 0
+    assert blob is not None
+    assert blob.data == b""
+    assert info is not None
+    assert info.size_bytes == 0
     assert b"".join(store.stream("empty")) == b""
 
 
@@ -91,7 +96,8 @@ def test_only_the_first_creation_wins(store: ObjectStore) -> None:
     with pytest.raises(ConflictError):
         store.put("a", b"second", if_absent=True)
     blob = store.read("a")
-    assert blob is not None and blob.data == b"first"
+    assert blob is not None
+    assert blob.data == b"first"
 
 
 def test_a_conditional_write_needs_the_content_that_was_read(store: ObjectStore) -> None:
@@ -100,7 +106,8 @@ def test_a_conditional_write_needs_the_content_that_was_read(store: ObjectStore)
     with pytest.raises(ConflictError):
         store.put("a", b"third", if_match=first)
     blob = store.read("a")
-    assert blob is not None and (blob.data, blob.etag) == (b"second", second)
+    assert blob is not None
+    assert (blob.data, blob.etag) == (b"second", second)
     with pytest.raises(ConflictError):
         store.put("absent", b"x", if_match=second)
     assert store.read("absent") is None
@@ -166,7 +173,8 @@ def test_of_eight_racing_threads_exactly_one_wins_each_round(store: ObjectStore)
             winners = list(pool.map(write, [blob.etag] * NUM_RACERS, range(NUM_RACERS)))
             assert sum(winners) == 1
             found = store.read("raced")
-            assert found is not None and found.data == f"{blob.etag} {winners.index(True)}".encode()
+            assert found is not None
+            assert found.data == f"{blob.etag} {winners.index(True)}".encode()
 
 
 def test_a_store_that_keeps_its_promises_passes_the_probe_and_stays_clean(store: ObjectStore) -> None:
@@ -189,5 +197,6 @@ def _race(url: str, condition: dict[str, object]) -> int:
         racer.join()
     winners = [writer for writer, has_won in told if has_won]
     blob = open_for_test(url).read("raced")
-    assert blob is not None and blob.data == f"written by {winners[0]}".encode()
+    assert blob is not None
+    assert blob.data == f"written by {winners[0]}".encode()
     return len(winners)

@@ -155,7 +155,8 @@ def test_racing_moves_of_a_ref_lose_none(store: ObjectStore, tmp_path: Path) -> 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda revision: move_ref(store, *ADDRESS, "main", revision), revisions))
     ref = read_ref(store, *ADDRESS, "main")
-    assert ref is not None and ref.sequence == 8
+    assert ref is not None
+    assert ref.sequence == 8
     assert {ref.revision, *(move.revision for move in ref.history)} == set(revisions)
 
 
@@ -164,7 +165,8 @@ def test_racing_publishers_of_the_same_bytes_all_succeed(store: ObjectStore, fol
         published = list(pool.map(lambda _: publish(store, folder), range(8)))
     assert len({found.revision for found in published}) == 1
     ref = read_ref(store, *ADDRESS, "main")
-    assert ref is not None and ref.sequence == 1
+    assert ref is not None
+    assert ref.sequence == 1
 
 
 def test_a_history_is_bounded_while_its_numbers_go_on() -> None:
@@ -292,7 +294,8 @@ def test_a_lost_answer_to_the_manifests_creation_is_no_conflict(store: ObjectSto
 
     published = publish(LosesAnswers(), folder)  # type: ignore[arg-type]
     ref = read_ref(store, *ADDRESS, "main")
-    assert ref is not None and (ref.revision, ref.sequence) == (published.revision, 1)
+    assert ref is not None
+    assert (ref.revision, ref.sequence) == (published.revision, 1)
 
 
 def test_a_file_that_vanishes_before_the_manifest_stops_the_release(store: ObjectStore, folder: Path) -> None:
@@ -319,7 +322,8 @@ def test_a_publisher_killed_anywhere_leaves_nothing_half_done_and_a_rerun_comple
     revision = publish(undisturbed, folder).revision
     expected = contents(undisturbed)
     num_killed = 0
-    for step in itertools.count(1):
+    # The first four requests only look what is there.
+    for step in itertools.count(5 if undisturbed.url.startswith("s3://") else 1):
         url = new_url()
         process = process_context().Process(target=publish_and_die, args=(url, str(folder), dict(os.environ), step))
         process.start()
@@ -337,7 +341,7 @@ def test_a_publisher_killed_anywhere_leaves_nothing_half_done_and_a_rerun_comple
         leftovers = {info.key for info in store.list("")} - expected.keys() - {"refs/org/model-GPTQ/main"}
         assert leftovers == set()
         assert store.sweep_partial(datetime.now(UTC) + timedelta(hours=1)) == ()
-    assert num_killed > 12
+    assert num_killed > 8
 
 
 def _require_whole_or_nothing(store: ObjectStore, settings: Settings, revision: str) -> None:

@@ -104,12 +104,13 @@ def test_unpacking_is_the_exact_inverse_and_tensors_are_ready_to_write(
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 8), (5, 9), (2, 31), (4, 32), (3, 33), (70, 130)], ids=str)
 def test_packing_equals_the_owning_package_at_odd_shapes(shape: tuple[int, int], bits: int) -> None:
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 
     codes = torch.randint(0, 1 << bits, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     packed = pack_rows(codes, bits)
     signed = (codes.to(torch.int16) - (1 << bits - 1)).to(torch.int8)
     assert torch.equal(packed, pack_to_int32(signed, bits))
+    assert torch.equal(unpack_from_int32(packed, bits, torch.Size(shape)), signed)
     assert torch.equal(unpack_rows(packed, bits, shape[1]), codes)
 
 

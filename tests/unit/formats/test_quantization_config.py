@@ -183,7 +183,7 @@ def test_patterns_stay_few_where_whole_columns_differ() -> None:
 def _as_optimum_reads(config: Mapping[str, Any], name: str) -> bool:
     """Return whether transformers (through optimum) quantizes a linear of a block."""
     listed = config.get("modules_in_block_to_quantize")
-    return listed is None or any(name.endswith(ending) for ending in sum(listed, []))
+    return listed is None or any(name.endswith(ending) for endings in listed for ending in endings)
 
 
 @pytest.mark.parametrize("shape", [_uniform, _some_kept, _column_kept])

@@ -129,7 +129,8 @@ def test_the_live_view_shows_phases_variants_time_and_loss(clock: Clock, live: t
     sink.emit(Degraded("gptq-w4-g128", "m", "r"))
     lines = [" ".join(line.split()) for line in frame(sink).splitlines()]
     assert lines[1] == "acme/tiny 1 min 05 s · about 5 min 25 s left"
-    assert lines[3].startswith("solve") and lines[3].endswith("1/6 block 0")
+    assert lines[3].startswith("solve")
+    assert lines[3].endswith("1/6 block 0")
     assert lines[6:] == [
         "gptq-w4-g128 1/3 0.0123 4.12 % - quantizing, 1 degraded",
         "awq-w4-g128 - - - - waiting",

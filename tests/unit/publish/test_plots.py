@@ -37,7 +37,8 @@ def chunks(png: bytes) -> list[str]:
 def test_a_plot_is_a_png_of_readable_size_without_software_or_date(plot: Plot) -> None:
     png = plot(make_facts())
     height, width, _ = imread(io.BytesIO(png), format="png").shape
-    assert 600 <= height <= 800 and 1000 <= width <= 1500
+    assert 600 <= height <= 800
+    assert 1000 <= width <= 1500
     assert set(chunks(png)) == {"IHDR", "pHYs", "IDAT", "IEND"}
 
 
@@ -94,7 +95,8 @@ def test_labels_of_crowded_points_overlap_neither_one_another_nor_the_frame() ->
     boxes = place_labels(axes, points, [f"variant-{i}\n152 MB, KL 0.05" for i in range(6)], ["k"] * 6, avoid_x=7.0)
     frame = axes.get_window_extent()
     for i, box in enumerate(boxes):
-        assert frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])
         assert not any(box.contains(*axes.transData.transform(point)) for point in points)
 

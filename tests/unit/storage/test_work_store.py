@@ -48,9 +48,14 @@ def test_a_finished_stage_is_found_with_its_summary(store: WorkStore) -> None:
 def test_nothing_is_kept_of_a_stage_that_was_not_finished(store: WorkStore) -> None:
     with store.writing("solve", KEY) as writer:
         writer.path("codes.bin").write_bytes(b"half")
-    with pytest.raises(RuntimeError), store.writing("solve", KEY) as writer:
-        writer.path("codes.bin").write_bytes(b"half")
-        raise RuntimeError("interrupted")
+
+    def fail() -> None:
+        with store.writing("solve", KEY) as writer:
+            writer.path("codes.bin").write_bytes(b"half")
+            raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert store.lookup("solve", KEY) is None
     assert [path for path in store.root.rglob("*") if path.is_file()] == []
 

@@ -1,0 +1,75 @@
+"""Tiny random instances of real architectures, made from transformers' own config classes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOKENIZER_FOLDER = Path(__file__).parent.parent / "jobs" / "demo" / "model"
+VOCABULARY = 4096
+WEIGHT_GAIN = 3.0
+"""Random weights are scaled up so that predictions are far from uniform and errors show."""
+
+_COMMON = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+
+
+def _configs() -> dict[str, Callable[[], Any]]:
+    import transformers as t
+
+    return {
+        "llama": lambda: t.LlamaConfig(**_GROUPED),
+        "qwen2": lambda: t.Qwen2Config(**_GROUPED),
+        "qwen3": lambda: t.Qwen3Config(**_GROUPED, head_dim=64),
+        "mistral": lambda: t.MistralConfig(**_GROUPED, sliding_window=16),
+        "gemma3": lambda: t.Gemma3TextConfig(
+            **_GROUPED, head_dim=32, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+        ),
+        "phi3": lambda: t.Phi3Config(**_GROUPED),
+        "gpt_neox": lambda: t.GPTNeoXConfig(**_COMMON),
+        "opt": lambda: t.OPTConfig(
+            hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
+            word_embed_proj_dim=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        ),
+        "gpt2": lambda: t.GPT2Config(
+            n_embd=128, n_inner=256, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1
+        ),
+        "mixtral": lambda: t.MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+    }
+
+
+DENSE = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "opt", "gpt2")
+
+
+def make_model(name: str, folder: Path, **changes: Any) -> Path:
+    """Write a random instance (bf16, fixed seed) with a tokenizer to ``folder`` and return it."""
+    import transformers as t
+
+    t.utils.logging.set_verbosity_error()
+    t.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = _configs()[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    net = t.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter *= WEIGHT_GAIN
+    net.to(torch.bfloat16).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TOKENIZER_FOLDER / file, folder / file)
+    return folder
