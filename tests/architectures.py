@@ -12,7 +12,10 @@ import torch
 TOKENIZER_FOLDER = Path(__file__).parent.parent / "jobs" / "demo" / "model"
 VOCABULARY = 4096
 WEIGHT_GAIN = 3.0
-"""Random weights are scaled up so that predictions are far from uniform and errors show."""
+"""Random matrices are scaled up so that predictions are far from uniform and errors show."""
+
+VECTOR_SPREAD = 0.2
+"""Norm weights and biases, which start as ones and zeros, are moved by this so that forgetting one shows."""
 
 _COMMON = {
     "hidden_size": 128,
@@ -54,8 +57,8 @@ def _configs() -> dict[str, Callable[[], Any]]:
 DENSE = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "opt", "gpt2")
 
 
-def make_model(name: str, folder: Path, **changes: Any) -> Path:
-    """Write a random instance (bf16, fixed seed) with a tokenizer to ``folder`` and return it."""
+def make_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
+    """Write a random instance (fixed seed) with a tokenizer to ``folder`` and return it."""
     import transformers as t
 
     t.utils.logging.set_verbosity_error()
@@ -69,7 +72,9 @@ def make_model(name: str, folder: Path, **changes: Any) -> Path:
         for parameter in net.parameters():
             if parameter.dim() > 1:
                 parameter *= WEIGHT_GAIN
-    net.to(torch.bfloat16).save_pretrained(folder)
+            else:
+                parameter += VECTOR_SPREAD * torch.randn_like(parameter)
+    net.to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER_FOLDER / file, folder / file)
     return folder

@@ -88,9 +88,9 @@ class Request:
 
 @dataclass
 class Fault:
-    """What goes wrong with content requests (GET) whose file ends with ``path``, for the next ``times`` of them.
+    """What goes wrong with requests whose file (or API address) ends with ``path``, for the next ``times`` of them.
 
-    Exactly one of: answer ``status``; drop the connection after ``drop_after`` bytes of the reply; stall after
+    The first ``skip`` of them go well. API requests know ``status`` only; of files, only GET is affected. One of: answer ``status``; drop the connection after ``drop_after`` bytes of the reply; stall after
     ``stall_after`` bytes until the hub closes; flip the bits of the content; ignore the range.
     """
 
@@ -328,6 +328,9 @@ class HubHandler(_Handler):
         return self._api(repo, rest, query) if is_api else self._resolve(repo, rest)
 
     def _api(self, repo: Repo, rest: list[str], query: dict[str, list[str]]) -> None:
+        fault = self.server.hub.take_fault(self.path.partition("?")[0])
+        if fault is not None:
+            return self.error(fault.status, "", "as the test asked", fault.headers)
         action, revision = rest[0] if rest else "revision", unquote(rest[1]) if len(rest) > 1 else "main"
         if action == "refs":
             branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.refs.items()]

@@ -35,7 +35,7 @@ def forward_block(
     rows = max(1, MICRO_BATCH_TOKENS // hidden_NLH.shape[1])
     block = skeleton.block(index)
     with _collected(block, groups, skeleton.device) as statistics:
-        output = torch.cat([skeleton.run_block(index, part) for part in hidden_NLH.split(rows)])
+        output = torch.cat([skeleton.run_block(index, part) for part in torch.split(hidden_NLH, rows)])
     if not torch.isfinite(output).all():
         raise CalibrationError(
             f"block {index} gives {int((~torch.isfinite(output)).sum())} values that are not finite",

@@ -31,8 +31,8 @@ from pipeline.graph.dag import WorkUnit
 from pipeline.hub.card import read_card
 from pipeline.hub.fetch import FetchedSource
 from pipeline.publish.card import render_card
-from pipeline.publish.report import facts_as_json
 from pipeline.publish.plots import plot_layer_error, plot_size_quality
+from pipeline.publish.report import facts_as_json
 from pipeline.spec import PER_CHANNEL, resolve_budgets
 from pipeline.storage.work import StageRecord, WorkStore
 from pipeline.tensors.writer import write_index
@@ -176,7 +176,9 @@ def _continuations(unit: WorkUnit, records: Records) -> list[Continuation]:
     return [Continuation(tuple(item["ids"]), item["text"]) for item in records[unit.key].summary["continuations"]]
 
 
-def make_facts(inputs: Inputs, fetched: FetchedSource, release: str, own: Measured, all_: Sequence[Measured]) -> ReleaseFacts:
+def make_facts(
+    inputs: Inputs, fetched: FetchedSource, release: str, own: Measured, all_: Sequence[Measured]
+) -> ReleaseFacts:
     """Return everything that a release says about itself."""
     siblings = [other for other in all_ if other is not own]
     calibration = inputs.spec.calibration
@@ -200,17 +202,21 @@ def make_facts(inputs: Inputs, fetched: FetchedSource, release: str, own: Measur
         generated_tokens=inputs.spec.gates.generated_tokens,
         size_bytes=own.size_bytes,
         siblings=tuple(
-            SiblingFacts(variant=o.plan.spec.name, size_bytes=o.size_bytes, kl=o.quality.kl, perplexity=o.quality.perplexity)
+            SiblingFacts(
+                variant=o.plan.spec.name, size_bytes=o.size_bytes, kl=o.quality.kl, perplexity=o.quality.perplexity
+            )
             for o in siblings
         ),
         versions=versions,
         compute=f"{inputs.device} float32",
-        spec_fingerprint=fingerprint({
-            "source": fetched.commit,
-            "variant": own.plan.spec,
-            "calibration": [inputs.calibration.digest, calibration.slice_sequences],
-            "versions": versions,
-        }),
+        spec_fingerprint=fingerprint(
+            {
+                "source": fetched.commit,
+                "variant": own.plan.spec,
+                "calibration": [inputs.calibration.digest, calibration.slice_sequences],
+                "versions": versions,
+            }
+        ),
     )
 
 
@@ -237,7 +243,7 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
 def assemble_release(
     inputs: Inputs, fetched: FetchedSource, facts: ReleaseFacts, units: JobUnits, work: WorkStore, folder: Path
 ) -> None:
-    """Make ``folder`` the release: weights, index, config, companions, facts, card, plots. What was there is removed."""
+    """Make ``folder`` the release: weights, index, config, companions, facts, card, plots. What was there is gone."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -276,4 +282,3 @@ def _link(source: Path, target: Path) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-

@@ -13,6 +13,8 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from pipeline.calibrate.tokens import TokenBatch
 from pipeline.fingerprint import fingerprint
 from pipeline.formats.config import quantization_config
@@ -47,9 +49,11 @@ class VariantPlan:
     def scheme_params(self, group: LinearGroup) -> dict[str, Any] | None:
         """Return the grid that the group's members share, as JSON; None when they stay in 16 bit."""
         scheme = self.matrices[group.linears[0].name].scheme
-        return None if scheme is None else {
-            "bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric
-        }
+        return (
+            None
+            if scheme is None
+            else {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+        )
 
 
 def make_variant_plan(spec: VariantSpec, outline: Outline) -> VariantPlan:
@@ -144,14 +148,16 @@ class UnitBuilder:
         self, kind: Kind, identity: Mapping[str, Any], params: dict[str, Any], needs: Sequence[WorkUnit], **labels: Any
     ) -> WorkUnit:
         """Return a unit whose key covers all that is given but the labels."""
-        key = fingerprint({
-            "kind": kind,
-            "version": ALGORITHM_VERSIONS[kind],
-            "compute": self.compute,
-            "identity": dict(identity),
-            "params": params,
-            "needs": [need.key for need in needs],
-        })
+        key = fingerprint(
+            {
+                "kind": kind,
+                "version": ALGORITHM_VERSIONS[kind],
+                "compute": self.compute,
+                "identity": dict(identity),
+                "params": params,
+                "needs": [need.key for need in needs],
+            }
+        )
         return WorkUnit(kind, key, params, tuple(needs), **labels)
 
     def places(self, names: Sequence[str]) -> dict[str, Any]:
@@ -178,13 +184,17 @@ class UnitBuilder:
     def chain(self, batch: TokenBatch, slice_sequences: int, collect: bool) -> list[list[WorkUnit]]:
         """Return for each token slice the units that give its hidden states: embedding, then every block."""
         chains = []
-        for rows in batch.tokens_NL.split(slice_sequences):
+        for rows in torch.split(batch.tokens_NL, slice_sequences):
             tokens = {"tokens": rows.tolist()}
             flops = 2.0 * rows.numel()
-            units = [self.unit(Kind.EMBED, {"weights": self.places(self.outer_names)}, tokens, (), cost=flops)]
+            # Looking embeddings up costs no FLOPs but takes about as long as a block: a cost of 0 would spoil the estimate.
+            cost = flops * self.block_parameters(0)
+            units = [self.unit(Kind.EMBED, {"weights": self.places(self.outer_names)}, tokens, (), cost=cost)]
             for block in range(self.num_blocks):
                 identity = {"weights": self.places(self.block_names(block)), "block": block}
-                cost = flops * self.block_parameters(block) + (self._moment_flops(block, rows.numel()) if collect else 0)
+                cost = flops * self.block_parameters(block) + (
+                    self._moment_flops(block, rows.numel()) if collect else 0
+                )
                 params = {"collect": collect}
                 units.append(self.unit(Kind.CALIBRATE, identity, params, (units[-1],), block=block, cost=cost))
             chains.append(units)
@@ -203,7 +213,7 @@ class UnitBuilder:
         return units
 
     def variant(
-        self, plan: VariantPlan, merged: list[WorkUnit], finals: list[WorkUnit], outer: WorkUnit
+        self, plan: VariantPlan, merged: list[WorkUnit], finals: list[WorkUnit]
     ) -> VariantUnits:
         """Return the units of one variant."""
         packs, solves = [], []
@@ -226,37 +236,58 @@ class UnitBuilder:
             if (params := plan.scheme_params(group)) is not None
         ]
         scales = [
-            self.unit(Kind.SCALES, {**weights, "names": _names(group)},
-                      {"group": position, "scheme": scheme, "options": options}, (merged,),
-                      label=group.label, cost=_scale_flops(group), **labels)
+            self.unit(
+                Kind.SCALES,
+                {**weights, "names": _names(group)},
+                {"group": position, "scheme": scheme, "options": options},
+                (merged,),
+                label=group.label,
+                cost=_scale_flops(group),
+                **labels,
+            )
             for position, group, scheme in quantized
             if spec.method is Method.AWQ
         ]
         solves = [
-            self.unit(Kind.SOLVE, {**weights, "names": _names(group)},
-                      {"group": position, "scheme": scheme, "options": options, "method": spec.method.value},
-                      (merged, *scales), label=group.label, cost=_solve_flops(group), **labels)
+            self.unit(
+                Kind.SOLVE,
+                {**weights, "names": _names(group)},
+                {"group": position, "scheme": scheme, "options": options, "method": spec.method.value},
+                (merged, *scales),
+                label=group.label,
+                cost=_solve_flops(group),
+                **labels,
+            )
             for position, group, scheme in quantized
         ]
-        pack = self.unit(Kind.PACK, weights, {"format": spec.format.value}, (*scales, *solves),
-                         cost=float(self.block_parameters(block)), **labels)
+        pack = self.unit(
+            Kind.PACK,
+            weights,
+            {"format": spec.format.value},
+            (*scales, *solves),
+            cost=float(self.block_parameters(block)),
+            **labels,
+        )
         return pack, solves
 
     def _evaluations(self, plan: VariantPlan, packs: list[WorkUnit], finals: list[WorkUnit]) -> list[WorkUnit]:
         identity = {"weights": self.places(self.outer_names)}
-        slices = self.inputs.heldout.tokens_NL.split(HELDOUT_SLICE_SEQUENCES)
+        slices = torch.split(self.inputs.heldout.tokens_NL, HELDOUT_SLICE_SEQUENCES)
         per_token = 2.0 * sum(self.block_parameters(block) for block in range(self.num_blocks))
         head = 4.0 * max(self.outline.tensor_elements(name) for name in self.outer_names)
         return [
-            self.unit(Kind.EVALUATE, identity,
-                      {"tokens": rows.tolist(), "quantization_config": plan.quantization_config}, (final, *packs),
-                      variant=plan.spec.name, cost=rows.numel() * (per_token + head))
+            self.unit(
+                Kind.EVALUATE,
+                identity,
+                {"tokens": rows.tolist(), "quantization_config": plan.quantization_config},
+                (final, *packs),
+                variant=plan.spec.name,
+                cost=rows.numel() * (per_token + head),
+            )
             for rows, final in zip(slices, finals, strict=True)
         ]
 
-    def generation(
-        self, gates: GateSpec, config: dict[str, Any], packs: Sequence[WorkUnit], variant: str
-    ) -> WorkUnit:
+    def generation(self, gates: GateSpec, config: dict[str, Any], packs: Sequence[WorkUnit], variant: str) -> WorkUnit:
         """Return the unit that continues the smoke prompts; without packs, with the source."""
         files = {path: digest for path, digest in self.inputs.digests.items() if not path.endswith(".safetensors")}
         identity: dict[str, Any] = {"companions": files, "weights": self.places(self.outer_names)}
@@ -276,8 +307,9 @@ def build_units(inputs: Inputs) -> JobUnits:
     calibration = builder.chain(inputs.calibration, spec.calibration.slice_sequences, collect=True)
     heldout = builder.chain(inputs.heldout, HELDOUT_SLICE_SEQUENCES, collect=False)
     merged, finals = builder.merged(calibration), [chain[-1] for chain in heldout]
-    outer = builder.unit(Kind.OUTER, {"weights": builder.places(builder.outer_names)}, {}, ())
-    variants = {plan.spec.name: builder.variant(plan, merged, finals, outer) for plan in inputs.variants}
+    size = float(sum(builder.outline.tensor_elements(name) for name in builder.outer_names))
+    outer = builder.unit(Kind.OUTER, {"weights": builder.places(builder.outer_names)}, {}, (), cost=size)
+    variants = {plan.spec.name: builder.variant(plan, merged, finals) for plan in inputs.variants}
     source_generation = builder.generation(spec.gates, {}, (), "")
     # The held-out slices' last hidden states stay: another variant of the same source is compared with them later.
     hidden = [unit for chain in calibration for unit in chain] + [unit for chain in heldout for unit in chain[:-1]]

@@ -8,6 +8,7 @@ again by Ray up to ``MAX_RETRIES`` times.
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -64,7 +65,7 @@ class RayExecutor:
         self.num_slots = workers * UNITS_AHEAD
         self._connect(workers, address)
         try:
-            gpu_share = _gpu_share(ray.cluster_resources(), workers) if context.device == "cuda" else 0.0
+            gpu_share = _gpu_share(_resources(ray), workers) if context.device == "cuda" else 0.0
         except GraphError:
             self.close()
             raise
@@ -74,16 +75,20 @@ class RayExecutor:
         )
 
     def _connect(self, workers: int, address: str | None) -> None:
-        options: dict[str, Any] = {"address": address} if address else {
-            "num_cpus": workers,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_node_ip_address": "127.0.0.1",
-        }
+        options: dict[str, Any] = (
+            {"address": address}
+            if address
+            else {
+                "num_cpus": workers,
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "_node_ip_address": "127.0.0.1",
+            }
+        )
         try:
             self._ray.init(
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}},
                 **options,
             )
@@ -133,6 +138,12 @@ class RayExecutor:
             self._ray.cancel(reference, force=True)
         self._running.clear()
         self._ray.shutdown()
+
+
+def _resources(ray: Any) -> dict[str, float]:
+    """Return what the cluster has in all, by resource name."""
+    found: dict[str, float] = ray.cluster_resources()
+    return found
 
 
 def _gpu_share(resources: dict[str, float], workers: int) -> float:

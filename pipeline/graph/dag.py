@@ -175,7 +175,9 @@ def run_units(
             work.discard(stale.kind.value, stale.key)
     stuck = [unit for unit in order if unit.key not in progress.records]
     if stuck:
-        raise GraphError(f"{len(stuck)} work units wait for each other, first {stuck[0].kind} of block {stuck[0].block}")
+        raise GraphError(
+            f"{len(stuck)} work units wait for each other, first {stuck[0].kind} of block {stuck[0].block}"
+        )
     return {unit.key: progress.records[unit.key] for unit in goals}
 
 

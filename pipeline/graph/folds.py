@@ -109,9 +109,7 @@ def _mean_by_row(values_I: Tensor, rows_I: Tensor) -> Tensor:
     return total / count.index_add_(0, rows_I, torch.ones_like(values_I))
 
 
-def _fold_norm(
-    weights: Mapping[str, Tensor], producer: Producer, scale_I: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _fold_norm(weights: Mapping[str, Tensor], producer: Producer, scale_I: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the scale that the rounded norm weight stands for, and the norm's new parameters."""
     stored = weights[producer.local_name + ".weight"]
     gain = stored.to(scale_I) + (1.0 if producer.fold is Fold.SCALE_PLUS_ONE else 0.0)

@@ -174,9 +174,7 @@ def report_plan(
     forward = 2.0 * sum(blocks)
     moments = 2.0 * sum(group.in_features**2 for block in outline.groups for group in block)
     cache_tokens, cache_bytes = kv_cache(outline.config)
-    variants = tuple(
-        _report_variant(outline, plan, heldout * (forward + 4.0 * head), cache_bytes) for plan in plans
-    )
+    variants = tuple(_report_variant(outline, plan, heldout * (forward + 4.0 * head), cache_bytes) for plan in plans)
     calibrate = tokens * (forward + moments) + heldout * forward
     flops = calibrate + sum(v.solve_flops + v.evaluate_flops for v in variants)
     return PlanReport(
@@ -231,8 +229,16 @@ def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -
     matrix = plan.matrices[name]
     linear, scheme = matrix.linear, matrix.scheme
     before = outline.tensor_bytes(name + ".weight")
-    after = before if scheme is None else packed_bytes(
-        variant.format, linear.out_features, linear.in_features, scheme, before // (linear.out_features * linear.in_features)
+    after = (
+        before
+        if scheme is None
+        else packed_bytes(
+            variant.format,
+            linear.out_features,
+            linear.in_features,
+            scheme,
+            before // (linear.out_features * linear.in_features),
+        )
     )
     size, bits = (0, 16) if scheme is None else (scheme.group_size, scheme.bits)
     return MatrixRow(

@@ -35,7 +35,7 @@ from pipeline.validate.dense import DenseReader, scale_problems
 from pipeline.validate.divergence import Divergence, add_up, compare_logits
 from pipeline.validate.generation import BlockCache, continue_greedily
 
-ALGORITHM_VERSIONS: dict[Kind, int] = {kind: 1 for kind in Kind}
+ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 1)
 """Part of every key: raised when a stage's code changes its output, so that stale outputs are not found."""
 
 THREADS_PER_UNIT = 1
@@ -107,7 +107,8 @@ class Call:
     @property
     def group(self) -> LinearGroup:
         """The linear group that the unit works on."""
-        return self.source.outline.groups[self.unit.block][self.params["group"]]
+        position: int = self.params["group"]
+        return self.source.outline.groups[self.unit.block][position]
 
     def needs(self, kind: Kind) -> list[WorkUnit]:
         """Return the units of one kind that this one reads, in order."""

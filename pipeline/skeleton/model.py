@@ -18,7 +18,7 @@ tensor while loading (fused or split experts), and classes that need remote code
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,11 +260,8 @@ class Skeleton:
                 raise _Reached
             return hidden
 
-        with self.blocks_replaced(record):
-            try:
-                self.net(input_ids=tokens_BL, use_cache=False)
-            except _Reached:
-                pass
+        with self.blocks_replaced(record), suppress(_Reached):
+            self.net(input_ids=tokens_BL, use_cache=False)
         if seen and seen[-1].dim() != seen[0].dim() and not self._blocks_return_tuples:
             # The model indexed our tensor, so it expects its blocks to return tuples.
             self._blocks_return_tuples = True

@@ -15,7 +15,6 @@ from pipeline.formats.config import read_quantization_config
 from pipeline.quantize.types import Scheme, dequantize
 from pipeline.skeleton.groups import LinearRef
 
-
 MIN_NORMAL_F16, MAX_F16 = 2.0**-14, 65504.0
 """The range in which float16 keeps its full precision."""
 
@@ -27,8 +26,10 @@ def scale_problems(name: str, scale_OG: Tensor) -> list[str]:
     if not bad.any():
         return []
     row, group = (int(i) for i in bad.nonzero()[0])
-    return [f"{name}: {int(bad.sum())} scales not normal in float16, first {float(scale_OG[row, group])!r} "
-            f"at row {row}, group {group}"]
+    return [
+        f"{name}: {int(bad.sum())} scales not normal in float16, first {float(scale_OG[row, group])!r} "
+        f"at row {row}, group {group}"
+    ]
 
 
 class DenseReader:

@@ -73,8 +73,10 @@ def check_divergence(quality: Quality, budgets: Budgets) -> Check:
         faults.append(f"KL {quality.kl:.4f} above {budgets.max_kl}")
     if budgets.max_perplexity_ratio is not None and not ratio <= budgets.max_perplexity_ratio:
         faults.append(f"perplexity ratio {ratio:.4f} above {budgets.max_perplexity_ratio}")
-    detail = "; ".join(faults) if faults else (
-        f"KL {quality.kl:.4f}, perplexity {quality.perplexity:.2f} against {quality.source_perplexity:.2f}"
+    detail = (
+        "; ".join(faults)
+        if faults
+        else (f"KL {quality.kl:.4f}, perplexity {quality.perplexity:.2f} against {quality.source_perplexity:.2f}")
     )
     figures = {"kl": quality.kl, "perplexity_ratio": ratio, "top1_agreement": quality.top1_agreement}
     return Check(name="divergence", passed=not faults, detail=detail, figures=figures)

@@ -6,6 +6,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,7 +61,10 @@ class BlockCache:
 
 @torch.no_grad()
 def continue_greedily(
-    skeleton: Skeleton, load: Callable[[int], Mapping[str, Tensor]], prompt_ids: Sequence[int], max_tokens: int,
+    skeleton: Skeleton,
+    load: Callable[[int], Mapping[str, Tensor]],
+    prompt_ids: Sequence[int],
+    max_tokens: int,
     end_ids: frozenset[int],
 ) -> tuple[int, ...]:
     """Return up to ``max_tokens`` most likely token ids after a prompt, ended by any of ``end_ids`` (not included).
@@ -92,7 +96,7 @@ def degeneracy(ids: Sequence[int]) -> str:
     if not ids:
         return "nothing was generated"
     longest, run = 1, 1
-    for before, after in zip(ids, ids[1:], strict=False):
+    for before, after in pairwise(ids):
         run = run + 1 if before == after else 1
         longest = max(longest, run)
     if longest >= RUN_LENGTH:

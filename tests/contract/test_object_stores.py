@@ -177,6 +177,25 @@ def test_of_eight_racing_threads_exactly_one_wins_each_round(store: ObjectStore)
             assert found.data == f"{blob.etag} {winners.index(True)}".encode()
 
 
+def test_a_reader_sees_whole_contents_while_they_are_replaced(store: ObjectStore) -> None:
+    contents = (b"a" * 300_000, b"b" * 200_000)
+    is_done = threading.Event()
+
+    def replace_often() -> None:
+        for number in range(30):
+            store.put("replaced", contents[number % 2])
+        is_done.set()
+
+    store.put("replaced", contents[1])
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(replace_often)
+        while not is_done.is_set() and not writer.done():
+            blob = store.read("replaced")
+            assert blob is not None
+            assert blob.data in contents
+        writer.result()
+
+
 def test_a_store_that_keeps_its_promises_passes_the_probe_and_stays_clean(store: ObjectStore) -> None:
     probe(store)
     assert [info.key for info in store.list(PROBE_FOLDER)] == []

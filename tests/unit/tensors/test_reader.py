@@ -27,11 +27,10 @@ def stored(folder: Path, read: Reader, tensors: dict[str, Tensor]) -> dict[str, 
     return read_tensors(folder, read_index(sizes, read), tensors)
 
 
-@pytest.mark.parametrize("name", sorted(TORCH_DTYPES))
+# The safetensors package writes E8M0 but gives it no torch type when it reads: that one has a test of its own.
+@pytest.mark.parametrize("name", sorted(TORCH_DTYPES.keys() - {"F8_E8M0"}))
 def test_every_dtype_comes_back_bit_by_bit(tmp_path: Path, folder_reader: Reader, name: str) -> None:
     dtype = TORCH_DTYPES[name]
-    if name == "F8_E8M0":
-        pytest.skip("the safetensors package maps no torch tensor to it when it reads; written by other tools only")
     num_values = 15
     raw = torch.arange(num_values * dtype.itemsize, dtype=torch.int64).mul(37).remainder(2 if name == "BOOL" else 251)
     value = raw.to(torch.uint8).view(dtype).reshape(3, 5)

@@ -1,0 +1,135 @@
+"""Bad input ends in an error that names the thing, the reason and the next step; nothing is published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.acceptance.conftest import DEMO_MODEL, SMALL, Bitmill
+from tests.small_disk import small_disk
+
+
+def break_header(folder: Path) -> None:
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[:8] = (1 << 60).to_bytes(8, "little")
+    (folder / "model.safetensors").write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-1000])
+
+
+def name_absent_file(folder: Path) -> None:
+    weight_map = {name: "model-00002-of-00002.safetensors" for name in load_file(folder / "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def put_nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def unknown_architecture(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard_of", "architectures": ["X"]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "words"),
+    [
+        (break_header, 3, ["model.safetensors"]),
+        (truncate, 3, ["model.safetensors"]),
+        (name_absent_file, 3, ["model-00002-of-00002.safetensors", "absent"]),
+        (put_nan, 3, ["model.layers.1.mlp.up_proj.weight", "NaN"]),
+        (only_pickle, 3, ["pytorch_model.bin", "save_pretrained"]),
+        (no_weights, 3, ["safetensors"]),
+        (unknown_architecture, 3, ["unheard_of"]),
+    ],
+)
+def test_damaged_source_is_refused(
+    damage: Callable[[Path], None], status: int, words: list[str], bitmill: Bitmill, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(DEMO_MODEL, source)
+    damage(source)
+    (tmp_path / "out").mkdir()
+    done = bitmill("convert", source, "--variant", "gptq-w4-g128", *SMALL, "--to", tmp_path / "out")
+    assert done.returncode == status, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("re*/**/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["./nowhere", "--variant", "gptq-w4-g128"], 3, ["./nowhere"]),
+        (["SOURCE", "--variant", "gptq-w5-g128"], 2, ["gptq-w5-g128", "4"]),
+        (["SOURCE", "--variant", "fancy"], 2, ["fancy", "gptq-w4-g128"]),
+        (["SOURCE", "--spec", "FITS_NOTHING"], 4, ["quantize nothing", "256, 512"]),
+        (["SOURCE", "--spec", "REFUSES"], 4, ["model.layers.0.self_attn.q_proj", "96"]),
+        (["SOURCE", "--variant", "gptq-w4-g128", "--calibration", "SHORT"], 4, ["short.txt", "tokens"]),
+        (["SOURCE", "--variant", "gptq-w4-g128", "--calibration", "./absent.txt"], 4, ["absent.txt"]),
+        (["SOURCE", "--spec", "SPEC"], 2, ["spec.yaml", "smaples", "samples"]),
+        (["SOURCE"], 2, ["--variant"]),
+    ],
+)
+def test_wrong_words_are_explained(
+    arguments: list[str], status: int, words: list[str], bitmill: Bitmill, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "spec.yaml").write_text("variants: [gptq-w4-g128]\ncalibration: {smaples: 3}\n")
+    variant = "variants: [{method: gptq, format: gptq, group_size: %d, group_fallback: %s}]\n"
+    (tmp_path / "nothing.yaml").write_text(variant % (1024, "skip"))
+    (tmp_path / "refuses.yaml").write_text(variant % (96, "refuse"))
+    (tmp_path / "out").mkdir()
+    specs = {"FITS_NOTHING": tmp_path / "nothing.yaml", "REFUSES": tmp_path / "refuses.yaml"}
+    places = {**specs, "SOURCE": DEMO_MODEL, "SHORT": tmp_path / "short.txt", "SPEC": tmp_path / "spec.yaml"}
+    done = bitmill("convert", *(places.get(word, word) for word in arguments), "--to", tmp_path / "out")
+    assert done.returncode == status, done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_target_folder_and_full_disk_are_named(bitmill: Bitmill, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    done = bitmill("convert", DEMO_MODEL, "--variant", "gptq-w4-g128", *SMALL, "--to", blocked)
+    assert done.returncode == 6, done.stderr
+    assert str(blocked) in done.stderr
+    with small_disk(tmp_path / "small") as full:
+        done = bitmill("convert", DEMO_MODEL, "--variant", "gptq-w4-g128", *SMALL, "--to", full)
+        assert done.returncode == 6, done.stderr
+        assert "storage.full" in done.stderr
+        assert not list(full.glob("refs/**/*.json"))
+        assert not list(full.glob("releases/**/manifest.json"))
+
+
+def test_unreachable_hub_and_bucket_are_named(bitmill: Bitmill, tmp_path: Path) -> None:
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
+           "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"}
+    (tmp_path / "out").mkdir()
+    done = bitmill("plan", "org/model", "--variant", "gptq-w4-g128", env=env)
+    assert done.returncode == 3, done.stderr
+    assert "127.0.0.1:9" in done.stderr
+    done = bitmill("convert", DEMO_MODEL, "--variant", "gptq-w4-g128", *SMALL, "--to", "s3://nobody/x", env=env)
+    assert done.returncode == 6, done.stderr
+    assert "nobody" in done.stderr

@@ -1,0 +1,134 @@
+"""``bitmill convert`` from end to end, to a directory, from a hub, to S3, and through kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, Bitmill, environment
+from tests.loopback_hub import LoopbackHub
+from tests.s3_server import S3Server
+
+VARIANTS = ("--variant", "gptq-w4-g128", "--variant", "awq-w4-g128")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file of every release by path."""
+    releases = folder / "releases"
+    return {p.relative_to(releases).as_posix(): p.read_bytes() for p in sorted(releases.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target that one undisturbed run has published to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    target = folder / "out"
+    target.mkdir()
+    command = [sys.executable, "-m", "jobs.cli", "convert", str(DEMO_MODEL), *VARIANTS, *SMALL, "--to", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(folder), check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [Path(line).parent.name for line in lines] == ["model-gptq-w4-g128", "model-awq-w4-g128"]
+    assert all((Path(line) / "manifest.json").is_file() for line in lines)
+    return target
+
+
+def test_published_release_verifies_and_can_be_inspected(undisturbed: Path, bitmill: Bitmill) -> None:
+    release = undisturbed / "releases" / "local" / "model-gptq-w4-g128"
+    verified = bitmill("verify", release, "--json")
+    assert verified.returncode == 0, verified.stderr
+    checks = {check["name"]: check for check in json.loads(verified.stdout)["checks"]}
+    assert list(checks) == ["digests", "structure", "scales", "generation"]
+    assert "3 of 3 prompts continued as recorded" in checks["generation"]["detail"]
+    inspected = bitmill("inspect", f"{release}@main", "--modules")
+    assert inspected.returncode == 0, inspected.stderr
+    assert "model.layers.5.mlp.down_proj" in inspected.stdout
+    facts = json.loads(bitmill("inspect", release, "--json").stdout)
+    assert facts["variant"]["bits"] == 4
+
+
+def test_damaged_release_fails_verification(undisturbed: Path, bitmill: Bitmill, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(undisturbed, copy)
+    (weights,) = copy.glob("releases/local/model-awq-w4-g128/*/model-00003-of-00007.safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    done = bitmill("verify", copy / "releases" / "local" / "model-awq-w4-g128")
+    assert done.returncode == 5
+    assert "model-00003-of-00007.safetensors" in done.stdout
+
+
+def test_plan_states_the_size_that_convert_writes(undisturbed: Path, bitmill: Bitmill) -> None:
+    planned = bitmill("plan", DEMO_MODEL, *VARIANTS, "--json")
+    assert planned.returncode == 0, planned.stderr
+    for variant in json.loads(planned.stdout)["variants"]:
+        (facts,) = undisturbed.glob(f"releases/local/model-{variant['name']}/*/bitmill.json")
+        assert variant["size_bytes"] == json.loads(facts.read_text())["size_bytes"]
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "solve", "pack", "evaluate"])
+def test_killed_run_continues_to_the_same_bytes(stage: str, undisturbed: Path, bitmill: Bitmill, tmp_path: Path) -> None:
+    target, work = tmp_path / "out", tmp_path / "work"
+    target.mkdir()
+    arguments = ["convert", str(DEMO_MODEL), *VARIANTS, *SMALL, "--to", str(target), "--work-dir", str(work)]
+    command = [sys.executable, "-m", "jobs.cli", *arguments]
+    driver = subprocess.Popen(
+        command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not any((work / stage).glob("*/*/record.json")):
+        assert driver.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not list(target.glob("refs/**/*.json"))
+    assert not list(target.glob("releases/**/manifest.json"))
+    done = bitmill(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert any(event.get("reused") for event in events)
+    assert contents(target) == contents(undisturbed)
+
+
+def test_hub_source_is_pinned_and_published_to_s3(undisturbed: Path, bitmill: Bitmill, tmp_path: Path) -> None:
+    with LoopbackHub(token="secret") as hub, S3Server(tmp_path / "s3") as s3:
+        files = {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir()}
+        commit = hub.add("org/tiny", files)
+        s3.make_bucket("models")
+        env = {**s3.environment, **hub.environment(tmp_path / "cache"), "HF_TOKEN": "secret"}
+        arguments = ("org/tiny", "--variant", "gptq-w4-g128", *SMALL)
+        planned = bitmill("plan", *arguments, "--json", env=env)
+        assert planned.returncode == 0, planned.stderr
+        assert json.loads(planned.stdout)["commit"] == commit
+        done = bitmill("convert", *arguments, "--to", "s3://models/quantized", env=env)
+        assert done.returncode == 0, done.stderr
+        uri = done.stdout.splitlines()[-1]
+        assert uri.startswith("s3://models/quantized/releases/org/tiny-gptq-w4-g128/")
+        verified = bitmill("verify", "s3://models/quantized/releases/org/tiny-gptq-w4-g128@main", env=env)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+        body = s3.client().get_object(Bucket="models", Key=uri.removeprefix("s3://models/") + "/bitmill.json")["Body"]
+        assert json.loads(body.read())["source"]["commit"] == commit
+
+
+def test_failed_gate_publishes_nothing(bitmill: Bitmill, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("gates: {max_kl: 1.0e-9, prompts: [{prompt: Hello, expect: '^no such text$'}]}\n")
+    (tmp_path / "out").mkdir()
+    done = bitmill("convert", DEMO_MODEL, "--variant", "rtn-w4-g128", *SMALL, "--spec", spec, "--to", tmp_path / "out")
+    assert done.returncode == 5, done.stderr
+    assert done.stdout == ""
+    assert "divergence: KL" in done.stderr
+    assert "does not match" in done.stderr
+    assert not list((tmp_path / "out").glob("re*/**/*.json"))

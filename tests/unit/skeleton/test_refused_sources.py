@@ -1,0 +1,151 @@
+"""Sources that cannot be converted are refused with the reason, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import CorruptWeightsError, SourceError, UnsupportedArchitectureError
+from pipeline.graph.outline import open_folder
+from pipeline.skeleton.model import Skeleton
+from pipeline.skeleton.tokenizer import TextTokenizer
+from tests.architectures import make_model
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_unknown_model_type_is_refused_by_name(llama_folder: Path) -> None:
+    change_config(llama_folder, model_type="hyperllama")
+    with pytest.raises(UnsupportedArchitectureError, match=r"llama/config.json.*hyperllama") as caught:
+        Skeleton(llama_folder)
+    assert "remote code are refused" in caught.value.hint
+
+
+def test_model_that_needs_remote_code_is_refused_without_running_it(llama_folder: Path) -> None:
+    marker = llama_folder / "ran"
+    (llama_folder / "configuration_own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    change_config(llama_folder, model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    with pytest.raises(UnsupportedArchitectureError, match="cannot build a causal language model"):
+        Skeleton(llama_folder)
+    assert not marker.exists()
+
+
+def test_remote_modelling_code_beside_a_known_type_is_not_run(llama_folder: Path) -> None:
+    marker = llama_folder / "ran"
+    (llama_folder / "modeling_own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    change_config(llama_folder, auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
+    assert Skeleton(llama_folder).architecture == "LlamaForCausalLM"
+    assert not marker.exists()
+
+
+def test_encoder_is_refused(llama_folder: Path) -> None:
+    change_config(llama_folder, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    with pytest.raises(UnsupportedArchitectureError, match="cannot build a causal language model"):
+        Skeleton(llama_folder)
+
+
+def test_missing_tensor_is_named(llama_folder: Path) -> None:
+    change_weights(llama_folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(CorruptWeightsError, match=r"no tensor for model.layers.1.mlp.up_proj.weight of Llama") as caught:
+        open_folder(llama_folder)
+    assert caught.value.code == "source.missing_tensor"
+
+
+def test_missing_output_head_is_only_accepted_when_it_is_tied(llama_folder: Path) -> None:
+    change_weights(llama_folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(CorruptWeightsError, match="no tensor for lm_head.weight"):
+        open_folder(llama_folder)
+    change_config(llama_folder, tie_word_embeddings=True)
+    source = open_folder(llama_folder)
+    skeleton = source.outline.skeleton
+    skeleton.attach_outer(source.outer())
+    assert torch.equal(skeleton.net.lm_head.weight, skeleton.net.model.embed_tokens.weight)
+
+
+def test_wrong_shape_is_named_with_both_shapes(llama_folder: Path) -> None:
+    change_config(llama_folder, intermediate_size=320)
+    with pytest.raises(CorruptWeightsError, match=r"has the shape \[.*256.*\], but .* needs \[.*320.*\]") as caught:
+        open_folder(llama_folder)
+    assert caught.value.code == "source.shape"
+
+
+def test_tensors_the_model_has_no_use_for_are_extra(llama_folder: Path) -> None:
+    change_weights(llama_folder, lambda tensors: tensors.update({"vision.patch.weight": torch.ones(2, 2)}))
+    assert open_folder(llama_folder).outline.skeleton.extra_names == ("vision.patch.weight",)
+
+
+def test_mixture_of_experts_is_refused_with_the_tensor_and_the_reason(tmp_path: Path) -> None:
+    folder = make_model("mixtral", tmp_path / "mixtral")
+    with pytest.raises(UnsupportedArchitectureError, match=r"experts.* not stored as .*mixtures of experts") as caught:
+        open_folder(folder)
+    assert "dense decoder models" in caught.value.hint
+
+
+def test_quantized_source_is_refused(llama_folder: Path) -> None:
+    change_config(llama_folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(SourceError, match=r"already quantized \(gptq\)") as caught:
+        open_folder(llama_folder)
+    assert caught.value.code == "source.quantized"
+
+
+def test_float8_weights_are_refused(llama_folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_weights(llama_folder, lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(UnsupportedArchitectureError, match=r"stores weights as F8_E4M3; only BF16, F16, F32"):
+        open_folder(llama_folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_unreadable_config_is_an_error_of_the_source(llama_folder: Path, content: bytes) -> None:
+    (llama_folder / "config.json").write_bytes(content)
+    with pytest.raises(SourceError, match=r"config.json of llama cannot be read") as caught:
+        open_folder(llama_folder)
+    assert caught.value.code == "source.config"
+
+
+def test_weight_with_nan_is_refused_when_it_is_read(llama_folder: Path) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+
+    def poison(tensors: dict[str, Tensor]) -> None:
+        tensors[name][3, 5] = float("nan")
+
+    change_weights(llama_folder, poison)
+    source = open_folder(llama_folder)
+    assert source.block(0)
+    with pytest.raises(CorruptWeightsError, match=name):
+        source.block(1)
+
+
+def test_folder_without_tokenizer_is_refused(llama_folder: Path) -> None:
+    (llama_folder / "tokenizer.json").unlink()
+    (llama_folder / "tokenizer_config.json").unlink()
+    with pytest.raises(SourceError, match="the tokenizer of llama cannot be loaded") as caught:
+        TextTokenizer(llama_folder)
+    assert caught.value.code == "source.tokenizer"
+
+
+def test_tokenizer_knows_every_end_token(llama_folder: Path) -> None:
+    (llama_folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    tokenizer = TextTokenizer(llama_folder)
+    assert tokenizer.end_ids == {1, 7}
+    ids = tokenizer.encode("The people of the United States")
+    assert tokenizer.decode(ids) == "The people of the United States"
+    assert ids
+    assert not set(ids) & tokenizer.end_ids
