@@ -90,8 +90,9 @@ class Request:
 class Fault:
     """What goes wrong with requests whose file (or API address) ends with ``path``, for the next ``times`` of them.
 
-    The first ``skip`` of them go well. API requests know ``status`` only; of files, only GET is affected. One of: answer ``status``; drop the connection after ``drop_after`` bytes of the reply; stall after
-    ``stall_after`` bytes until the hub closes; flip the bits of the content; ignore the range.
+    The first ``skip`` of them go well. API requests know ``status`` only; of files, only GET is affected. One of:
+    answer ``status``; drop the connection after ``drop_after`` bytes of the reply; stall after ``stall_after`` bytes
+    until the hub closes; flip the bits of the content; ignore the range.
     """
 
     path: str

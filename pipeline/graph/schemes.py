@@ -48,10 +48,15 @@ def plan_matrices(variant: VariantSpec, blocks: Sequence[Sequence[LinearGroup]])
 
 
 def _checkpoint_group_size(variant: VariantSpec, groups: Iterable[LinearGroup]) -> int:
-    """Return the group size to start from: AWQ files hold one for all, so it is lowered for all or for none."""
+    """Return the group size to start from, lowered for all linears or for none.
+
+    AWQ files hold one size, and of GPTQ files with several not every loader reads the overrides, so one that divides
+    every in_features is preferred for both. compressed-tensors holds several.
+    """
     widths = {group.in_features for group in groups}
     wanted = variant.group_size
-    if variant.format is not Format.AWQ or wanted == PER_CHANNEL or variant.group_fallback is not GroupFallback.DIVISOR:
+    holds_several = variant.format is Format.COMPRESSED_TENSORS
+    if holds_several or wanted == PER_CHANNEL or variant.group_fallback is not GroupFallback.DIVISOR:
         return wanted
     tried = (wanted, *(size for size in ENGINE_GROUP_SIZES if size < wanted))
     return next((size for size in tried if all(width % size == 0 for width in widths)), wanted)
@@ -87,8 +92,8 @@ def _group_size(variant: VariantSpec, linear: LinearRef, checkpoint_size: int) -
         return width, ""
     if width % checkpoint_size == 0:
         lowered = checkpoint_size != variant.group_size
-        why = f"group size {checkpoint_size}: {variant.group_size} does not divide every in_features, and AWQ files "
-        return checkpoint_size, why + "hold one size" if lowered else ""
+        why = f"group size {checkpoint_size}: {variant.group_size} does not divide every in_features"
+        return checkpoint_size, why if lowered else ""
     fits = [size for size in ENGINE_GROUP_SIZES if size < checkpoint_size and width % size == 0]
     can_lower = variant.group_fallback is GroupFallback.DIVISOR and variant.format is not Format.AWQ
     if fits and can_lower:

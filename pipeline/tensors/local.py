@@ -35,8 +35,9 @@ def read_file_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         CorruptWeightsError: when the file is damaged.
     """
-    header = read_header(lambda name, start, end: read_local_range(path.parent, name, start, end), path.name,
-                         path.stat().st_size)
+    header = read_header(
+        lambda name, start, end: read_local_range(path.parent, name, start, end), path.name, path.stat().st_size
+    )
     entries = {name: (path.name, entry) for name, entry in header.entries.items()}
     total = sum(entry.num_bytes for entry in header.entries.values())
     count = sum(entry.num_elements for entry in header.entries.values())

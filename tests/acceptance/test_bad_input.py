@@ -55,7 +55,7 @@ def unknown_architecture(folder: Path) -> None:
     [
         (break_header, 3, ["model.safetensors"]),
         (truncate, 3, ["model.safetensors"]),
-        (name_absent_file, 3, ["model-00002-of-00002.safetensors", "absent"]),
+        (name_absent_file, 3, ["model.safetensors.index.json", "model-00002-of-00002.safetensors"]),
         (put_nan, 3, ["model.layers.1.mlp.up_proj.weight", "NaN"]),
         (only_pickle, 3, ["pytorch_model.bin", "save_pretrained"]),
         (no_weights, 3, ["safetensors"]),

@@ -24,7 +24,7 @@ def test_a_file_is_fetched_once_and_named_with_its_commit(hub: LoopbackHub, sett
 
 def test_an_absent_file_names_what_is_there(hub: LoopbackHub, settings: Settings) -> None:
     hub.add("org/texts", {"train.txt": b"some text"}, kind="dataset")
-    with pytest.raises(SourceNotFoundError, match="has no file 'test.txt'") as caught:
+    with pytest.raises(SourceNotFoundError, match=r"has no file 'test\.txt'") as caught:
         fetch_dataset_file("hub:org/texts:test.txt", settings)
     assert caught.value.hint == "it has train.txt"
 

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,7 +175,7 @@ class Answer(NamedTuple):
     wait: float
 
 
-NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_too_little_space_is_said_before_downloading(
     hub: LoopbackHub, settings: Settings, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(".")._replace(free=1000)
-    monkeypatch.setattr(fetch_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("pipeline.hub.fetch.shutil.disk_usage", lambda path: usage)
     with pytest.raises(DiskFullError, match="384 kB are to be fetched, 1 kB are free"):
         quick(source, settings)
     assert hub.requests == []
@@ -292,7 +292,7 @@ def test_a_disk_that_fills_up_is_said_with_what_is_needed(
     def full(descriptor: int, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fetch_module.os, "write", full)
+    monkeypatch.setattr("pipeline.hub.fetch.os.write", full)
     with pytest.raises(DiskFullError, match=r"LICENSE\.txt: no space left; 12 B more are needed"):
         quick(source, settings)
 
