@@ -47,9 +47,7 @@ class PipelineError(Exception):
     default_code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
 
-    def __init__(
-        self, message: str, *, code: str = "", hint: str = "", context: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, message: str, *, code: str = "", hint: str = "", context: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or self.default_code

@@ -7,7 +7,7 @@ we are.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 DEFAULT_HUB_ENDPOINT = "https://huggingface.co"
@@ -27,7 +27,7 @@ class Settings:
     """
 
     hub_endpoint: str
-    hub_token: str | None
+    hub_token: str | None = field(repr=False)
     cache_dir: Path
     s3_endpoint: str | None
     ray_address: str | None
@@ -51,3 +51,9 @@ def quiet_ray() -> None:
     """Switch off Ray's usage reports and start-up notices for this process and the ones that it starts."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def engine_environment() -> dict[str, str]:
+    """Return the environment that an engine's process runs in: ours, offline, without our credentials."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "HF_", "PYTHON"))}
+    return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

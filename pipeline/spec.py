@@ -206,11 +206,11 @@ class PromptSpec(Strict):
 class GateSpec(Strict):
     """The budgets that a variant must keep to be published. A budget of null means: reported, not judged."""
 
-    max_relative_error: float | None | Literal["auto"] = "auto"
+    max_relative_error: float | Literal["auto"] | None = "auto"
     """Per module, sqrt of tr(dW H dW^T) / tr(W H W^T); `auto` depends on the bits."""
-    max_kl: float | None | Literal["auto"] = "auto"
+    max_kl: float | Literal["auto"] | None = "auto"
     """Mean KL divergence (nats per token) from the source's next-token distribution on held-out text."""
-    max_perplexity_ratio: float | None | Literal["auto"] = "auto"
+    max_perplexity_ratio: float | Literal["auto"] | None = "auto"
     """Perplexity on held-out text over the source's."""
     max_degradations: Annotated[int, Field(ge=0)] | None = 0
     """Fallbacks inside solvers (for example a damping rung above the first) that are accepted; each is on the card."""
@@ -339,5 +339,3 @@ def resolve_budgets(gates: GateSpec, variant: VariantSpec) -> Budgets:
     given = {key: getattr(gates, key) for key in auto}
     resolved = {key: auto[key] if value == "auto" else value for key, value in given.items()}
     return Budgets(max_degradations=gates.max_degradations, **resolved)
-
-

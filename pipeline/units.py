@@ -1,4 +1,4 @@
-"""Quantities as people read them. Bytes are decimal (1 GB = 10^9), memory sizes of devices are binary (1 GiB = 2^30)."""
+"""Quantities as people read them. Bytes are decimal: 1 GB = 10^9. Memory sizes of devices are binary: 1 GiB = 2^30."""
 
 from __future__ import annotations
 

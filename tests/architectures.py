@@ -44,8 +44,15 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "phi3": lambda: t.Phi3Config(**_GROUPED),
         "gpt_neox": lambda: t.GPTNeoXConfig(**_COMMON),
         "opt": lambda: t.OPTConfig(
-            hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
-            word_embed_proj_dim=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+            hidden_size=128,
+            ffn_dim=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=VOCABULARY,
+            word_embed_proj_dim=128,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
         ),
         "gpt2": lambda: t.GPT2Config(
             n_embd=128, n_inner=256, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1

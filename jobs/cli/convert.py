@@ -14,15 +14,33 @@ from pipeline.errors import GateFailed, PipelineError
 
 @click.command("convert")
 @with_spec_flags
-@click.option("--to", "targets", multiple=True, metavar="TARGET",
-              help="Where to publish: a directory or s3://bucket/prefix. Repeatable.")
-@click.option("--workers", type=click.IntRange(min=1), metavar="K",
-              help="Work units at a time; never changes a byte.  [default: processors]")
-@click.option("--work-dir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-              help="Finished work of this and earlier runs; a killed run continues from it.  "
-              "[default: work/ in the cache directory]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-              help="Where tensors are computed.")
+@click.option(
+    "--to",
+    "targets",
+    multiple=True,
+    metavar="TARGET",
+    help="Where to publish: a directory or s3://bucket/prefix. Repeatable.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Work units at a time; never changes a byte.  [default: processors]",
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Finished work of this and earlier runs; a killed run continues from it.  "
+    "[default: work/ in the cache directory]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where tensors are computed.",
+)
 @click.option("--address", metavar="ADDRESS", help="Ray cluster to run on.  [default: RAY_ADDRESS, else this machine]")
 @click.option("--json", "as_json", is_flag=True, help="Progress as JSON lines on standard error.")
 def convert_command(

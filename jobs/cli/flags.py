@@ -16,21 +16,33 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 SPEC_FLAGS = (
     click.argument("source", required=False),
-    click.option("--variant", "variants", multiple=True, metavar="NAME",
-                 help="What to make, for example gptq-w4-g128, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct. Repeatable."),
-    click.option("--spec", "spec_file", type=click.Path(path_type=Path), metavar="FILE",
-                 help="YAML spec with everything; flags override it. See docs/reference/spec.md."),
-    click.option("--calibration", metavar="FILE|NAME",
-                 help="Calibration text: builtin, a .txt, .jsonl or .parquet file, or hub:org/name[@rev]:path. "
-                 "Plain text gives its first N x L tokens in order.  [default: builtin]"),
+    click.option(
+        "--variant",
+        "variants",
+        multiple=True,
+        metavar="NAME",
+        help="What to make, for example gptq-w4-g128, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct. Repeatable.",
+    ),
+    click.option(
+        "--spec",
+        "spec_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="YAML spec with everything; flags override it. See docs/reference/spec.md.",
+    ),
+    click.option(
+        "--calibration",
+        metavar="FILE|NAME",
+        help="Calibration text: builtin, a .txt, .jsonl or .parquet file, or hub:org/name[@rev]:path. "
+        "Plain text gives its first N x L tokens in order.  [default: builtin]",
+    ),
     click.option("--samples", type=int, metavar="N", help="Calibration sequences.  [default: 128]"),
     click.option("--length", type=int, metavar="L", help="Tokens in a calibration sequence.  [default: 512]"),
     click.option("--seed", type=int, metavar="S", help="Order in which documents are drawn.  [default: 0]"),
     click.option("--heldout", metavar="FILE|NAME", help="Held-out text for the divergence gate.  [default: builtin]"),
     click.option("--heldout-samples", type=int, metavar="N", help="Held-out sequences.  [default: 16]"),
     click.option("--heldout-length", type=int, metavar="L", help="Tokens in a held-out sequence.  [default: 512]"),
-    click.option("--release", metavar="NAMESPACE/NAME",
-                 help="Prefix of the releases' names.  [default: the source's]"),
+    click.option("--release", metavar="NAMESPACE/NAME", help="Prefix of the releases' names.  [default: the source's]"),
 )
 
 
@@ -67,9 +79,13 @@ def spec_from_flags(
         "targets": list(targets) or None,
         "release": release,
         "calibration": _given({"text": calibration, "samples": samples, "length": length, "seed": seed}),
-        "gates": _given({
-            "heldout": heldout, "heldout_samples": heldout_samples, "heldout_length": heldout_length,
-        }),
+        "gates": _given(
+            {
+                "heldout": heldout,
+                "heldout_samples": heldout_samples,
+                "heldout_length": heldout_length,
+            }
+        ),
     }
     data = _given(given)
     if spec_file is not None:
@@ -77,7 +93,9 @@ def spec_from_flags(
     for key, words in (("source", "SOURCE"), ("variants", "--variant NAME"), ("targets", "--to TARGET")):
         if key not in data:
             raise SpecError(
-                f"{words} is missing", code="spec.missing", hint="for example: bitmill convert org/model "
+                f"{words} is missing",
+                code="spec.missing",
+                hint="for example: bitmill convert org/model "
                 "--variant gptq-w4-g128 --to releases/ ; or put everything into a file and give --spec FILE",
             )
     return build_spec(data, where="flags")

@@ -11,8 +11,11 @@ from pipeline.errors import GateFailed
 
 @click.command("verify")
 @click.argument("release")
-@click.option("--engine", type=click.Choice(["transformers"]),
-              help="Also load it in this engine, unmodified, in an environment of its own (installed on first use).")
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers"]),
+    help="Also load it in this engine, unmodified, in an environment of its own (installed on first use).",
+)
 @click.option("--json", "as_json", is_flag=True, help="The checks as JSON.")
 def verify_command(release: str, engine: str | None, as_json: bool) -> int:
     """Check a published RELEASE from its storage alone.

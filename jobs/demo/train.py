@@ -69,7 +69,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<|begin|>",
         eos_token="<|end|>",
@@ -103,7 +103,7 @@ def perplexity(net: LlamaForCausalLM, tokens: torch.Tensor, num_sequences: int =
     """Return the perplexity of ``net`` on the first ``num_sequences`` sequences of a token stream."""
     batch = tokens[: num_sequences * SEQUENCE_TOKENS].view(-1, SEQUENCE_TOKENS)
     with torch.no_grad():
-        losses = [net(input_ids=rows, labels=rows).loss.item() for rows in batch.split(BATCH_SEQUENCES)]
+        losses = [net(input_ids=rows, labels=rows).loss.item() for rows in torch.split(batch, BATCH_SEQUENCES)]
     return math.exp(sum(losses) / len(losses))
 
 

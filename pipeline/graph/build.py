@@ -187,7 +187,7 @@ class UnitBuilder:
         for rows in torch.split(batch.tokens_NL, slice_sequences):
             tokens = {"tokens": rows.tolist()}
             flops = 2.0 * rows.numel()
-            # Looking embeddings up costs no FLOPs but takes about as long as a block: a cost of 0 would spoil the estimate.
+            # Looking embeddings up costs no FLOPs but takes about as long as a block; 0 would spoil the estimate.
             cost = flops * self.block_parameters(0)
             units = [self.unit(Kind.EMBED, {"weights": self.places(self.outer_names)}, tokens, (), cost=cost)]
             for block in range(self.num_blocks):
@@ -212,9 +212,7 @@ class UnitBuilder:
             units.append(self.unit(Kind.MERGE, {}, {}, needs, block=block, cost=cost))
         return units
 
-    def variant(
-        self, plan: VariantPlan, merged: list[WorkUnit], finals: list[WorkUnit]
-    ) -> VariantUnits:
+    def variant(self, plan: VariantPlan, merged: list[WorkUnit], finals: list[WorkUnit]) -> VariantUnits:
         """Return the units of one variant."""
         packs, solves = [], []
         for block in range(self.num_blocks):

@@ -303,7 +303,6 @@ def _publish(
     return tuple(locations)
 
 
-
 def resolve_device(wanted: str) -> str:
     """Return ``cpu`` or ``cuda``: what was wanted, or for ``auto`` what this machine has."""
     if wanted == "auto":

@@ -13,7 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "jobs" / "demo" / "model"
 SMALL = (
-    "--samples", "8", "--length", "64", "--heldout-samples", "2", "--heldout-length", "64", "--workers", "2",
+    "--samples",
+    "8",
+    "--length",
+    "64",
+    "--heldout-samples",
+    "2",
+    "--heldout-length",
+    "64",
+    "--workers",
+    "2",
 )
 
 Bitmill = Callable[..., subprocess.CompletedProcess[str]]

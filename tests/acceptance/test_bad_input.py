@@ -27,7 +27,7 @@ def truncate(folder: Path) -> None:
 
 
 def name_absent_file(folder: Path) -> None:
-    weight_map = {name: "model-00002-of-00002.safetensors" for name in load_file(folder / "model.safetensors")}
+    weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), "model-00002-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
@@ -124,8 +124,13 @@ def test_missing_target_folder_and_full_disk_are_named(bitmill: Bitmill, tmp_pat
 
 
 def test_unreachable_hub_and_bucket_are_named(bitmill: Bitmill, tmp_path: Path) -> None:
-    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
-           "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_REGION": "us-east-1"}
+    env = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "AWS_REGION": "us-east-1",
+    }
     (tmp_path / "out").mkdir()
     done = bitmill("plan", "org/model", "--variant", "gptq-w4-g128", env=env)
     assert done.returncode == 3, done.stderr

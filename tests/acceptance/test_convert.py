@@ -77,13 +77,19 @@ def test_plan_states_the_size_that_convert_writes(undisturbed: Path, bitmill: Bi
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "solve", "pack", "evaluate"])
-def test_killed_run_continues_to_the_same_bytes(stage: str, undisturbed: Path, bitmill: Bitmill, tmp_path: Path) -> None:
+def test_killed_run_continues_to_the_same_bytes(
+    stage: str, undisturbed: Path, bitmill: Bitmill, tmp_path: Path
+) -> None:
     target, work = tmp_path / "out", tmp_path / "work"
     target.mkdir()
     arguments = ["convert", str(DEMO_MODEL), *VARIANTS, *SMALL, "--to", str(target), "--work-dir", str(work)]
     command = [sys.executable, "-m", "jobs.cli", *arguments]
     driver = subprocess.Popen(
-        command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command,
+        cwd=ROOT,
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     deadline = time.monotonic() + 120

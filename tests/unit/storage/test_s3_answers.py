@@ -52,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
         self.close_connection = True
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _reply  # noqa: N815
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _reply
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""

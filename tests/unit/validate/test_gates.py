@@ -30,12 +30,15 @@ def test_every_linear_must_be_proven() -> None:
     assert not check_round_trip(3, 4).passed
 
 
-@pytest.mark.parametrize(("kl", "perplexity", "passed"), [(0.1, 11.0, True), (0.3, 11.0, False), (0.1, 16.0, False),
-                                                        (math.nan, 11.0, False), (0.1, math.inf, False)])
+@pytest.mark.parametrize(
+    ("kl", "perplexity", "passed"),
+    [(0.1, 11.0, True), (0.3, 11.0, False), (0.1, 16.0, False), (math.nan, 11.0, False), (0.1, math.inf, False)],
+)
 def test_divergence_is_judged_by_its_budgets(kl: float, perplexity: float, passed: bool) -> None:
     budgets = Budgets(max_relative_error=None, max_kl=0.2, max_perplexity_ratio=1.5, max_degradations=0)
-    quality = Quality(heldout_text="t", heldout_tokens=10, source_perplexity=10.0, perplexity=perplexity, kl=kl,
-                      top1_agreement=0.9)
+    quality = Quality(
+        heldout_text="t", heldout_tokens=10, source_perplexity=10.0, perplexity=perplexity, kl=kl, top1_agreement=0.9
+    )
     assert check_divergence(quality, budgets).passed is passed
 
 

@@ -1,0 +1,164 @@
+"""Engine environments, made on demand and kept, and the comparison of an engine with the project's own loader.
+
+An environment is a virtual environment named by the fingerprint of its pinned requirements. Its record is written
+last, so an installation that was killed is made anew. The engine runs offline in a process of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.errors import EngineError
+from pipeline.facts import Check
+from pipeline.fingerprint import fingerprint
+from pipeline.settings import engine_environment
+from pipeline.tensors.local import read_file_tensors
+
+RECORD = "installed.json"
+
+NEAR_TIE = 0.15
+"""Largest lead, in units of the standard deviation of the logits, that another token may have over the engine's choice
+in our reference. Engines compute in 16 bit: near ties of 0.05 at a spread of 1.3 were seen without any error."""
+
+MAX_LOGIT_ERROR = 0.05
+"""Largest relative difference (Frobenius) of a sequence's logits: 16-bit arithmetic gives about 0.01, a wrong zero
+point or order of columns about 1."""
+
+ENGINE_TIMEOUT_S = 1800.0
+"""Longest run of an engine."""
+
+
+def ensure_environment(engine: str, cache_dir: Path, on_line: Callable[[str], None]) -> Path:
+    """Return the folder of the engine's environment, installed on first use.
+
+    Raises:
+        EngineError: with pip's last words when it cannot be installed.
+    """
+    requirements = (resources.files("pipeline.validate.engines") / f"{engine}.txt").read_text(encoding="utf-8")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    folder = cache_dir / "engines" / f"{engine}-{fingerprint([requirements, python])[:16]}"
+    with _locked(folder):
+        if not (folder / RECORD).is_file():
+            on_line(f"installing {engine} into {folder}: some gigabytes, several minutes, once")
+            _install(folder, requirements)
+    return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _install(folder: Path, requirements: str) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    pins = [line for line in requirements.splitlines() if line and not line.startswith("#")]
+    torch_pin = next((pin for pin in pins if pin.startswith("torch==")), None)
+    _run([sys.executable, "-m", "venv", str(folder)], "cannot make a virtual environment")
+    pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+    if torch_pin is not None:
+        # Packages that compile against torch need it, and these tools, before they are built.
+        _run([*pip, torch_pin, "wheel", "setuptools", "numpy"], "cannot install torch")
+    _run([*pip, "--no-build-isolation", *pins], "cannot install the engine")
+    (folder / RECORD).write_text(json.dumps({"requirements": pins}))
+
+
+def _run(command: list[str], problem: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise EngineError(
+            f"{problem} ({' '.join(command[:3])} ...):\n{said}",
+            code="engine.install",
+            hint="check the network and the free disk space, then run the same command again",
+        )
+
+
+def check_engine(
+    engine: str,
+    release_folder: Path,
+    reference: Callable[[Sequence[int]], Tensor],
+    prompts: Sequence[tuple[str, list[int]]],
+    max_tokens: int,
+    cache_dir: Path,
+    on_line: Callable[[str], None],
+) -> Check:
+    """Return whether the engine, unmodified, computes what the project's own loader computes.
+
+    Args:
+        engine: Name of the engine: ``transformers``.
+        release_folder: The release's files.
+        reference: Token ids to float32 logits [length, vocabulary] of the project's own dense model.
+        prompts: Texts with their token ids.
+        max_tokens: Tokens to generate for each prompt.
+        cache_dir: Where environments are kept.
+        on_line: Told what takes long.
+
+    Raises:
+        EngineError: when the environment cannot be made.
+    """
+    python = ensure_environment(engine, cache_dir, on_line) / "bin" / "python"
+    on_line(f"loading {release_folder.name[:12]} in {engine}")
+    with tempfile.TemporaryDirectory(prefix="bitmill-engine-") as name:
+        out = Path(name)
+        (out / "job.json").write_text(json.dumps({"prompts": [ids for _, ids in prompts], "max_tokens": max_tokens}))
+        script = resources.files("pipeline.validate.engines") / f"run_{engine}.py"
+        command = [str(python), str(script), str(release_folder), str(out / "job.json"), str(out)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=engine_environment(), timeout=ENGINE_TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return Check(name="engine", passed=False, detail=f"{engine}: no answer within {ENGINE_TIMEOUT_S:.0f} s")
+        if done.returncode:
+            said = " / ".join(done.stderr.strip().splitlines()[-3:])
+            return Check(name="engine", passed=False, detail=f"{engine} cannot run the release: {said}")
+        result = json.loads((out / "result.json").read_text())
+        logits = read_file_tensors(out / "logits.safetensors")
+    return judge_engine(engine, result, logits, reference, prompts)
+
+
+def judge_engine(
+    engine: str,
+    result: dict[str, Any],
+    logits: dict[str, Tensor],
+    reference: Callable[[Sequence[int]], Tensor],
+    prompts: Sequence[tuple[str, list[int]]],
+) -> Check:
+    """Return the check of an engine's answers: each token it chose, and all logits, against the reference."""
+    agreeing, total, worst_gap, worst_error = 0, 0, 0.0, 0.0
+    for number, ((_, ids), sequence) in enumerate(zip(prompts, result["sequences"], strict=True)):
+        ours_LV, theirs_LV = reference(sequence), logits[str(number)]
+        worst_error = max(worst_error, float((theirs_LV - ours_LV).norm() / ours_LV.norm()))
+        for position in range(len(ids), len(sequence)):
+            row_V = ours_LV[position - 1]
+            gap = float((row_V.max() - row_V[sequence[position]]) / row_V.std())
+            total, agreeing, worst_gap = total + 1, agreeing + (gap == 0.0), max(worst_gap, gap)
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(result["versions"].items()))
+    detail = (
+        f"{engine} ({versions}; {result['dtype']}): {agreeing} of {total} greedy tokens as the reference, widest gap "
+        f"{worst_gap:.4f} of the logits' spread, relative logit error {worst_error:.4f}"
+    )
+    figures = {
+        "tokens_agreeing": float(agreeing),
+        "tokens_total": float(total),
+        "worst_gap": worst_gap,
+        "max_relative_logit_error": worst_error,
+        "tokens_per_s": result["tokens_per_s"],
+    }
+    passed = total > 0 and worst_gap <= NEAR_TIE and worst_error <= MAX_LOGIT_ERROR
+    return Check(name="engine", passed=passed, detail=detail, figures=figures)
