@@ -20,8 +20,12 @@ from torch import Tensor
 from pipeline.calibrate.tokens import load_text
 from pipeline.graph import assemble
 from pipeline.graph.convert import RunOptions, VariantOutcome, convert
-from pipeline.graph.outline import open_folder
+from pipeline.graph.folds import ScaleResult, fold_block, search_group_scales
+from pipeline.graph.outline import Source, open_folder
+from pipeline.quantize.solve import SolveOptions
+from pipeline.quantize.types import Scheme, Statistics
 from pipeline.settings import Settings
+from pipeline.skeleton.groups import LinearGroup
 from pipeline.spec import build_spec
 from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import read_tensors
@@ -47,9 +51,6 @@ OPEN_GATES = {
     "generated_tokens": 4,
     "prompts": [{"prompt": "It was a cold morning"}],
 }
-
-
-SETTINGS = Settings("http://127.0.0.1:9", None, Path("no-cache"), s3_endpoint=None, ray_address=None)
 
 
 class NoSink:
@@ -89,8 +90,9 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def convert_folder(source: Path, target: Path, variants: list[str]) -> Converted:
     target.mkdir()
+    settings = Settings("http://127.0.0.1:9", None, target.parent / "cache", s3_endpoint=None, ray_address=None)
     text = target.parent / "text.txt"
-    text.write_text(load_text("builtin", "calibration", 0, SETTINGS).content[:40_000])
+    text.write_text(load_text("builtin", "calibration", 0, settings).content[:40_000])
     spec = build_spec(
         {
             "source": str(source),
@@ -106,7 +108,7 @@ def convert_folder(source: Path, target: Path, variants: list[str]) -> Converted
         # Drawing takes longer than converting a model of this size, and has tests of its own.
         patch.setattr(assemble, "plot_layer_error", lambda facts: b"")
         patch.setattr(assemble, "plot_size_quality", lambda facts: b"")
-        outcomes = convert(spec, SETTINGS, options, NoSink())
+        outcomes = convert(spec, settings, options, NoSink())
     return Converted(source, {outcome.facts.variant.name: outcome for outcome in outcomes})
 
 
