@@ -39,7 +39,7 @@ class Continuation:
 
 
 class BlockCache:
-    """Dense weights of blocks, read on demand, the least recently used dropped beyond a number of bytes."""
+    """Dense weights of blocks, read on demand, the most recently used dropped beyond a number of bytes."""
 
     def __init__(self, load: Callable[[int], Mapping[str, Tensor]], max_bytes: int = RESIDENT_BYTES) -> None:
         self._load, self._max_bytes = load, max_bytes
@@ -56,6 +56,7 @@ class BlockCache:
                 # Blocks come round in order, so the one used last is the one needed last.
                 stale = next(key for key in reversed(self._blocks) if key != index)
                 del self._blocks[stale], self._bytes[stale]
+        self._blocks.move_to_end(index)
         return self._blocks[index]
 
 

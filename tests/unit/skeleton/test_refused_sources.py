@@ -63,7 +63,9 @@ def test_encoder_is_refused(llama_folder: Path) -> None:
 
 def test_missing_tensor_is_named(llama_folder: Path) -> None:
     change_weights(llama_folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(CorruptWeightsError, match=r"no tensor for model.layers.1.mlp.up_proj.weight of Llama") as caught:
+    with pytest.raises(
+        CorruptWeightsError, match=r"no tensor for model.layers.1.mlp.up_proj.weight of Llama"
+    ) as caught:
         open_folder(llama_folder)
     assert caught.value.code == "source.missing_tensor"
 

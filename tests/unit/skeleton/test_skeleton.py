@@ -37,7 +37,10 @@ def test_producers_are_found_where_rescaling_changes_nothing(name: str, tmp_path
 def test_linears_that_share_an_input_are_one_group(tmp_path: Path) -> None:
     outline = open_folder(make_model("qwen3", tmp_path)).outline
     assert [group.label for group in outline.groups[1]] == [
-        "q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj"
+        "q_proj+k_proj+v_proj",
+        "o_proj",
+        "gate_proj+up_proj",
+        "down_proj",
     ]
     assert outline.other_linears == ("lm_head",)
 
