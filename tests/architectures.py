@@ -14,8 +14,9 @@ VOCABULARY = 4096
 WEIGHT_GAIN = 3.0
 """Random matrices are scaled up so that predictions are far from uniform and errors show."""
 
-VECTOR_SPREAD = 0.2
-"""Norm weights and biases, which start as ones and zeros, are moved by this so that forgetting one shows."""
+BIAS_SPREAD, NORM_SPREAD = 0.2, 0.8
+"""Biases and the logarithms of norm gains, which start as zeros, get this standard deviation: forgetting one shows, and
+the channels of what linears read differ enough for activation-aware scaling to pay."""
 
 _COMMON = {
     "hidden_size": 128,
@@ -76,11 +77,15 @@ def make_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **c
         setattr(config, key, value)
     net = t.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in net.parameters():
+        for path, parameter in net.named_parameters():
+            noise = torch.randn_like(parameter)
             if parameter.dim() > 1:
                 parameter *= WEIGHT_GAIN
+            elif path.endswith(".bias"):
+                parameter += BIAS_SPREAD * noise
             else:
-                parameter += VECTOR_SPREAD * torch.randn_like(parameter)
+                # Gemma's gain is 1 + weight, and its weight starts as 0.
+                parameter += torch.exp(NORM_SPREAD * noise) - 1
     net.to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER_FOLDER / file, folder / file)

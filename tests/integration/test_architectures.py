@@ -156,9 +156,11 @@ def test_published_weights_compute_what_the_report_states(converted: Converted) 
     for variant, outcome in converted.outcomes.items():
         facts = outcome.facts
         assert {module.bits for module in facts.modules} == {facts.variant.bits}
+        assert any(module.awq_exponent for module in facts.modules) == variant.startswith("awq"), "nothing was scaled"
         found = logits_of(published_net(converted.folder(variant), converted.source))
         errors[variant] = relative_error(found, expected)
         stated = math.sqrt(sum(module.relative_error**2 for module in facts.modules))
+        print("RATIO", converted.source.name, variant, round(errors[variant], 4), round(errors[variant] / stated, 3))
         assert 0 < errors[variant] < ERROR_FACTOR * stated, variant
     for variant in W4:
         assert errors[W8] < errors[variant] / 5

@@ -10,6 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,8 +21,8 @@ def main() -> None:
     """Do the job that the arguments name."""
     folder, job_file, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     job = json.loads(job_file.read_text())
-    net = AutoModelForCausalLM.from_pretrained(folder)
-    net.train(False)
+    net: Any = AutoModelForCausalLM.from_pretrained(folder)
+    net.eval()
     sequences, logits, seconds, generated = [], {}, 0.0, 0
     for number, prompt in enumerate(job["prompts"]):
         ids = torch.tensor([prompt], device=net.device)
