@@ -72,7 +72,7 @@ def test_missing_tensor_is_named(llama_folder: Path) -> None:
 
 def test_missing_output_head_is_only_accepted_when_it_is_tied(llama_folder: Path) -> None:
     change_weights(llama_folder, lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(CorruptWeightsError, match="no tensor for lm_head.weight"):
+    with pytest.raises(CorruptWeightsError, match=r"no tensor for lm_head\.weight"):
         open_folder(llama_folder)
     change_config(llama_folder, tie_word_embeddings=True)
     source = open_folder(llama_folder)
