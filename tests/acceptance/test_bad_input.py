@@ -138,3 +138,14 @@ def test_unreachable_hub_and_bucket_are_named(bitmill: Bitmill, tmp_path: Path) 
     done = bitmill("convert", DEMO_MODEL, "--variant", "gptq-w4-g128", *SMALL, "--to", "s3://nobody/x", env=env)
     assert done.returncode == 6, done.stderr
     assert "nobody" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_missing_gpu_is_refused_at_once_with_what_there_is(bitmill: Bitmill, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    done = bitmill(
+        "convert", DEMO_MODEL, "--variant", "rtn-w8-g128", *SMALL, "--device", "cuda", "--to", tmp_path / "out"
+    )
+    assert done.returncode == 7, done.stderr
+    assert "needs a GPU" in done.stderr
+    assert "CPU: 2" in done.stderr
