@@ -50,6 +50,8 @@ class CalibrationFacts(Facts):
     samples: int
     length: int
     seed: int
+    slice_sequences: int
+    """Sequences in a token slice, the unit of summation."""
     tokens_digest: str
     """SHA-256 of the token ids (int32, little-endian, row after row)."""
 
@@ -156,6 +158,8 @@ class ReleaseFacts(Facts):
     """Tensors copied unquantized, each with the reason (`embedding`, `norm`, `output head`, ...)."""
     dropped: dict[str, str]
     """Source tensors that are not in the release, each with the reason."""
+    cautions: tuple[str, ...]
+    """What weakens the result without being a fault: for example fewer calibration tokens than input channels."""
     quality: Quality
     verdict: Verdict
     generated_tokens: int

@@ -118,11 +118,9 @@ class VariantSpec(Strict):
         """Return the shortest name that ``parse_variant`` reads back as these method, bits, group, symmetry, format."""
         group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         parts = [self.method.value, f"w{self.bits}", group]
-        format_, symmetric = _defaults(self.method, self.bits)
-        if self.format is not format_:
+        if self.format is not _default_format(self.method, self.bits):
             parts.append("ct" if self.format is Format.COMPRESSED_TENSORS else self.format.value)
-            symmetric = self.format is not Format.AWQ and symmetric
-        if self.symmetric != symmetric:
+        if self.symmetric != _default_symmetry(self.method, self.format):
             parts.append("sym" if self.symmetric else "asym")
         return "-".join(parts)
 
@@ -140,15 +138,27 @@ _VARIANT_NAME = re.compile(
 )
 
 
-def _defaults(method: Method, bits: int) -> tuple[Format, bool]:
-    """Return the format and symmetry that a short name means when it does not say."""
+def _default_format(method: Method, bits: int) -> Format:
+    """Return the format that a short name means when it does not say."""
     match method:
         case Method.GPTQ:
-            return Format.GPTQ, True
+            return Format.GPTQ
         case Method.AWQ:
-            return (Format.AWQ if bits == 4 else Format.COMPRESSED_TENSORS), False
+            return Format.AWQ if bits in FORMAT_BITS[Format.AWQ] else Format.COMPRESSED_TENSORS
         case Method.RTN:
-            return Format.COMPRESSED_TENSORS, True
+            return Format.COMPRESSED_TENSORS
+
+
+def _default_symmetry(method: Method, format_: Format) -> bool:
+    """Return the symmetry that a short name means when it does not say: the only one of the format, else the one that
+    the method is known for."""
+    match format_:
+        case Format.GPTQ:
+            return True
+        case Format.AWQ:
+            return False
+        case Format.COMPRESSED_TENSORS:
+            return method is not Method.AWQ
 
 
 def parse_variant(name: str) -> VariantSpec:
@@ -162,12 +172,10 @@ def parse_variant(name: str) -> VariantSpec:
     if match is None:
         raise SpecError(f"variant {name!r} is not of the form method-wBITS-gGROUP", code="spec.variant", hint=hint)
     method, bits = Method(match["method"]), int(match["bits"])
-    format_, symmetric = _defaults(method, bits)
+    format_ = _default_format(method, bits)
     if match["format"]:
         format_ = Format.COMPRESSED_TENSORS if match["format"] == "ct" else Format(match["format"])
-        symmetric = format_ is not Format.AWQ and symmetric
-    if match["symmetry"]:
-        symmetric = match["symmetry"] == "sym"
+    symmetric = match["symmetry"] == "sym" if match["symmetry"] else _default_symmetry(method, format_)
     group = PER_CHANNEL if match["group"] == "channel" else int(match["group"][1:])
     try:
         return VariantSpec.model_validate(
@@ -304,13 +312,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _problems(error: ValidationError) -> Iterator[str]:
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "spec"
+        where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             yield f"{where}: unknown key; legal here: {', '.join(_legal_keys(item['loc'][:-1]))}"
         elif item["type"] == "missing":
             yield f"{where}: missing"
         else:
-            yield f"{where}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r:.80})"
+            reason = item["msg"].removeprefix("Value error, ")
+            # Of a whole mapping that contradicts itself, the reason names the keys.
+            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r:.80})"
+            yield f"{where}: {reason}{got}" if where else f"{reason}{got}"
 
 
 def _legal_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -112,12 +112,13 @@ def make_facts(variant: str | VariantSpec = "gptq-w4-g128", num_blocks: int = 12
             file_digests={"model.safetensors": fingerprint("weights")},
         ),
         "calibration": CalibrationFacts(
-            text="builtin", samples=128, length=512, seed=0, tokens_digest=fingerprint("tokens")
+            text="builtin", samples=128, length=512, seed=0, slice_sequences=8, tokens_digest=fingerprint("tokens")
         ),
         "modules": make_modules(num_blocks, spec.bits, spec.group_size),
         "kept": {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm"}
         | {f"model.layers.{block}.input_layernorm.weight": "norm" for block in range(num_blocks)},
         "dropped": {},
+        "cautions": (),
         "quality": Quality(
             heldout_text="builtin",
             heldout_tokens=8176,

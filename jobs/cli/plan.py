@@ -77,6 +77,8 @@ def _render_variant(report: PlanReport, variant: VariantReport, console: Console
     )
     for note, count in variant.notes.items():
         console.print(f"  [yellow]{count} linears: {note}[/yellow]")
+    for caution in variant.cautions:
+        console.print(f"  [yellow]{caution}[/yellow]")
     fits = [device for device, does in variant.fits.items() if does]
     where = f"from {fits[0]} up" if fits else "none of the common devices"
     console.print(

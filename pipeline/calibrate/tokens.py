@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -115,6 +115,25 @@ def _no_text_column(file: Path, reason: str) -> CalibrationError:
         f"{file.name} has no readable `text` column: {reason}",
         code="calibration.column",
         hint="every document needs a string under the key `text`",
+    )
+
+
+def coverage_cautions(num_tokens: int, widths: Iterable[int]) -> tuple[str, ...]:
+    """Return what is to be said when calibration has fewer tokens than linears have inputs.
+
+    T tokens span at most T directions of an input: in the others the second moment is zero, a solver sees no error
+    there, and damping decides.
+
+    Args:
+        num_tokens: Calibration tokens.
+        widths: in_features of every linear that is quantized.
+    """
+    short = sorted(width for width in widths if width > num_tokens)
+    if not short:
+        return ()
+    return (
+        f"{num_tokens:,} calibration tokens cannot cover the inputs of {len(short)} linears, up to {short[-1]:,} wide: "
+        "their errors are only known in part",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline.calibrate.tokens import TokenBatch
+from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.fingerprint import fingerprint
 from pipeline.formats.config import quantization_config
 from pipeline.graph.dag import Kind, WorkUnit
@@ -23,7 +23,7 @@ from pipeline.graph.outline import Outline
 from pipeline.graph.schemes import MatrixPlan, plan_matrices
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.skeleton.groups import LinearGroup
-from pipeline.spec import ConversionSpec, GateSpec, Method, VariantSpec
+from pipeline.spec import CalibrationSpec, ConversionSpec, GateSpec, Method, VariantSpec
 
 HELDOUT_SLICE_SEQUENCES = 8
 """Held-out sequences in one work unit of evaluation; their sums add up exactly, so only speed depends on it."""
@@ -45,6 +45,11 @@ class VariantPlan:
     spec: VariantSpec
     matrices: Mapping[str, MatrixPlan]
     quantization_config: dict[str, Any]
+
+    def cautions(self, calibration: CalibrationSpec) -> tuple[str, ...]:
+        """Return what weakens this variant's result without being a fault."""
+        widths = [plan.linear.in_features for plan in self.matrices.values() if plan.scheme is not None]
+        return coverage_cautions(calibration.samples * calibration.length, widths)
 
     def scheme_params(self, group: LinearGroup) -> dict[str, Any] | None:
         """Return the grid that the group's members share, as JSON; None when they stay in 16 bit."""

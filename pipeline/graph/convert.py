@@ -24,7 +24,7 @@ from pipeline.graph.dag import Executor, InlineExecutor, Kind, WorkUnit, reachab
 from pipeline.graph.outline import open_folder
 from pipeline.graph.stages import JobContext, run_unit
 from pipeline.hub.fetch import FetchedSource, fetch
-from pipeline.hub.source import pin_source
+from pipeline.hub.source import needed_files, pin_source
 from pipeline.observe.events import (
     Degraded,
     EventSink,
@@ -32,8 +32,10 @@ from pipeline.observe.events import (
     Phase,
     PhaseWork,
     Published,
+    SourceAdvanced,
     StageFinished,
     VariantJudged,
+    Warned,
 )
 from pipeline.settings import Settings
 from pipeline.skeleton.tokenizer import TextTokenizer
@@ -101,9 +103,11 @@ def convert(
             no error: its outcome has no locations.
     """
     stores = open_targets(spec.targets, settings)
-    fetched = fetch(pin_source(spec.source, settings), settings)
+    fetched = fetch_source(spec.source, settings, sink)
     namespace, prefix = release_prefix(spec, fetched)
     inputs = gather_inputs(spec, fetched, settings, options.device)
+    for caution in dict.fromkeys(c for plan in inputs.variants for c in plan.cautions(spec.calibration)):
+        sink.emit(Warned(caution))
     units = build_units(inputs)
     work = WorkStore(options.work_dir)
     work.sweep()
@@ -118,6 +122,23 @@ def convert(
         locations = _publish(inputs, fetched, facts, units, work, stores, sink) if own.verdict.passed else ()
         outcomes.append(VariantOutcome(facts, locations))
     return tuple(outcomes)
+
+
+def fetch_source(text: str, settings: Settings, sink: EventSink) -> FetchedSource:
+    """Return the source that ``text`` means, its needed files local and verified; says how far it is.
+
+    Raises:
+        SourceError, StorageError: as ``pin_source`` and ``fetch``.
+    """
+    source = pin_source(text, settings)
+    total_bytes = sum(file.size_bytes for file in needed_files(source))
+    done: dict[str, int] = {}
+
+    def advanced(path: str, done_bytes: int, _: int) -> None:
+        done[path] = done_bytes
+        sink.emit(SourceAdvanced(path, sum(done.values()), total_bytes))
+
+    return fetch(source, settings, advanced)
 
 
 def open_targets(targets: Iterable[str], settings: Settings) -> list[ObjectStore]:

@@ -23,7 +23,7 @@ from pipeline.graph.outline import Outline, make_outline
 from pipeline.hub.source import Source, pin_source, range_reader, read_bytes
 from pipeline.quantize.types import Scheme
 from pipeline.settings import Settings
-from pipeline.spec import ConversionSpec, Format, Method, VariantSpec
+from pipeline.spec import CalibrationSpec, ConversionSpec, Format, Method, VariantSpec
 from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
@@ -74,6 +74,7 @@ class VariantReport:
     Attributes:
         solve_flops: Scale search and solves.
         notes: Each deviation from the variant's scheme with the number of linears that it concerns.
+        cautions: What weakens the result without being a fault.
         fits: For each device, whether weights, KV cache and runtime fit.
     """
 
@@ -85,6 +86,7 @@ class VariantReport:
     solve_flops: float
     evaluate_flops: float
     notes: dict[str, int]
+    cautions: tuple[str, ...]
     fits: dict[str, bool]
     matrices: tuple[MatrixRow, ...]
 
@@ -174,7 +176,8 @@ def report_plan(
     forward = 2.0 * sum(blocks)
     moments = 2.0 * sum(group.in_features**2 for block in outline.groups for group in block)
     cache_tokens, cache_bytes = kv_cache(outline.config)
-    variants = tuple(_report_variant(outline, plan, heldout * (forward + 4.0 * head), cache_bytes) for plan in plans)
+    evaluate = heldout * (forward + 4.0 * head)
+    variants = tuple(_report_variant(outline, plan, spec.calibration, evaluate, cache_bytes) for plan in plans)
     calibrate = tokens * (forward + moments) + heldout * forward
     flops = calibrate + sum(v.solve_flops + v.evaluate_flops for v in variants)
     return PlanReport(
@@ -202,7 +205,9 @@ def _block_elements(outline: Outline, block: int) -> int:
     return sum(outline.tensor_elements(name) for name in outline.skeleton.block_tensors(block).values())
 
 
-def _report_variant(outline: Outline, plan: VariantPlan, evaluate: float, cache_bytes: int) -> VariantReport:
+def _report_variant(
+    outline: Outline, plan: VariantPlan, calibration: CalibrationSpec, evaluate: float, cache_bytes: int
+) -> VariantReport:
     rows = tuple(_row(outline, plan.spec, name, plan) for name in plan.matrices)
     quantized = [row for row in rows if row.bits < 16]
     size = outline.index.total_bytes + sum(row.bytes_out - row.bytes_in for row in rows)
@@ -220,6 +225,7 @@ def _report_variant(outline: Outline, plan: VariantPlan, evaluate: float, cache_
         solve_flops=_solve_flops(outline, plan),
         evaluate_flops=evaluate,
         notes=notes,
+        cautions=plan.cautions(calibration),
         fits={device: needed <= gib * 2**30 for device, gib in DEVICES.items()},
         matrices=rows,
     )

@@ -1,8 +1,8 @@
 """Which grid each linear gets in a variant, and why some get another one or none.
 
-Rules, in order: the spec's ignore patterns; the format's own limits; the group size, where it does not divide
-in_features, by the variant's fallback; and engines load q/k/v or gate/up as one matrix, so linears that share an input
-share one scheme or stay in 16 bit together. Nothing is decided while saving.
+Rules, in order: the spec's ignore patterns; what engines can load of the format; the group size, where it does not
+divide in_features, by the variant's fallback; the format's own limits; and engines load q/k/v or gate/up as one matrix,
+so linears that share an input share one scheme or stay in 16 bit together. Nothing is decided while saving.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from pipeline.formats.codec import codec_for
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup, LinearRef
 from pipeline.spec import ENGINE_GROUP_SIZES, PER_CHANNEL, Format, GroupFallback, VariantSpec
+
+LOADED_TRANSPOSED = frozenset({Format.GPTQ})
+"""Formats whose loaders replace transposed linears (GPT-2's Conv1D) too. Those of the others replace ``nn.Linear``
+only: a quantized Conv1D would load without complaint and compute with weights that were never set."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,11 @@ def _plan_group(variant: VariantSpec, group: LinearGroup, size: int) -> list[Mat
 def _plan_linear(variant: VariantSpec, linear: LinearRef, checkpoint_size: int) -> tuple[Scheme | None, str]:
     if variant.ignores(linear.name):
         return None, "left in 16 bit: the spec ignores it"
+    if linear.is_transposed and variant.format not in LOADED_TRANSPOSED:
+        return (
+            None,
+            f"left in 16 bit: it is stored transposed (Conv1D), which loaders of {variant.format} do not replace",
+        )
     size, note = _group_size(variant, linear, checkpoint_size)
     if size is None:
         return None, note
@@ -113,10 +122,14 @@ def _refuse_useless(variant: VariantSpec, plans: Mapping[str, MatrixPlan]) -> No
     if not any(plan.scheme for plan in plans.values()):
         first = next(iter(plans.values()))
         widths = sorted({plan.linear.in_features for plan in plans.values()})
+        sizes = f"the model's in_features are {', '.join(map(str, widths))}: choose a group size that divides them"
+        is_layout = all(plan.linear.is_transposed for plan in plans.values()) and (
+            variant.format not in LOADED_TRANSPOSED
+        )
         raise PlanError(
             f"variant {variant.name} would quantize nothing: {first.linear.name} is {first.note}",
-            code="plan.group_size",
-            hint=f"the model's in_features are {', '.join(map(str, widths))}: choose a group size that divides them",
+            code="plan.layout" if is_layout else "plan.group_size",
+            hint="use format gptq, for example --variant gptq-w4-g64 or rtn-w8-g64-gptq" if is_layout else sizes,
         )
 
 

@@ -1,9 +1,9 @@
 """What a conversion says while it runs: values, emitted by the driver in the order in which things finished.
 
-A job says ``JobStarted`` once, then one ``StageFinished`` for every unit of work that it declared there, with
-``Warned`` and ``Degraded`` where they arise, and ends with one ``Published`` or failing ``VariantJudged`` per variant,
-or with ``Failed``. Costs are estimates (floating-point operations, or anything proportional to time): they only have
-to be comparable inside one phase.
+A job says ``SourceAdvanced`` while the source's files come in, ``JobStarted`` once, then one ``StageFinished`` for
+every unit of work that it declared there, with ``Warned`` and ``Degraded`` where they arise. It ends with one
+``Published`` or failing ``VariantJudged`` per variant, or with ``Failed``. Costs are estimates (floating-point
+operations, or anything proportional to time): they only have to be comparable inside one phase.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any, ClassVar, Protocol, Self
 class Phase(StrEnum):
     """A kind of work unit, in the order in which a block passes through them."""
 
-    FETCH = "fetch"
     CALIBRATE = "calibrate"
     SOLVE = "solve"
     PACK = "pack"
@@ -29,6 +28,7 @@ class Phase(StrEnum):
 class EventKind(StrEnum):
     """The name of an event in its JSON form."""
 
+    SOURCE_ADVANCED = "source_advanced"
     JOB_STARTED = "job_started"
     STAGE_FINISHED = "stage_finished"
     WARNED = "warned"
@@ -51,6 +51,22 @@ class PhaseWork:
     phase: Phase
     num_units: int
     cost: float
+
+
+@dataclass(frozen=True)
+class SourceAdvanced:
+    """More of the source's files lies here, verified or on its way.
+
+    Attributes:
+        path: The file at hand.
+        done_bytes: Bytes of all needed files that are fetched and hashed.
+        total_bytes: Bytes of all needed files.
+    """
+
+    kind: ClassVar[EventKind] = EventKind.SOURCE_ADVANCED
+    path: str
+    done_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,7 @@ class Failed:
     hint: str = ""
 
 
-Event = JobStarted | StageFinished | Warned | Degraded | VariantJudged | Published | Failed
+Event = SourceAdvanced | JobStarted | StageFinished | Warned | Degraded | VariantJudged | Published | Failed
 
 
 class EventSink(Protocol):

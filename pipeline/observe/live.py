@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.observe.events import ClosingSink, Event
-from pipeline.observe.phrases import announce, format_figure, format_percent
+from pipeline.observe.phrases import announce, describe_fetch, format_figure, format_percent
 from pipeline.observe.tally import PhaseTally, Tally, VariantState, VariantTally
 from pipeline.observe.terminal import one_line
 from pipeline.units import format_duration
@@ -90,7 +90,8 @@ class LiveProgress(ClosingSink):
         line = Table.grid(expand=True, padding=(0, 1))
         line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         line.add_column(justify="right", no_wrap=True)
-        name = Text(one_line(tally.job.source) if tally.job else "planning", style="bold")
+        before = describe_fetch(tally.fetch) if tally.fetch else "planning"
+        name = Text(one_line(tally.job.source) if tally.job else before, style="bold")
         elapsed = format_duration(tally.elapsed_s(now_s))
         if tally.failure is not None:
             line.add_row(name, Text(f"failed after {elapsed}", style="bold red"))

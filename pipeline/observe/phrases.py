@@ -10,6 +10,7 @@ from pipeline.observe.events import (
     Failed,
     JobStarted,
     Published,
+    SourceAdvanced,
     StageFinished,
     VariantJudged,
     Warned,
@@ -51,7 +52,7 @@ def announce(event: Event) -> Announcement | None:
         case Published():
             size = format_bytes(event.size_bytes)
             return Announcement("+", one_line(f"{event.release} ({size}) published: {event.location}"), "green")
-        case JobStarted() | StageFinished() | Failed():
+        case SourceAdvanced() | JobStarted() | StageFinished() | Failed():
             return None
 
 
@@ -63,6 +64,11 @@ def format_figure(value: float | None) -> str:
 def format_percent(share: float | None) -> str:
     """Return for example ``"4.12 %"`` for 0.0412: three significant digits, ``-`` for None."""
     return "-" if share is None else f"{100 * share:.3g} %"
+
+
+def describe_fetch(event: SourceAdvanced) -> str:
+    """Return for example ``"source files 3.2 GB of 16.1 GB"``."""
+    return f"source files {format_bytes(event.done_bytes)} of {format_bytes(event.total_bytes)}"
 
 
 def _figures(figures: dict[str, float]) -> str:

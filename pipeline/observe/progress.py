@@ -17,11 +17,12 @@ from pipeline.observe.events import (
     Event,
     EventSink,
     JobStarted,
+    SourceAdvanced,
     StageFinished,
     to_json,
 )
 from pipeline.observe.live import LiveProgress
-from pipeline.observe.phrases import announce, format_figure
+from pipeline.observe.phrases import announce, describe_fetch, format_figure
 from pipeline.observe.tally import PhaseTally, Tally
 from pipeline.observe.terminal import one_line
 from pipeline.units import format_duration
@@ -94,7 +95,10 @@ class PlainProgress(ClosingSink):
         """Write a line if the event deserves one now."""
         now_s = self._clock()
         self._tally.add(event, now_s)
-        if isinstance(event, JobStarted):
+        if isinstance(event, SourceAdvanced):
+            if event.done_bytes == event.total_bytes or now_s - self._said_at_s >= self._interval_s:
+                self._say(describe_fetch(event), now_s)
+        elif isinstance(event, JobStarted):
             plural = "" if len(event.variants) == 1 else "s"
             names = ", ".join(event.variants)
             self._say(f"{event.source}: {event.num_blocks} blocks, variant{plural} {names}", now_s)

@@ -22,6 +22,7 @@ from pipeline.observe.events import (
     JobStarted,
     Phase,
     Published,
+    SourceAdvanced,
     StageFinished,
     VariantJudged,
     Warned,
@@ -96,6 +97,7 @@ class Tally:
     def __init__(self, started_s: float) -> None:
         self.started_s = started_s
         self.job: JobStarted | None = None
+        self.fetch: SourceAdvanced | None = None
         self.failure: Failed | None = None
         self.phases: dict[Phase, PhaseTally] = {}
         self.variants: dict[str, VariantTally] = {}
@@ -105,6 +107,8 @@ class Tally:
     def add(self, event: Event, now_s: float) -> None:
         """Take one event, at a reading of the clock."""
         match event:
+            case SourceAdvanced():
+                self.fetch = event
             case JobStarted():
                 self.job, self.started_s = event, now_s
                 self.phases = {work.phase: PhaseTally(work.phase, work.num_units, work.cost) for work in event.work}

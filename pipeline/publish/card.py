@@ -22,7 +22,7 @@ from pipeline.publish import figures, markdown
 from pipeline.publish.loading import loading_guide
 from pipeline.publish.plots import LAYER_ERROR_FILE, SIZE_QUALITY_FILE
 from pipeline.publish.tensor_parallel import Loading, tp_answers
-from pipeline.spec import VariantSpec, parse_variant
+from pipeline.spec import CalibrationSpec, VariantSpec, parse_variant
 from pipeline.units import format_bytes, format_count
 
 CARD_FILE = "README.md"
@@ -78,11 +78,13 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
 
 
 def reproduce_spec(facts: ReleaseFacts) -> str | None:
-    """Return the YAML of the spec file that describes the variant; None when its name alone does."""
-    if _is_short_name(facts.variant):
-        return None
-    document = {"variants": [facts.variant.model_dump(mode="json", exclude_defaults=True)]}
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    """Return the YAML of the spec file with what flags cannot say; None when they can say everything."""
+    document: dict[str, Any] = {}
+    if not _is_short_name(facts.variant):
+        document["variants"] = [facts.variant.model_dump(mode="json", exclude_defaults=True)]
+    if facts.calibration.slice_sequences != CalibrationSpec().slice_sequences:
+        document["calibration"] = {"slice_sequences": facts.calibration.slice_sequences}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True) if document else None
 
 
 def reproduce_command(facts: ReleaseFacts) -> str:
@@ -91,7 +93,8 @@ def reproduce_command(facts: ReleaseFacts) -> str:
     # The provenance of the shipped text names its part; the flag does not.
     text = "builtin" if calibration.text.startswith("builtin:") else calibration.text
     words = ["bitmill", "convert", f"./{source.name}" if source.is_local else f"{source.name}@{source.commit}"]
-    words += ["--variant", facts.variant.name] if _is_short_name(facts.variant) else ["--spec", "spec.yaml"]
+    words += ["--variant", facts.variant.name] if _is_short_name(facts.variant) else []
+    words += ["--spec", "spec.yaml"] if reproduce_spec(facts) is not None else []
     words += ["--calibration", text]
     words += ["--samples", str(calibration.samples), "--length", str(calibration.length)]
     words += ["--seed", str(calibration.seed)] if calibration.seed else []

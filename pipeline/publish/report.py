@@ -41,6 +41,7 @@ def render_summary(facts: ReleaseFacts, console: Console) -> None:
     _print_list(console, "Failed checks", "bold red", failures)
     degradations = [f"{module}: {text}" for module, text in figures.list_degradations(facts)]
     _print_list(console, "Degradations", "bold yellow", degradations)
+    _print_list(console, "Cautions", "bold yellow", list(facts.cautions))
     _print_list(console, "Other than the scheme", "bold", _fold_lines(figures.list_exceptions(facts)))
     dropped = figures.fold_names(sorted(facts.dropped.items()))
     _print_list(console, "Dropped from the source", "bold", _fold_lines(dropped))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from pipeline.graph.verify import verify
 from pipeline.settings import load_settings
 from pipeline.spec import build_spec
 from tests.acceptance.conftest import DEMO_MODEL
+from tests.architectures import make_model
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(3000)]
 VARIANTS = ["gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128"]
@@ -32,19 +34,55 @@ class NoSink:
 def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("engines")
     (folder / "out").mkdir()
-    spec = build_spec(
-        {
-            "source": str(DEMO_MODEL),
-            "variants": VARIANTS,
-            "targets": [str(folder / "out")],
-            "calibration": {"samples": 16, "length": 256},
-            "gates": {"heldout_samples": 2},
-        },
-        "test",
-    )
+    spec = {
+        "source": str(DEMO_MODEL),
+        "variants": VARIANTS,
+        "targets": [str(folder / "out")],
+        "calibration": {"samples": 16, "length": 256},
+        "gates": {"heldout_samples": 2},
+    }
+    return run(spec, folder)
+
+
+def run(spec: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Convert and return the published folders by variant."""
     settings = dataclasses.replace(load_settings(), cache_dir=folder / "cache")
-    outcomes = convert(spec, settings, RunOptions(folder / "work", workers=1, inline=True), NoSink())
+    outcomes = convert(
+        build_spec(spec, "test"), settings, RunOptions(folder / "work", workers=1, inline=True), NoSink()
+    )
     return {outcome.facts.variant.name: Path(outcome.locations[0]) for outcome in outcomes}
+
+
+ARCHITECTURES = {
+    "qwen2": ["gptq-w4-g64", "awq-w4-g64"],
+    "gemma3": ["gptq-w4-g64", "awq-w4-g64"],
+    "phi3": ["gptq-w4-g64", "awq-w4-g64"],
+    "gpt_neox": ["gptq-w4-g64", "awq-w4-g64"],
+    "opt": ["gptq-w4-g64", "awq-w4-g64"],
+    "gpt2": ["gptq-w4-g64", "awq-w4-g64-gptq", "rtn-w8-g64-gptq"],
+}
+"""Tiny random models: biases, fused projections, GPT-2's transposed linears."""
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_engine_computes_what_the_reference_computes_for_other_architectures(name: str, tmp_path: Path) -> None:
+    folder = make_model(name, tmp_path / name)
+    (tmp_path / "out").mkdir()
+    gates = {"max_kl": None, "max_perplexity_ratio": None, "heldout_samples": 1, "heldout_length": 64}
+    found = run(
+        {
+            "source": str(folder),
+            "variants": ARCHITECTURES[name],
+            "targets": [str(tmp_path / "out")],
+            "calibration": {"samples": 8, "length": 64},
+            "gates": {**gates, "max_relative_error": None, "generated_tokens": 4},
+        },
+        tmp_path,
+    )
+    for release in found.values():
+        check = engine_check(release)
+        print(name, check.detail)
+        assert check.passed, check.detail
 
 
 def engine_check(folder: Path) -> Check:

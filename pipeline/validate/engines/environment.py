@@ -46,7 +46,7 @@ def ensure_environment(engine: str, cache_dir: Path, on_line: Callable[[str], No
     Raises:
         EngineError: with pip's last words when it cannot be installed.
     """
-    requirements = (resources.files("pipeline.validate.engines") / f"{engine}.txt").read_text(encoding="utf-8")
+    requirements = pinned_requirements(engine)
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     folder = cache_dir / "engines" / f"{engine}-{fingerprint([requirements, python])[:16]}"
     with _locked(folder):
@@ -54,6 +54,11 @@ def ensure_environment(engine: str, cache_dir: Path, on_line: Callable[[str], No
             on_line(f"installing {engine} into {folder}: some gigabytes, several minutes, once")
             _install(folder, requirements)
     return folder
+
+
+def pinned_requirements(engine: str) -> str:
+    """Return the text of the requirements file of an engine."""
+    return (resources.files("pipeline.validate.engines") / f"{engine}.txt").read_text(encoding="utf-8")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from pipeline.calibrate.tokens import Text, load_text, take_tokens
+from pipeline.calibrate.tokens import Text, coverage_cautions, load_text, take_tokens
 from pipeline.errors import CalibrationError
 from pipeline.settings import Settings
 
@@ -59,3 +59,10 @@ def test_shipped_texts_differ() -> None:
     assert len(calibration.content) > 500_000
     assert len(heldout.content) > 200_000
     assert calibration.content[:2000] not in heldout.content
+
+
+def test_a_linear_wider_than_the_calibration_has_tokens_is_a_caution() -> None:
+    (caution,) = coverage_cautions(1024, [512, 1024, 2048, 4096, 4096])
+    assert "1,024 calibration tokens" in caution
+    assert "3 linears, up to 4,096 wide" in caution
+    assert coverage_cautions(4096, [512, 4096]) == ()

@@ -11,9 +11,11 @@ from pipeline.skeleton.groups import LinearGroup, LinearRef
 from pipeline.spec import VariantSpec, parse_variant
 
 
-def group(in_features: int, *members: tuple[str, int], block: int = 0) -> LinearGroup:
+def group(in_features: int, *members: tuple[str, int], block: int = 0, transposed: bool = False) -> LinearGroup:
     prefix = f"model.layers.{block}."
-    return LinearGroup(block, tuple(LinearRef(name, prefix + name, rows, in_features, False) for name, rows in members))
+    return LinearGroup(
+        block, tuple(LinearRef(name, prefix + name, rows, in_features, transposed) for name, rows in members)
+    )
 
 
 MODEL = [[group(576, ("attn.q", 576), ("attn.k", 192)), group(1536, ("mlp.down", 576))]]
@@ -68,3 +70,19 @@ def test_linears_that_engines_fuse_stay_in_16_bit_together() -> None:
 def test_per_channel_groups_are_whole_rows() -> None:
     plans = plan_matrices(parse_variant("rtn-w8-channel"), MODEL)
     assert [plan.scheme.group_size for plan in plans.values() if plan.scheme] == [576, 576, 1536]
+
+
+@pytest.mark.parametrize("name", ["rtn-w8-g64", "awq-w4-g64", "gptq-w4-g64-ct-asym"])
+def test_transposed_linears_are_refused_in_formats_whose_loaders_pass_them_over(name: str) -> None:
+    model = [[group(64, ("attn.c_attn", 192), transposed=True)], [group(64, ("mlp.c_fc", 256), transposed=True)]]
+    with pytest.raises(PlanError, match="stored transposed") as caught:
+        plan_matrices(parse_variant(name), model)
+    assert "gptq" in caught.value.hint
+    mixed = [[*model[0], group(64, ("mlp.up", 256))]]
+    plans = plan_matrices(parse_variant(name), mixed)
+    assert [plan.scheme is None for plan in plans.values()] == [True, False]
+
+
+def test_transposed_linears_are_quantized_in_format_gptq() -> None:
+    plans = plan_matrices(parse_variant("rtn-w8-g64-gptq"), [[group(64, ("attn.c_attn", 192), transposed=True)]])
+    assert all(plan.scheme for plan in plans.values())

@@ -17,6 +17,7 @@ from pipeline.observe.events import (
     Phase,
     PhaseWork,
     Published,
+    SourceAdvanced,
     StageFinished,
     VariantJudged,
     Warned,
@@ -32,6 +33,7 @@ EVERY_EVENT: tuple[Event, ...] = (
     VariantJudged("a", False, ("relative_error: too large",), {"kl": math.inf}),
     Published("a", "acme/tiny-a", "r1", "/srv/r1", 100),
     Failed("graph.failed", "a worker died", "run it again"),
+    SourceAdvanced("model.safetensors", 5, 10),
 )
 
 

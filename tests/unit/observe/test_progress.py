@@ -17,6 +17,7 @@ from pipeline.observe.events import (
     Phase,
     PhaseWork,
     Published,
+    SourceAdvanced,
     StageFinished,
     VariantJudged,
     Warned,
@@ -102,6 +103,21 @@ def test_plain_says_what_matters_at_once_and_leaves_the_error_to_the_command(clo
         "[0:00:00] + a passed: KL 0.0312, source perplexity 22.6",
         "[0:00:00] x b failed: relative_error: mlp.down_proj 0.41 > 0.35; generation: repeats",
         "[0:00:00] + acme/tiny-a (98.3 MB) published: s3://bucket/releases/acme/tiny-a/r1",
+    ]
+
+
+def test_files_on_their_way_are_told_before_the_job_starts(clock: Clock, live: tuple[LiveProgress, Console]) -> None:
+    stream = io.StringIO()
+    sink = PlainProgress(stream, clock, interval_s=5.0)
+    for done_bytes in (4, 8, 12, 16):
+        event = SourceAdvanced("model.safetensors", done_bytes * 10**9, 16 * 10**9)
+        sink.emit(event)
+        live[0].emit(event)
+        clock.now_s += 2.0
+        assert f"source files {done_bytes} GB of 16 GB" in frame(live[0])
+    assert stream.getvalue().splitlines() == [
+        "[0:00:00] source files 4 GB of 16 GB",
+        "[0:00:06] source files 16 GB of 16 GB",
     ]
 
 

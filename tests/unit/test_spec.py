@@ -1,0 +1,143 @@
+"""Specs: short names, files, overrides, budgets, and errors that name the key."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from pipeline.errors import SpecError
+from pipeline.spec import (
+    BUDGETS_BY_BITS,
+    FORMAT_BITS,
+    Format,
+    GateSpec,
+    Method,
+    VariantSpec,
+    build_spec,
+    load_spec,
+    parse_variant,
+    resolve_budgets,
+)
+
+MINIMAL: dict[str, Any] = {"source": "org/model", "variants": ["gptq-w4-g128"], "targets": ["out"]}
+EVERY_VARIANT = [
+    {"method": method, "bits": bits, "group_size": group, "symmetric": symmetric, "format": format_}
+    for method, format_, symmetric, group in itertools.product(Method, Format, (True, False), (-1, 16, 64, 128))
+    for bits in FORMAT_BITS[format_]
+    if (format_ is not Format.GPTQ or symmetric) and (format_ is not Format.AWQ or not symmetric)
+]
+
+
+@pytest.mark.parametrize("fields", EVERY_VARIANT, ids=lambda fields: VariantSpec.model_validate(fields).name)
+def test_every_variant_has_a_short_name_that_means_it(fields: dict[str, Any]) -> None:
+    variant = VariantSpec.model_validate(fields)
+    assert parse_variant(variant.name) == variant
+
+
+def test_short_names_are_distinct() -> None:
+    names = [VariantSpec.model_validate(fields).name for fields in EVERY_VARIANT]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "format_", "symmetric"),
+    [
+        ("gptq-w4-g128", Format.GPTQ, True),
+        ("awq-w4-g128", Format.AWQ, False),
+        ("awq-w8-g128", Format.COMPRESSED_TENSORS, False),
+        ("awq-w4-g128-gptq", Format.GPTQ, True),
+        ("rtn-w8-g128", Format.COMPRESSED_TENSORS, True),
+        ("rtn-w4-g64-awq", Format.AWQ, False),
+        ("gptq-w4-g64-ct-asym", Format.COMPRESSED_TENSORS, False),
+    ],
+)
+def test_what_a_name_leaves_out_is_what_its_format_holds(name: str, format_: Format, symmetric: bool) -> None:
+    variant = parse_variant(name)
+    assert (variant.format, variant.symmetric, variant.name) == (format_, symmetric, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fancy", "method-wBITS-gGROUP"),
+        ("gptq-w5-g128", "bits"),
+        ("awq-w8-g64-awq", "format awq holds 4 bits, not 8"),
+        ("gptq-w4-g64-asym", "symmetric grids only"),
+        ("awq-w4-g64-sym", "stores zero points"),
+        ("gptq-w4-g12", "multiple of 8"),
+        ("gptq-w4-g128-", "method-wBITS-gGROUP"),
+        ("GPTQ-w4-g128", "method-wBITS-gGROUP"),
+    ],
+)
+def test_a_name_that_cannot_be_meant_is_refused_with_the_reason(name: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words) as caught:
+        parse_variant(name)
+    assert name in caught.value.message
+    assert "\n" not in caught.value.message
+    assert "{'" not in caught.value.message
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "spec.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_override_a_file_key_by_key(tmp_path: Path) -> None:
+    file = write(tmp_path, yaml.safe_dump(MINIMAL | {"calibration": {"samples": 3, "length": 64}}))
+    spec = load_spec(file, {"calibration": {"samples": 5}, "targets": ["elsewhere"]})
+    assert (spec.calibration.samples, spec.calibration.length, spec.targets) == (5, 64, ("elsewhere",))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"variants": []}, "variants"),
+        ({"variants": ["gptq-w4-g128", "gptq-w4-g128"]}, "two variants are called gptq-w4-g128"),
+        ({"variants": [{"method": "gptq", "bitz": 4}]}, r"variants.0.bitz: unknown key; legal here: .*bits"),
+        ({"calibration": {"smaples": 3}}, "calibration.smaples: unknown key; legal here: .*samples"),
+        ({"calibration": {"samples": 0}}, r"calibration.samples: .*greater than or equal to 1 \(got 0\)"),
+        ({"gates": {"prompts": [{"promt": "x"}]}}, "gates.prompts.0.promt: unknown key; legal here: expect, prompt"),
+        ({"surprise": 1}, "surprise: unknown key; legal here: .*source"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        build_spec(MINIMAL | change, "spec test.yaml")
+
+
+@pytest.mark.parametrize(("text", "words"), [("a: [", "not YAML"), ("- 1", "not a mapping"), ("\x00", "not YAML")])
+def test_a_file_that_is_no_spec_is_named(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=words) as caught:
+        load_spec(write(tmp_path, text), {})
+    assert str(tmp_path / "spec.yaml") in caught.value.message
+    with pytest.raises(SpecError, match="No such file"):
+        load_spec(tmp_path / "absent.yaml", {})
+
+
+def test_a_spec_cannot_be_changed() -> None:
+    spec = build_spec(MINIMAL, "test")
+    with pytest.raises(ValidationError):
+        spec.source = "other"  # type: ignore[misc]
+
+
+def test_ignore_takes_whole_names_and_expressions() -> None:
+    variant = VariantSpec(method=Method.RTN, ignore=("model.layers.0.mlp.up_proj", "re:layers\\.1\\..*down"))
+    assert variant.ignores("model.layers.0.mlp.up_proj")
+    assert variant.ignores("model.layers.1.mlp.down_proj")
+    assert not variant.ignores("model.layers.0.mlp.up_proj.extra")
+    assert not variant.ignores("model.layers.11.mlp.up_proj")
+
+
+@pytest.mark.parametrize("bits", sorted(BUDGETS_BY_BITS))
+def test_auto_budgets_depend_on_the_bits_and_null_is_not_judged(bits: int) -> None:
+    variant = parse_variant(f"rtn-w{bits}-g128")
+    budgets = resolve_budgets(GateSpec(max_perplexity_ratio=None), variant)
+    assert budgets.max_kl == BUDGETS_BY_BITS[bits]["max_kl"]
+    assert budgets.max_perplexity_ratio is None
+    assert resolve_budgets(GateSpec(max_kl=0.5), variant).max_kl == 0.5

@@ -1,0 +1,58 @@
+"""An engine's environment that cannot be made, and an engine that cannot run a release."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import EngineError
+from pipeline.validate.engines import environment
+from pipeline.validate.engines.environment import RECORD, check_engine, ensure_environment
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    return []
+
+
+def test_a_package_that_does_not_exist_ends_in_pip_s_words_and_is_tried_again(
+    tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = "bitmill-absent-engine @ file:///nowhere/bitmill_absent_engine-1.0-py3-none-any.whl"
+    monkeypatch.setattr(environment, "pinned_requirements", lambda engine: f"# pins\n{absent}\n")
+    for attempt in (1, 2):
+        with pytest.raises(EngineError, match="cannot install the engine") as caught:
+            ensure_environment("transformers", tmp_path, lines.append)
+        assert "/nowhere/bitmill_absent_engine" in caught.value.message
+        assert caught.value.code == "engine.install"
+        assert "run the same command again" in caught.value.hint
+        assert len(lines) == attempt
+    assert not list(tmp_path.rglob(RECORD))
+
+
+def test_an_environment_is_installed_once(tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "pinned_requirements", lambda engine: "# nothing to install\npip\n")
+    first = ensure_environment("transformers", tmp_path, lines.append)
+    assert (first / "bin" / "python").exists()
+    assert ensure_environment("transformers", tmp_path, lines.append) == first
+    assert len(lines) == 1
+    monkeypatch.setattr(environment, "pinned_requirements", lambda engine: "# other pins\npip\n")
+    assert ensure_environment("transformers", tmp_path, lines.append) != first
+
+
+def test_an_engine_that_fails_gives_a_failed_check_with_its_last_words(
+    tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "ensure_environment", lambda *arguments: Path(sys.prefix))
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release" / "config.json").write_text('{"model_type": "unheard_of"}')
+    prompts = [("a", [1, 2])]
+    check = check_engine(
+        "transformers", tmp_path / "release", lambda ids: torch.zeros(2, 4), prompts, 2, tmp_path, lines.append
+    )
+    assert not check.passed
+    assert "transformers cannot run the release" in check.detail
+    assert "unheard_of" in check.detail
