@@ -172,4 +172,4 @@ class ReleaseFacts(Facts):
     compute: str
     """Device kind and dtype of the arithmetic, for example `cpu float32`."""
     spec_fingerprint: str
-    """Fingerprint of the source, the variant, the calibration tokens and the algorithms' versions."""
+    """Fingerprint of the source, the variant, and everything that the weights were computed from and by."""

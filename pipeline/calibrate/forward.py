@@ -22,21 +22,28 @@ Part of the order of summation, hence of the result."""
 
 @torch.no_grad()
 def forward_block(
-    skeleton: Skeleton, index: int, hidden_NLH: Tensor, groups: Sequence[LinearGroup]
+    skeleton: Skeleton, index: int, hidden_NLH: Tensor, groups: Sequence[LinearGroup], *, must_be_finite: bool = True
 ) -> tuple[Tensor, list[Statistics]]:
     """Return the block's output [sequences, length, hidden] and the statistics of each group's input.
 
     The block's weights must be attached. Sequences are taken in order, ``MICRO_BATCH_TOKENS`` at a time, so the
     sums are the same wherever this runs.
 
+    Args:
+        skeleton: The model.
+        index: Of the block.
+        hidden_NLH: float32 hidden states that enter it.
+        groups: Linear groups to collect statistics of; none for a plain forward pass.
+        must_be_finite: Whether NaN or Inf is an error; a variant's are judged by a gate instead.
+
     Raises:
-        CalibrationError: when the block gives NaN or Inf.
+        CalibrationError: when the block gives NaN or Inf and must not.
     """
     rows = max(1, MICRO_BATCH_TOKENS // hidden_NLH.shape[1])
     block = skeleton.block(index)
     with _collected(block, groups, skeleton.device) as statistics:
         output = torch.cat([skeleton.run_block(index, part) for part in torch.split(hidden_NLH, rows)])
-    if not torch.isfinite(output).all():
+    if must_be_finite and not torch.isfinite(output).all():
         raise CalibrationError(
             f"block {index} gives {int((~torch.isfinite(output)).sum())} values that are not finite",
             code="calibration.not_finite",

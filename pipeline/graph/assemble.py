@@ -1,7 +1,7 @@
 """From finished units to a release folder: facts, verdict, files in their final layout.
 
-The folder is made anew from the work store each time, by hard links where possible, so an interrupted assembly leaves
-nothing behind that matters, and equal units give an equal folder.
+The folder is private and made anew from the work store each time, by hard links where possible, so an interrupted
+assembly leaves nothing behind that matters, and equal units give an equal folder.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from pipeline.facts import (
     Verdict,
 )
 from pipeline.fingerprint import fingerprint
-from pipeline.graph.build import COMPUTE_PACKAGES, Inputs, JobUnits, VariantPlan, VariantUnits
+from pipeline.graph.build import Inputs, JobUnits, VariantPlan, VariantUnits
 from pipeline.graph.dag import WorkUnit
+from pipeline.graph.identity import COMPUTE_PACKAGES
+from pipeline.graph.stages.call import OUTPUT
 from pipeline.hub.card import read_card
 from pipeline.hub.fetch import FetchedSource
 from pipeline.publish.card import render_card
@@ -77,7 +79,7 @@ class Measured:
 def measure_variant(inputs: Inputs, plan: VariantPlan, units: JobUnits, records: Records) -> Measured:
     """Return figures and Verdict of one variant, from its units' records."""
     own = units.variants[plan.spec.name]
-    modules, kept = _modules(inputs, plan, own, records), _kept(inputs, plan, own, records)
+    modules, kept = _modules(plan, own, records), _kept(inputs, plan, own, units, records)
     quality = _quality(inputs, own, records)
     budgets = resolve_budgets(inputs.spec.gates, plan.spec)
     packs = [records[unit.key].summary for unit in own.packs]
@@ -85,25 +87,25 @@ def measure_variant(inputs: Inputs, plan: VariantPlan, units: JobUnits, records:
     source, variant = (_continuations(unit, records) for unit in (units.source_generation, own.generation))
     quantized = [module.name for module in modules if module.group_size]
     weights = {name + ".weight" for name in quantized}
+    written = [*packs, records[units.outer.key].summary]
+    problems = [problem for summary in written for problem in summary["problems"]]
     checks = (
         check_accounting(inputs.outline.index.entries, weights, kept, {}),
-        check_round_trip(sum(pack["num_proven"] for pack in packs), len(quantized)),
+        check_round_trip(sum(pack["num_proven"] for pack in packs), len(quantized), problems),
         check_scales([problem for pack in packs for problem in pack["scale_problems"]], len(quantized)),
         check_relative_error(modules, budgets.max_relative_error),
         check_degradations(modules, budgets.max_degradations),
         check_divergence(quality, budgets),
         check_generation(prompts, source, variant),
     )
-    size = sum(pack["bytes"] for pack in packs) + records[units.outer.key].summary["bytes"]
+    size = sum(summary["bytes"] for summary in written)
     return Measured(plan, modules, kept, quality, make_verdict(checks, budgets, prompts, variant), size)
 
 
-def _modules(inputs: Inputs, plan: VariantPlan, own: VariantUnits, records: Records) -> tuple[ModuleFacts, ...]:
+def _modules(plan: VariantPlan, own: VariantUnits, records: Records) -> tuple[ModuleFacts, ...]:
     reports: dict[str, dict[str, Any]] = {}
-    for unit in own.solves:
-        summary = records[unit.key].summary
-        for name, report in summary["reports"].items():
-            reports[name] = {**report, "awq_exponent": summary["awq_exponent"]}
+    for unit in own.packs:
+        reports |= records[unit.key].summary["reports"]
     return tuple(_module(plan, name, reports.get(name)) for name in plan.matrices)
 
 
@@ -129,14 +131,13 @@ def _module(plan: VariantPlan, name: str, report: Mapping[str, Any] | None) -> M
     )
 
 
-def _kept(inputs: Inputs, plan: VariantPlan, own: VariantUnits, records: Records) -> dict[str, str]:
-    """Return the source tensors that the packed files hold under their own names, with the reason."""
+def _kept(inputs: Inputs, plan: VariantPlan, own: VariantUnits, units: JobUnits, records: Records) -> dict[str, str]:
+    """Return the source tensors that the written files hold under their own names, with the reason."""
     reasons = {}
     outer = {name: model for model, name in inputs.outline.skeleton.outer_tensors().items()}
-    for name in inputs.outline.skeleton.outer_tensors().values():
-        reasons[name] = _outer_reason(inputs, outer[name])
-    for name in inputs.outline.skeleton.extra_names:
-        reasons[name] = "not used by the language model; copied as it is"
+    for name in records[units.outer.key].summary["tensors"]:
+        unused = "not used by the language model; copied as it is"
+        reasons[name] = _outer_reason(inputs, outer[name]) if name in outer else unused
     for unit in own.packs:
         summary = records[unit.key].summary
         present = set(summary["tensors"]) & set(inputs.outline.index.entries)
@@ -161,7 +162,7 @@ def _outer_reason(inputs: Inputs, model_name: str) -> str:
 
 
 def _quality(inputs: Inputs, own: VariantUnits, records: Records) -> Quality:
-    total = add_up(Divergence(**records[unit.key].summary["divergence"]) for unit in own.evaluations)
+    total = add_up(Divergence(**records[unit.key].summary["divergence"]) for unit in own.scores)
     return Quality(
         heldout_text=inputs.heldout.provenance,
         heldout_tokens=total.num_tokens,
@@ -177,7 +178,7 @@ def _continuations(unit: WorkUnit, records: Records) -> list[Continuation]:
 
 
 def make_facts(
-    inputs: Inputs, fetched: FetchedSource, release: str, own: Measured, all_: Sequence[Measured]
+    inputs: Inputs, fetched: FetchedSource, release: str, own: Measured, all_: Sequence[Measured], units: JobUnits
 ) -> ReleaseFacts:
     """Return everything that a release says about itself."""
     siblings = [other for other in all_ if other is not own]
@@ -215,8 +216,7 @@ def make_facts(
             {
                 "source": fetched.commit,
                 "variant": own.plan.spec,
-                "calibration": [inputs.calibration.digest, calibration.slice_sequences],
-                "versions": versions,
+                "weights": [unit.key for unit in (units.outer, *units.variants[own.plan.spec.name].packs)],
             }
         ),
     )
@@ -245,17 +245,13 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
 def assemble_release(
     inputs: Inputs, fetched: FetchedSource, facts: ReleaseFacts, units: JobUnits, work: WorkStore, folder: Path
 ) -> None:
-    """Make ``folder`` the release: weights, index, config, companions, facts, card, plots. What was there is gone."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    own = units.variants[facts.variant.name]
-    sources = [(units.outer, "outer.safetensors"), *((pack, "block.safetensors") for pack in own.packs)]
+    """Make an empty folder the release: weights, index, config, companions, facts, card, plots."""
+    sources = (units.outer, *units.variants[facts.variant.name].packs)
     weight_map: dict[str, str] = {}
-    for number, (unit, file) in enumerate(sources, 1):
+    for number, unit in enumerate(sources, 1):
         name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
-        _link(work.open_checked(unit.kind.value, unit.key, file), folder / name)
-        record = work.lookup(unit.kind.value, unit.key)
+        _link(work.open_checked(*unit.place, OUTPUT), folder / name)
+        record = work.lookup(*unit.place)
         weight_map.update(dict.fromkeys(record.summary["tensors"] if record else (), name))
     write_index(folder / "model.safetensors.index.json", weight_map, facts.size_bytes)
     config = next(plan.quantization_config for plan in inputs.variants if plan.spec.name == facts.variant.name)

@@ -1,35 +1,34 @@
 """The work units of a conversion and their keys.
 
-A key is the fingerprint of the stage's kind and version, what computes it (torch and transformers versions, device
-kind), its own inputs from the source (tensor places and file digests, config), its arguments, and the keys of the
-units that it reads. Paths, workers and times are in no key.
+A key is the fingerprint of the stage's kind and version, what computes it (package versions, device kind), its own
+inputs from the source (tensor places and file digests, config), its arguments, and the identities of what it reads.
+Paths, workers and times are in no key, nor is how the job is cut: spans of slices and ranges of rows are cuts of one
+thing that has an identity of its own (the *chain* up to a block, the solve of a group), and only what lies in such a
+piece is keyed by it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
-from pipeline.fingerprint import fingerprint
 from pipeline.formats.config import quantization_config
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph import cost
+from pipeline.graph.chains import Chain, ChainBuilder, Tokens, shape_of
+from pipeline.graph.cost import GroupShape
+from pipeline.graph.dag import Kind, Stored, WorkUnit
+from pipeline.graph.driver import Tuning
+from pipeline.graph.identity import Keyring
 from pipeline.graph.outline import Outline
 from pipeline.graph.schemes import MatrixPlan, plan_matrices
-from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.skeleton.groups import LinearGroup
-from pipeline.spec import CalibrationSpec, ConversionSpec, GateSpec, Method, VariantSpec
+from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
 
-HELDOUT_SLICE_SEQUENCES = 8
-"""Held-out sequences in one work unit of evaluation; their sums add up exactly, so only speed depends on it."""
-
-COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors")
-"""Packages whose version can change bytes; with Bitmill's own they are named on the card."""
+HELDOUT_SLICE_SEQUENCES = 2
+"""Held-out sequences in a slice; their sums add up exactly, so only speed depends on it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,12 @@ class VariantPlan:
         """Return what weakens this variant's result without being a fault."""
         widths = [plan.linear.in_features for plan in self.matrices.values() if plan.scheme is not None]
         return coverage_cautions(calibration.samples * calibration.length, widths)
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """What the solver is asked for, as JSON."""
+        spec = self.spec
+        return {"damping": spec.damping, "act_order": spec.act_order, "clip_search": spec.clip_search}
 
     def scheme_params(self, group: LinearGroup) -> dict[str, Any] | None:
         """Return the grid that the group's members share, as JSON; None when they stay in 16 bit."""
@@ -101,8 +106,7 @@ class VariantUnits:
     """The units that give one variant: its packed blocks, its comparison with the source, its continuations."""
 
     packs: tuple[WorkUnit, ...]
-    solves: tuple[WorkUnit, ...]
-    evaluations: tuple[WorkUnit, ...]
+    scores: tuple[WorkUnit, ...]
     generation: WorkUnit
 
 
@@ -114,224 +118,243 @@ class JobUnits:
         variants: By variant name.
         outer: Copies what lies outside the blocks.
         source_generation: Continues the smoke prompts with the source.
-        hidden: The source's hidden states on their way through the blocks, in order of use; large, of use once.
+        leftovers: Places of the work store that are of no use once everything has run.
     """
 
     variants: Mapping[str, VariantUnits]
     outer: WorkUnit
     source_generation: WorkUnit
-    hidden: tuple[WorkUnit, ...]
+    leftovers: tuple[Stored, ...]
 
     @property
     def goals(self) -> list[WorkUnit]:
         """The units whose outputs are wanted: packs block by block, then what judges them."""
         per_block = zip(*(units.packs for units in self.variants.values()), strict=True)
         packs = [pack for block in per_block for pack in block]
-        solves = [solve for units in self.variants.values() for solve in units.solves]
-        judged = [unit for v in self.variants.values() for unit in (*v.evaluations, v.generation)]
-        return [self.outer, *packs, *solves, self.source_generation, *judged]
+        judged = [unit for v in self.variants.values() for unit in (*v.scores, v.generation)]
+        return [self.outer, *packs, self.source_generation, *judged]
 
 
 class UnitBuilder:
     """Makes the units of one conversion; see ``build_units``."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.inputs = inputs
+    def __init__(self, inputs: Inputs, tuning: Tuning) -> None:
+        self.inputs, self.tuning = inputs, tuning
         self.outline = inputs.outline
+        self.keys = Keyring(inputs.outline, inputs.digests, inputs.device)
+        self.chains = ChainBuilder(self.keys)
         self.num_blocks = inputs.outline.skeleton.num_blocks
+        self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
 
-    @cached_property
-    def compute(self) -> dict[str, Any]:
-        """What computes: versions, device kind, the model's class and config."""
-        return {
-            "packages": {name: version(name) for name in COMPUTE_PACKAGES},
-            "device": self.inputs.device,
-            "config": self.inputs.digests["config.json"],
-        }
-
-    def unit(
-        self, kind: Kind, identity: Mapping[str, Any], params: dict[str, Any], needs: Sequence[WorkUnit], **labels: Any
-    ) -> WorkUnit:
-        """Return a unit whose key covers all that is given but the labels."""
-        key = fingerprint(
-            {
-                "kind": kind,
-                "version": ALGORITHM_VERSIONS[kind],
-                "compute": self.compute,
-                "identity": dict(identity),
-                "params": params,
-                "needs": [need.key for need in needs],
-            }
+    def build(self) -> JobUnits:
+        """Return every unit."""
+        spec, spans = self.inputs.spec, self.tuning.spans
+        texts = (
+            Tokens.of("calibration", self.inputs.calibration, spec.calibration.slice_sequences),
+            Tokens.of("held-out", self.inputs.heldout, HELDOUT_SLICE_SEQUENCES),
         )
-        return WorkUnit(kind, key, params, tuple(needs), **labels)
+        calibration, heldout = self.chains.calibration(texts[0], spans), self.chains.heldout(texts[1], spans)
+        merged = [self._merges(calibration, block) for block in range(self.num_blocks)]
+        outer = self._outer()
+        built = {plan.spec.name: self._variant(plan, merged, heldout, outer) for plan in self.inputs.variants}
+        variants = {name: units for name, (units, _) in built.items()}
+        leftovers = [*calibration.saves, *heldout.saves, *(p for _, chain in built.values() for p in chain.saves)]
+        return JobUnits(variants, outer, self._generation({}, (), ""), tuple(leftovers))
 
-    def places(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return what identifies tensors: the digest of their file and where they lie in it."""
-        found = {}
-        for name in sorted(names):
-            file, entry = self.outline.index.entries[name]
-            found[name] = [self.inputs.digests[file], entry.start_bytes, entry.end_bytes]
-        return found
-
-    @cached_property
-    def outer_names(self) -> list[str]:
-        """Checkpoint tensors outside the blocks, extras included."""
-        return [*self.outline.skeleton.outer_tensors().values(), *self.outline.skeleton.extra_names]
-
-    def block_names(self, block: int) -> list[str]:
-        """Checkpoint tensors of one block."""
-        return list(self.outline.skeleton.block_tensors(block).values())
-
-    def block_parameters(self, block: int) -> int:
-        """Elements of one block's tensors."""
-        return sum(self.outline.tensor_elements(name) for name in self.block_names(block))
-
-    def chain(self, batch: TokenBatch, slice_sequences: int, collect: bool) -> list[list[WorkUnit]]:
-        """Return for each token slice the units that give its hidden states: embedding, then every block."""
-        chains = []
-        for rows in torch.split(batch.tokens_NL, slice_sequences):
-            tokens = {"tokens": rows.tolist()}
-            flops = 2.0 * rows.numel()
-            # Looking embeddings up costs no FLOPs but takes about as long as a block; 0 would spoil the estimate.
-            cost = flops * self.block_parameters(0)
-            units = [self.unit(Kind.EMBED, {"weights": self.places(self.outer_names)}, tokens, (), cost=cost)]
-            for block in range(self.num_blocks):
-                identity = {"weights": self.places(self.block_names(block)), "block": block}
-                cost = flops * self.block_parameters(block) + (
-                    self._moment_flops(block, rows.numel()) if collect else 0
-                )
-                params = {"collect": collect}
-                units.append(self.unit(Kind.CALIBRATE, identity, params, (units[-1],), block=block, cost=cost))
-            chains.append(units)
-        return chains
-
-    def _moment_flops(self, block: int, num_tokens: int) -> float:
-        return sum(2.0 * num_tokens * group.in_features**2 for group in self.outline.groups[block])
-
-    def merged(self, chains: list[list[WorkUnit]]) -> list[WorkUnit]:
-        """Return for each block the unit that adds up its statistics."""
+    def _merges(self, chain: Chain, block: int) -> list[WorkUnit]:
+        """Return for each linear group of a block the unit that adds up its statistics."""
         units = []
-        for block in range(self.num_blocks):
-            needs = [chain[block + 1] for chain in chains]
-            cost = float(sum(group.in_features**2 for group in self.outline.groups[block]) * len(needs))
-            units.append(self.unit(Kind.MERGE, {}, {}, needs, block=block, cost=cost))
+        for position, group in enumerate(self.outline.groups[block]):
+            identity = {"chain": chain.identities[block], "names": _names(group)}
+            units.append(
+                WorkUnit(
+                    Kind.MERGE,
+                    self.keys.key(Kind.MERGE, identity),
+                    {"group": position},
+                    chain.blocks[block],
+                    rank=chain.blocks[block][0].rank,
+                    cost=cost.merge_s(shape_of(group), len(chain.spans)),
+                    out_bytes=4.0 * group.in_features**2,
+                    block=block,
+                    label=group.label,
+                )
+            )
         return units
 
-    def variant(self, plan: VariantPlan, merged: list[WorkUnit], finals: list[WorkUnit]) -> VariantUnits:
-        """Return the units of one variant."""
-        packs, solves = [], []
-        for block in range(self.num_blocks):
-            pack, solved = self._block(plan, block, merged[block])
-            packs.append(pack)
-            solves.extend(solved)
-        evaluations = self._evaluations(plan, packs, finals)
-        generation = self.generation(self.inputs.spec.gates, plan.quantization_config, packs, plan.spec.name)
-        return VariantUnits(tuple(packs), tuple(solves), tuple(evaluations), generation)
+    def _outer(self) -> WorkUnit:
+        size = sum(self.outline.tensor_bytes(name) for name in self.keys.outer_names)
+        key = self.keys.key(Kind.OUTER, {"weights": self.keys.places(self.keys.outer_names)})
+        return WorkUnit(Kind.OUTER, key, {}, rank=self.num_blocks, cost=cost.copy_s(size), out_bytes=size)
 
-    def _block(self, plan: VariantPlan, block: int, merged: WorkUnit) -> tuple[WorkUnit, list[WorkUnit]]:
+    def _variant(
+        self, plan: VariantPlan, merged: list[list[WorkUnit]], heldout: Chain, outer: WorkUnit
+    ) -> tuple[VariantUnits, Chain]:
+        packs = [self._block(plan, block, merged[block]) for block in range(self.num_blocks)]
+        chain = self.chains.variant(heldout, plan.spec.name, plan.quantization_config, packs)
+        scores = self._scores(plan, heldout, chain, outer)
+        generation = self._generation(plan.quantization_config, (*packs, outer), plan.spec.name)
+        return VariantUnits(tuple(packs), tuple(scores), generation), chain
+
+    def _block(self, plan: VariantPlan, block: int, merged: list[WorkUnit]) -> WorkUnit:
         spec = plan.spec
-        options = {"damping": spec.damping, "act_order": spec.act_order, "clip_search": spec.clip_search}
-        weights = {"weights": self.places(self.block_names(block))}
-        labels: dict[str, Any] = {"block": block, "variant": spec.name}
         quantized = [
-            (position, group, params)
+            (position, group, scheme)
             for position, group in enumerate(self.outline.groups[block])
-            if (params := plan.scheme_params(group)) is not None
+            if (scheme := plan.scheme_params(group)) is not None
         ]
         scales = [
-            self.unit(
-                Kind.SCALES,
-                {**weights, "names": _names(group)},
-                {"group": position, "scheme": scheme, "options": options},
-                (merged,),
-                label=group.label,
-                cost=_scale_flops(group),
-                **labels,
-            )
+            self._scales(plan, group, position, scheme, merged[position])
             for position, group, scheme in quantized
             if spec.method is Method.AWQ
         ]
         solves = [
-            self.unit(
-                Kind.SOLVE,
-                {**weights, "names": _names(group)},
-                {"group": position, "scheme": scheme, "options": options, "method": spec.method.value},
-                (merged, *scales),
-                label=group.label,
-                cost=_solve_flops(group),
-                **labels,
-            )
+            part
             for position, group, scheme in quantized
+            for part in self._solves(plan, group, position, scheme, merged[position], scales)
         ]
-        pack = self.unit(
+        identity = {
+            "weights": self.keys.places(self.keys.block_names(block)),
+            "format": spec.format,
+            "scales": [unit.key for unit in scales],
+            "solves": list(dict.fromkeys(unit.params["identity"] for unit in solves)),
+        }
+        return WorkUnit(
             Kind.PACK,
-            weights,
+            self.keys.key(Kind.PACK, identity),
             {"format": spec.format.value},
             (*scales, *solves),
-            cost=float(self.block_parameters(block)),
-            **labels,
+            rank=block,
+            cost=cost.pack_s(self.keys.block_parameters(block)),
+            out_bytes=float(self.keys.block_parameters(block)),
+            block=block,
+            variant=spec.name,
         )
-        return pack, solves
 
-    def _evaluations(self, plan: VariantPlan, packs: list[WorkUnit], finals: list[WorkUnit]) -> list[WorkUnit]:
-        identity = {"weights": self.places(self.outer_names)}
-        slices = torch.split(self.inputs.heldout.tokens_NL, HELDOUT_SLICE_SEQUENCES)
-        per_token = 2.0 * sum(self.block_parameters(block) for block in range(self.num_blocks))
-        head = 4.0 * max(self.outline.tensor_elements(name) for name in self.outer_names)
-        return [
-            self.unit(
-                Kind.EVALUATE,
-                identity,
-                {"tokens": rows.tolist(), "quantization_config": plan.quantization_config},
-                (final, *packs),
-                variant=plan.spec.name,
-                cost=rows.numel() * (per_token + head),
+    def _scales(
+        self, plan: VariantPlan, group: LinearGroup, position: int, scheme: dict[str, Any], merged: WorkUnit
+    ) -> WorkUnit:
+        options = plan.solver_options
+        weights = self.keys.places(self.keys.block_names(group.block))
+        identity = {"weights": weights, "names": _names(group), "scheme": scheme, "options": options}
+        return WorkUnit(
+            Kind.SCALES,
+            self.keys.key(Kind.SCALES, {**identity, "statistics": merged.key}),
+            {"group": position, "scheme": scheme, "options": options},
+            (merged,),
+            rank=group.block,
+            cost=cost.scales_s(shape_of(group)),
+            block=group.block,
+            variant=plan.spec.name,
+            label=group.label,
+        )
+
+    def _solves(
+        self,
+        plan: VariantPlan,
+        group: LinearGroup,
+        position: int,
+        scheme: dict[str, Any],
+        merged: WorkUnit,
+        scales: Sequence[WorkUnit],
+    ) -> list[WorkUnit]:
+        """Return the units that solve one linear group, a range of rows each."""
+        spec, shape = plan.spec, shape_of(group)
+        options = {"scheme": scheme, "options": plan.solver_options, "method": spec.method.value}
+        identity = self.keys.key(
+            Kind.SOLVE,
+            {
+                **options,
+                "weights": self.keys.places(f"{linear.name}.weight" for linear in group.linears),
+                "statistics": merged.key,
+                "scales": [unit.key for unit in scales],
+            },
+        )
+        is_gptq = spec.method is Method.GPTQ
+        factors = (self._factor(plan, group, position, merged),) if is_gptq else ()
+        units = []
+        for rows in cost.row_ranges(shape, is_gptq, self.tuning.solve_s, self.inputs.device):
+            part = GroupShape(rows[1] - rows[0], shape.width)
+            units.append(
+                WorkUnit(
+                    Kind.SOLVE,
+                    self.keys.key(Kind.SOLVE, {"solve": identity, "rows": rows}),
+                    {"group": position, "rows": rows, "identity": identity, **options},
+                    (merged, *factors, *scales),
+                    rank=group.block,
+                    cost=cost.solve_s(part, is_gptq),
+                    out_bytes=float(part.rows * part.width),
+                    block=group.block,
+                    variant=spec.name,
+                    label=group.label,
+                )
             )
-            for rows, final in zip(slices, finals, strict=True)
-        ]
+        return units
 
-    def generation(self, gates: GateSpec, config: dict[str, Any], packs: Sequence[WorkUnit], variant: str) -> WorkUnit:
-        """Return the unit that continues the smoke prompts; without packs, with the source."""
+    def _factor(self, plan: VariantPlan, group: LinearGroup, position: int, merged: WorkUnit) -> WorkUnit:
+        options = plan.solver_options
+        used = {"damping": options["damping"], "act_order": options["act_order"]}
+        return WorkUnit(
+            Kind.FACTOR,
+            self.keys.key(Kind.FACTOR, {"statistics": merged.key, **used}),
+            {"group": position, "options": used},
+            (merged,),
+            is_durable=False,
+            rank=group.block,
+            cost=cost.factor_s(shape_of(group)),
+            out_bytes=4.0 * group.in_features**2,
+            block=group.block,
+            label=group.label,
+        )
+
+    def _scores(self, plan: VariantPlan, source: Chain, chain: Chain, outer: WorkUnit) -> list[WorkUnit]:
+        """Return for each held-out slice the unit that compares the variant's predictions with the source's."""
+        ends = zip(source.spans, source.blocks[-1], chain.blocks[-1], strict=True)
+        head = max(self.outline.tensor_elements(name) for name in self.keys.outer_names)
+        units = []
+        for (low, high), before, after in ends:
+            for number in range(low, high):
+                rows = source.tokens.slices[number]
+                identity = {"source": source.identities[-1], "variant": chain.identities[-1], "outer": outer.key}
+                units.append(
+                    WorkUnit(
+                        Kind.SCORE,
+                        self.keys.key(Kind.SCORE, {**identity, "slice": number}),
+                        {"slice": number, "tokens": rows},
+                        (before, after, outer),
+                        stand_ins={before.key: (self.keys.saved(source.identities[-1], number),)},
+                        rank=self.num_blocks,
+                        cost=cost.forward_s(2 * head, sum(map(len, rows))),
+                        variant=plan.spec.name,
+                    )
+                )
+        return units
+
+    def _generation(self, config: dict[str, Any], needs: Sequence[WorkUnit], variant: str) -> WorkUnit:
+        """Return the unit that continues the smoke prompts; without a variant's units, with the source."""
+        gates = self.inputs.spec.gates
         files = {path: digest for path, digest in self.inputs.digests.items() if not path.endswith(".safetensors")}
-        identity: dict[str, Any] = {"companions": files, "weights": self.places(self.outer_names)}
-        if not packs:
-            identity["blocks"] = [self.places(self.block_names(block)) for block in range(self.num_blocks)]
+        identity: dict[str, Any] = {
+            "companions": files,
+            "needs": [need.key for need in needs],
+            "weights": {} if needs else self.keys.places(self.outline.index.entries),
+        }
         prompts = [prompt.prompt for prompt in gates.prompts]
         params = {"prompts": prompts, "max_tokens": gates.generated_tokens, "quantization_config": config}
-        per_token = 2.0 * sum(self.block_parameters(block) for block in range(self.num_blocks))
-        cost = per_token * len(prompts) * gates.generated_tokens
-        return self.unit(Kind.GENERATE, identity, params, packs, variant=variant, cost=cost)
+        return WorkUnit(
+            Kind.GENERATE,
+            self.keys.key(Kind.GENERATE, {**identity, **params}),
+            params,
+            tuple(needs),
+            rank=self.num_blocks + 1,
+            cost=cost.generate_s(self._parameters, len(prompts), gates.generated_tokens),
+            variant=variant,
+        )
 
 
-def build_units(inputs: Inputs) -> JobUnits:
-    """Return every unit of a conversion. Nothing is read but the outline."""
-    builder = UnitBuilder(inputs)
-    spec = inputs.spec
-    calibration = builder.chain(inputs.calibration, spec.calibration.slice_sequences, collect=True)
-    heldout = builder.chain(inputs.heldout, HELDOUT_SLICE_SEQUENCES, collect=False)
-    merged, finals = builder.merged(calibration), [chain[-1] for chain in heldout]
-    size = float(sum(builder.outline.tensor_elements(name) for name in builder.outer_names))
-    outer = builder.unit(Kind.OUTER, {"weights": builder.places(builder.outer_names)}, {}, (), cost=size)
-    variants = {plan.spec.name: builder.variant(plan, merged, finals) for plan in inputs.variants}
-    source_generation = builder.generation(spec.gates, {}, (), "")
-    # The held-out slices' last hidden states stay: another variant of the same source is compared with them later.
-    hidden = [unit for chain in calibration for unit in chain] + [unit for chain in heldout for unit in chain[:-1]]
-    return JobUnits(variants, outer, source_generation, tuple(hidden))
+def build_units(inputs: Inputs, tuning: Tuning) -> JobUnits:
+    """Return every unit of a conversion, cut as ``tuning`` says. Nothing is read but the outline."""
+    return UnitBuilder(inputs, tuning).build()
 
 
 def _names(group: LinearGroup) -> list[str]:
     return [linear.name for linear in group.linears]
-
-
-def _rows(group: LinearGroup) -> int:
-    return sum(linear.out_features for linear in group.linears)
-
-
-def _solve_flops(group: LinearGroup) -> float:
-    """Column updates r * n**2 and a factorization of 4/3 * n**3."""
-    return _rows(group) * group.in_features**2 + 4 / 3 * group.in_features**3
-
-
-def _scale_flops(group: LinearGroup) -> float:
-    """A dozen losses of 2 * r * n**2 over the grid of exponents, on a sample of the rows."""
-    return 12 * 2.0 * min(_rows(group), 512) * group.in_features**2 + 4.0 * _rows(group) * group.in_features**2

@@ -1,143 +1,308 @@
 """Ray: where work units run. Local by default, a cluster by address.
 
-Ray carries only small values (a unit and its record); tensors travel through the work store, so nothing is lost with
-a worker, a node or the object store. A unit asks for one CPU (and a share of a GPU when the job runs on GPUs); a
-request that the cluster can never meet fails at once instead of pending for ever. A unit whose worker died is started
-again by Ray up to ``MAX_RETRIES`` times.
+Each worker is an actor with one CPU (and a share of a GPU when the job runs on GPUs). Ray carries units, their outcomes
+and what one worker hands to another; nothing that has to last lives in it. Workers are not restarted by Ray: the driver
+hears of a loss, and a new worker takes the place of the old one as long as the cluster has room. A request that the
+cluster can never meet fails at once with what was asked for and what there is, instead of pending for ever.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import socket
+import threading
 import time
 import traceback
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.errors import GraphError, PipelineError
+import torch
+
+from pipeline.errors import GraphError
 from pipeline.graph.dag import WorkUnit
-from pipeline.graph.stages import JobContext, run_unit
+from pipeline.graph.executor import Event, Finished, WorkerId, WorkerJoined, WorkerLost
+from pipeline.graph.shelf import Tensors
+from pipeline.graph.stages.call import JobContext
+from pipeline.graph.worker import Outcome, Worker, lost_output
 from pipeline.settings import quiet_ray
-from pipeline.storage.work import StageRecord
 
-MAX_RETRIES = 3
-"""Starts of a unit whose worker process died, after the first."""
+OBJECT_STORE_BYTES = 400_000_000
+"""Local object store: what workers hand to each other passes through it and does not stay."""
 
-OBJECT_STORE_BYTES = 100_000_000
-"""Local object store: only records pass through it."""
+START_TIMEOUT_S = 180.0
+"""Longest start of a worker: a process that imports torch and transformers, on a busy machine."""
 
-UNITS_AHEAD = 2
-"""Units in flight per worker: one that runs and one that is ready when it ends."""
+CONNECT_TIMEOUT_S = 10.0
+"""Longest wait for the head of a cluster to answer."""
 
+HAND_OVER_TIMEOUT_S = 300.0
+"""Longest wait for an output that another worker holds."""
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What a unit came to: a record, or an error of ours, which Ray would wrap if it were raised."""
-
-    record: StageRecord | None
-    error: PipelineError | None
-    seconds: float
+MAX_START_FAILURES = 8
+"""Workers in a row that may die before they are ready, after which no more are started."""
 
 
-def _run_guarded(context: JobContext, unit: WorkUnit) -> _Outcome:
-    start = time.monotonic()
-    try:
-        return _Outcome(run_unit(context, unit), None, time.monotonic() - start)
-    except PipelineError as error:
-        return _Outcome(None, error, time.monotonic() - start)
+class RemoteWorker:
+    """A ``Worker`` as a Ray actor. Handing over runs beside the unit at hand, on a thread of its own."""
+
+    def __init__(self, context: JobContext) -> None:
+        """Start the worker."""
+        self._worker = Worker(context)
+
+    def describe(self) -> dict[str, Any]:
+        """Return where the worker is: process id, node, GPUs."""
+        import ray
+
+        runtime = ray.get_runtime_context()
+        return {"pid": os.getpid(), "node": runtime.get_node_id(), "gpus": ray.get_gpu_ids()}
+
+    def run(self, unit: WorkUnit, holders: Mapping[str, Any]) -> Outcome:
+        """Run a unit; ``holders`` are the actors that hold passing outputs which this worker lacks."""
+        import ray
+
+        def fetch(key: str) -> Tensors:
+            holder = holders.get(key)
+            if holder is None:
+                raise lost_output(key)
+            try:
+                arrays = ray.get(holder.hand_over.remote(key), timeout=HAND_OVER_TIMEOUT_S)
+            except (ray.exceptions.RayError, GraphError) as error:
+                raise lost_output(key) from error
+            # Copied: the object store's memory is read-only and lent.
+            return {name: torch.tensor(array) for name, array in arrays.items()}
+
+        return self._worker.run(unit, fetch)
+
+    def hand_over(self, key: str) -> dict[str, Any]:
+        """Return a passing output that this worker holds, as arrays, which Ray moves without copies of its own."""
+        return {name: tensor.numpy() for name, tensor in self._worker.hand_over(key).items()}
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Drop passing outputs."""
+        self._worker.forget(keys)
+
+
+@dataclass
+class _Seat:
+    """A worker, or one that is starting.
+
+    Attributes:
+        actor: Its handle.
+        ready: Answers once it has started; None afterwards.
+        started_s: When it was asked for.
+        units: What it has, by the reference to its outcome, in order.
+        about: Where it is.
+    """
+
+    actor: Any
+    ready: Any
+    started_s: float
+    units: dict[Any, WorkUnit] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 class RayExecutor:
-    """Runs work units as Ray tasks."""
+    """Runs work units on Ray actors."""
 
     def __init__(self, context: JobContext, workers: int, address: str | None = None) -> None:
         """Join the cluster at ``address``, or start one on this machine with ``workers`` workers.
 
+        Returns once the first worker has started.
+
         Raises:
-            GraphError: when the cluster cannot be reached or has nothing that could run a unit.
+            GraphError: when the cluster cannot be reached or has nothing that could be a worker.
         """
         import ray
 
         quiet_ray()
         self._ray = ray
-        self._context_ref: Any = None
-        self._running: dict[Any, WorkUnit] = {}
-        self.num_slots = workers * UNITS_AHEAD
-        self._connect(workers, address)
+        self._events: deque[Event] = deque()
+        self._seats: dict[WorkerId, _Seat] = {}
+        self._number = 0
+        self._start_failures = 0
+        self._target = workers
+        _connect(ray, workers, address)
         try:
-            gpu_share = _gpu_share(_resources(ray), workers) if context.device == "cuda" else 0.0
-        except GraphError:
+            self._context = ray.put(context)
+            gpus = _gpu_share(_resources(ray), workers) if context.device == "cuda" else 0.0
+            _require_cpus(_resources(ray))
+            self._actor = _actor_class(ray, gpus)
+            self._fill_seats()
+            while not self.workers:
+                event = self._poll(START_TIMEOUT_S)
+                if event is None or not self._seats:
+                    have = _describe(_resources(ray))
+                    raise GraphError(
+                        f"no worker started within {START_TIMEOUT_S:.0f} s; the cluster has {have}",
+                        code="graph.infeasible",
+                        hint="other jobs may hold its CPUs: see `ray status`, or run without --address",
+                    )
+                self._events.append(event)
+        except BaseException:
             self.close()
             raise
-        self._context_ref = ray.put(context)
-        self._task = ray.remote(_run_guarded).options(
-            num_cpus=1, num_gpus=gpu_share, max_retries=MAX_RETRIES, retry_exceptions=False
-        )
 
-    def _connect(self, workers: int, address: str | None) -> None:
-        options: dict[str, Any] = (
-            {"address": address}
-            if address
-            else {
-                "num_cpus": workers,
-                "include_dashboard": False,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "_node_ip_address": "127.0.0.1",
-            }
-        )
-        try:
-            self._ray.init(
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}},
-                **options,
-            )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise GraphError(
-                f"Ray {'at ' + address if address else 'on this machine'} cannot be used: {error}",
-                code="graph.no_cluster",
-                hint="check --address (or RAY_ADDRESS), or leave it out to run on this machine",
-            ) from error
+    @property
+    def workers(self) -> Sequence[WorkerId]:
+        """The workers that have started."""
+        return [name for name, seat in self._seats.items() if seat.ready is None]
 
-    def submit(self, unit: WorkUnit) -> None:
-        """Start a unit as a Ray task."""
+    @property
+    def places(self) -> dict[WorkerId, dict[str, Any]]:
+        """Where each worker is: process id, node, GPUs."""
+        return {name: seat.about for name, seat in self._seats.items() if seat.ready is None}
+
+    def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
+        """Queue a unit at a worker."""
         # A unit names its needs, and they theirs: only the first level travels.
-        shallow = replace(unit, needs=tuple(replace(need, needs=()) for need in unit.needs))
-        self._running[self._task.remote(self._context_ref, shallow)] = unit
+        shallow = replace(unit, needs=tuple(replace(need, needs=(), stand_ins={}) for need in unit.needs))
+        actors = {key: self._seats[holder].actor for key, holder in holders.items() if holder in self._seats}
+        seat = self._seats[worker]
+        seat.units[seat.actor.run.remote(shallow, actors)] = unit
 
-    def wait(self) -> tuple[WorkUnit, StageRecord, float]:
-        """Return the next unit that finishes.
+    def wait(self, timeout_s: float) -> Event | None:
+        """Return what happened next, or None when nothing did in time.
 
         Raises:
-            PipelineError: as the unit raised it.
-            GraphError: when its worker died too often or it failed in a way that is a bug of ours.
+            GraphError: when a unit failed in a way that is a bug of ours.
         """
-        (done,), _ = self._ray.wait(list(self._running), num_returns=1)
-        unit = self._running.pop(done)
-        where = f"{unit.kind} of block {unit.block}" if unit.block >= 0 else unit.kind.value
+        if self._events:
+            return self._events.popleft()
+        return self._poll(timeout_s)
+
+    def _poll(self, timeout_s: float) -> Event | None:
+        owners = {seat.ready: name for name, seat in self._seats.items() if seat.ready is not None}
+        owners |= {reference: name for name, seat in self._seats.items() for reference in list(seat.units)[:1]}
+        if not owners:
+            time.sleep(min(timeout_s, 0.1))
+            self._fill_seats()
+            return None
+        done, _ = self._ray.wait(list(owners), num_returns=1, timeout=timeout_s)
+        self._fill_seats()
+        if not done:
+            return None
+        name = owners[done[0]]
+        seat = self._seats[name]
         try:
-            outcome: _Outcome = self._ray.get(done)
+            answer = self._ray.get(done[0])
         except self._ray.exceptions.RayTaskError as error:
+            unit = seat.units.get(done[0])
+            where = f"work unit {unit.title}" if unit else "a worker's start"
             reason = "".join(traceback.format_exception_only(error.cause)).strip() if error.cause else str(error)
-            raise GraphError(f"work unit {where} failed: {reason}", code="graph.unit_failed") from error
+            raise GraphError(f"{where} failed: {reason}", code="graph.unit_failed") from error
         except self._ray.exceptions.RayError as error:
-            raise GraphError(
-                f"work unit {where} lost its worker {MAX_RETRIES + 1} times: {error!s:.300}",
-                code="graph.worker_lost",
-                hint="is the machine short of memory? run the same command with fewer --workers: it continues",
-            ) from error
-        if outcome.error is not None:
-            raise outcome.error
-        if outcome.record is None:
-            raise GraphError(f"work unit {where} gave no record")
-        return unit, outcome.record, outcome.seconds
+            return self._bury(name, error)
+        if done[0] == seat.ready:
+            seat.ready, seat.about, self._start_failures = None, answer, 0
+            return WorkerJoined(name)
+        return Finished(name, seat.units.pop(done[0]), answer)
+
+    def _bury(self, name: WorkerId, error: Any) -> WorkerLost:
+        seat = self._seats.pop(name)
+        if seat.ready is not None:
+            self._start_failures += 1
+        is_memory = isinstance(error, self._ray.exceptions.OutOfMemoryError) or "OOM" in str(error)
+        self._fill_seats()
+        return WorkerLost(name, tuple(seat.units.values()), _last_words(error), is_memory)
+
+    def _fill_seats(self) -> None:
+        """Ask for workers until there are as many as wanted, or the cluster has no more room for them."""
+        if self._start_failures >= MAX_START_FAILURES:
+            return
+        room = self._target - len(self._seats)
+        for _ in range(max(0, min(room, self._free_slots()))):
+            self._number += 1
+            actor = self._actor.remote(self._context)
+            self._seats[f"worker-{self._number}"] = _Seat(actor, actor.describe.remote(), time.monotonic())
+
+    def _free_slots(self) -> int:
+        """Return how many workers the cluster can take now; those that are starting may not be counted yet."""
+        starting = sum(seat.ready is not None for seat in self._seats.values())
+        free: dict[str, float] = self._ray.available_resources()  # type: ignore[no-untyped-call]
+        return max(int(free.get("CPU", 0.0)) - starting, 0)
+
+    def forget(self, worker: WorkerId, keys: Iterable[str]) -> None:
+        """Have a worker drop passing outputs."""
+        if worker in self._seats:
+            self._seats[worker].actor.forget.remote(tuple(keys))
 
     def close(self) -> None:
-        """Stop what is running and leave the cluster."""
-        for reference in self._running:
-            self._ray.cancel(reference, force=True)
-        self._running.clear()
+        """Kill the workers and leave the cluster."""
+        for seat in self._seats.values():
+            self._ray.kill(seat.actor, no_restart=True)
+        self._seats.clear()
         self._ray.shutdown()
+
+
+def _connect(ray: Any, workers: int, address: str | None) -> None:
+    options: dict[str, Any] = (
+        {"address": address}
+        if address
+        else {
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_node_ip_address": "127.0.0.1",
+        }
+    )
+    if address:
+        _require_reachable(address)
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}},
+            **options,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise GraphError(
+            f"Ray {'at ' + address if address else 'on this machine'} cannot be used: {error}",
+            code="graph.no_cluster",
+            hint="check --address (or RAY_ADDRESS), or leave it out to run on this machine",
+        ) from error
+    finally:
+        # Ray puts a handler of its own in place, which ends the process without a word.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)
+
+
+def _require_reachable(address: str) -> None:
+    """Return when something listens at the address of a cluster's head; Ray itself would try for minutes.
+
+    Raises:
+        GraphError: when nothing does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto", or a name that Ray resolves
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise GraphError(
+            f"no Ray cluster answers at {address}: {error}",
+            code="graph.no_cluster",
+            hint="check --address (or RAY_ADDRESS) and that `ray start --head` runs there, or leave it out",
+        ) from error
+
+
+def _actor_class(ray: Any, gpus: float) -> Any:
+    """Return the actor class whose instances take one CPU and ``gpus`` GPUs each."""
+    groups = {"io": 2}
+    for name in ("hand_over", "forget"):
+        # Read by Ray when the class is made remote: these run beside the unit at hand.
+        ray.method(concurrency_group="io")(getattr(RemoteWorker, name))
+    make_actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0, concurrency_groups=groups)
+    return make_actor(RemoteWorker)
+
+
+def _last_words(error: Any) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[:2])[:300] if lines else type(error).__name__
 
 
 def _resources(ray: Any) -> dict[str, float]:
@@ -146,17 +311,29 @@ def _resources(ray: Any) -> dict[str, float]:
     return found
 
 
+def _describe(resources: dict[str, float]) -> str:
+    return ", ".join(f"{name}: {amount:g}" for name, amount in sorted(resources.items()) if "node:" not in name)
+
+
+def _require_cpus(resources: dict[str, float]) -> None:
+    if resources.get("CPU", 0.0) < 1:
+        raise GraphError(
+            f"a worker needs a CPU, and the cluster has none ({_describe(resources)})",
+            code="graph.infeasible",
+            hint="join a cluster whose nodes offer CPUs, or run without --address",
+        )
+
+
 def _gpu_share(resources: dict[str, float], workers: int) -> float:
-    """Return the share of a GPU that each unit takes: as many units as workers, spread over all GPUs.
+    """Return the share of a GPU that each worker takes: as many workers as asked for, spread over all GPUs.
 
     Raises:
         GraphError: when the cluster has no GPU.
     """
     gpus = resources.get("GPU", 0.0)
     if gpus < 1:
-        have = ", ".join(f"{name}: {amount:g}" for name, amount in sorted(resources.items()) if "node:" not in name)
         raise GraphError(
-            f"--device cuda needs a GPU, and the cluster has none ({have})",
+            f"--device cuda needs a GPU, and the cluster has none ({_describe(resources)})",
             code="graph.infeasible",
             hint="run with --device cpu, or join a cluster with GPUs with --address",
         )

@@ -7,55 +7,34 @@ conditional writes costs seconds, not hours. Nothing is published for a variant 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipeline.calibrate.tokens import Text, TokenBatch, load_text, take_tokens
-from pipeline.errors import SpecError
+from pipeline.errors import GraphError, SpecError
 from pipeline.facts import ReleaseFacts
 from pipeline.graph.assemble import Measured, assemble_release, make_facts, measure_variant
-from pipeline.graph.build import Inputs, JobUnits, build_units, make_variant_plan
-from pipeline.graph.cluster import RayExecutor
-from pipeline.graph.dag import Executor, InlineExecutor, Kind, WorkUnit, reachable_units, required_units, run_units
-from pipeline.graph.outline import open_folder
-from pipeline.graph.stages import JobContext, run_unit
+from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
+from pipeline.graph.job import run_job
+from pipeline.graph.outline import open_folder, stamp_files
+from pipeline.graph.plan import remote_outline
+from pipeline.graph.stages.call import JobContext
 from pipeline.hub.fetch import FetchedSource, fetch
-from pipeline.hub.source import needed_files, pin_source
-from pipeline.observe.events import (
-    Degraded,
-    EventSink,
-    JobStarted,
-    Phase,
-    PhaseWork,
-    Published,
-    SourceAdvanced,
-    StageFinished,
-    VariantJudged,
-    Warned,
-)
+from pipeline.hub.source import Source, needed_files, pin_source
+from pipeline.observe.events import EventSink, Published, SourceAdvanced, VariantJudged, Warned
 from pipeline.settings import Settings
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import ConversionSpec
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
 from pipeline.storage.release import publish_release
-from pipeline.storage.work import StageRecord, WorkStore
+from pipeline.storage.work import WorkStore
+from pipeline.tensors.reader import FileStamp
 
-PHASES: dict[Kind, Phase] = {
-    Kind.EMBED: Phase.CALIBRATE,
-    Kind.CALIBRATE: Phase.CALIBRATE,
-    Kind.MERGE: Phase.CALIBRATE,
-    Kind.SCALES: Phase.SOLVE,
-    Kind.SOLVE: Phase.SOLVE,
-    Kind.PACK: Phase.PACK,
-    Kind.OUTER: Phase.PACK,
-    Kind.EVALUATE: Phase.EVALUATE,
-    Kind.GENERATE: Phase.EVALUATE,
-}
+SHELF_BYTES = 500_000_000
+"""Memory for passing outputs that a worker may use unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +47,7 @@ class RunOptions:
         device: ``cpu`` or ``cuda``.
         address: Ray cluster to join, or None to start one here.
         inline: Run every unit in this process, without Ray.
+        shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
     """
 
     work_dir: Path
@@ -75,6 +55,7 @@ class RunOptions:
     device: str = "cpu"
     address: str | None = None
     inline: bool = False
+    shelf_bytes: int = SHELF_BYTES
 
 
 @dataclass(frozen=True)
@@ -103,34 +84,45 @@ def convert(
             no error: its outcome has no locations.
     """
     stores = open_targets(spec.targets, settings)
-    fetched = fetch_source(spec.source, settings, sink)
-    namespace, prefix = release_prefix(spec, fetched)
-    inputs = gather_inputs(spec, fetched, settings, options.device)
-    for caution in dict.fromkeys(c for plan in inputs.variants for c in plan.cautions(spec.calibration)):
+    source = pin_source(spec.source, settings)
+    outline = remote_outline(source, settings)
+    plans = [make_variant_plan(variant, outline) for variant in spec.variants]
+    texts = load_texts(spec, settings)
+    require_device(options)
+    for caution in dict.fromkeys(c for plan in plans for c in plan.cautions(spec.calibration)):
         sink.emit(Warned(caution))
-    units = build_units(inputs)
+    fetched, stamps = fetch_source(source, settings, sink)
+    namespace, prefix = release_prefix(spec, fetched)
+    inputs = gather_inputs(spec, fetched, texts, options.device)
     work = WorkStore(options.work_dir)
     work.sweep()
-    context = JobContext(str(work.root), str(fetched.folder), options.device)
-    records = _run(inputs, units, work, context, options, sink)
+    context = JobContext(
+        work_root=str(work.root),
+        source_folder=str(fetched.folder),
+        source_commit=fetched.commit,
+        stamps=tuple(sorted(stamps.items())),
+        device=options.device,
+        shelf_bytes=options.shelf_bytes,
+    )
+    units, records = run_job(inputs, work, context, options, sink)
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:
         name = f"{prefix}-{own.plan.spec.name}"
-        facts = make_facts(inputs, fetched, f"{namespace}/{name}", own, measured)
+        facts = make_facts(inputs, fetched, f"{namespace}/{name}", own, measured, units)
         _announce(own, sink)
         locations = _publish(inputs, fetched, facts, units, work, stores, sink) if own.verdict.passed else ()
         outcomes.append(VariantOutcome(facts, locations))
     return tuple(outcomes)
 
 
-def fetch_source(text: str, settings: Settings, sink: EventSink) -> FetchedSource:
-    """Return the source that ``text`` means, its needed files local and verified; says how far it is.
+def fetch_source(source: Source, settings: Settings, sink: EventSink) -> tuple[FetchedSource, dict[str, FileStamp]]:
+    """Return a source with its needed files local and verified, and what the weights files were when they were; says
+    how far it is.
 
     Raises:
-        SourceError, StorageError: as ``pin_source`` and ``fetch``.
+        SourceError, StorageError: as ``fetch``.
     """
-    source = pin_source(text, settings)
     total_bytes = sum(file.size_bytes for file in needed_files(source))
     done: dict[str, int] = {}
 
@@ -138,7 +130,11 @@ def fetch_source(text: str, settings: Settings, sink: EventSink) -> FetchedSourc
         done[path] = done_bytes
         sink.emit(SourceAdvanced(path, sum(done.values()), total_bytes))
 
-    return fetch(source, settings, advanced)
+    # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from a hub
+    # lies in our own cache, and is there only afterwards.
+    before = stamp_files(Path(source.location), source.weight_files) if source.is_local else None
+    fetched = fetch(source, settings, advanced)
+    return fetched, before or stamp_files(fetched.folder, source.weight_files)
 
 
 def open_targets(targets: Iterable[str], settings: Settings) -> list[ObjectStore]:
@@ -168,119 +164,53 @@ def release_prefix(spec: ConversionSpec, fetched: FetchedSource) -> tuple[str, s
     return (namespace if slash else "local"), name
 
 
-def gather_inputs(spec: ConversionSpec, fetched: FetchedSource, settings: Settings, device: str) -> Inputs:
+def load_texts(spec: ConversionSpec, settings: Settings) -> tuple[Text, Text]:
+    """Return the calibration text and the held-out text, before they are tokenized.
+
+    Raises:
+        CalibrationError: when one cannot be read.
+    """
+    seed = spec.calibration.seed
+    calibration = load_text(spec.calibration.text, "calibration", seed, settings)
+    return calibration, load_text(spec.gates.heldout, "heldout", seed, settings)
+
+
+def gather_inputs(spec: ConversionSpec, fetched: FetchedSource, texts: tuple[Text, Text], device: str) -> Inputs:
     """Return everything that the conversion's bytes depend on.
 
     Raises:
         SourceError: when the source cannot be converted.
         PlanError: when a variant cannot be made from it.
-        CalibrationError: when a text is too short or unreadable.
+        CalibrationError: when a text is too short.
     """
     outline = open_folder(fetched.folder).outline
     variants = [make_variant_plan(variant, outline) for variant in spec.variants]
-    calibration, heldout = _tokens(spec, fetched, settings)
+    calibration, heldout = _tokens(spec, fetched, texts)
     return Inputs(outline, fetched.digests, spec, variants, calibration, heldout, device)
 
 
-def _tokens(spec: ConversionSpec, fetched: FetchedSource, settings: Settings) -> tuple[TokenBatch, TokenBatch]:
+def _tokens(spec: ConversionSpec, fetched: FetchedSource, texts: tuple[Text, Text]) -> tuple[TokenBatch, TokenBatch]:
     encode = TextTokenizer(fetched.folder).encode
     wanted, gates = spec.calibration, spec.gates
-    text = load_text(wanted.text, "calibration", wanted.seed, settings)
+    text, other = texts
     calibration = take_tokens(text, encode, wanted.samples, wanted.length)
-    other: Text = load_text(gates.heldout, "heldout", wanted.seed, settings)
     # Held-out means held out: of the same text, the tokens after the calibration's.
     skip = wanted.samples * wanted.length if other.content == text.content else 0
     return calibration, take_tokens(other, encode, gates.heldout_samples, gates.heldout_length, skip)
 
 
-def _run(
-    inputs: Inputs, units: JobUnits, work: WorkStore, context: JobContext, options: RunOptions, sink: EventSink
-) -> dict[str, StageRecord]:
-    goals = units.goals
-    order, present = required_units(goals, work)
-    _announce_start(inputs, [*order, *(unit for unit in reachable_units(goals) if unit.key in present)], sink)
-    janitor = Janitor(units.hidden, order)
+def require_device(options: RunOptions) -> None:
+    """Return unless it is known already that nothing could run: a cluster is only asked once there is work for it.
 
-    def finished(unit: WorkUnit, record: StageRecord, seconds: float, reused: bool) -> None:
-        sink.emit(_stage_event(unit, record, seconds, reused))
-        if unit.kind is Kind.SOLVE:
-            for name, report in record.summary["reports"].items():
-                for reason in report["degradations"]:
-                    sink.emit(Degraded(unit.variant, name, reason))
-
-    if not order:
-        return run_units(goals, work, NoExecutor(), finished)
-    with closing(_executor(context, options)) as executor:
-        return run_units(goals, work, executor, finished, janitor.after)
-
-
-def _executor(context: JobContext, options: RunOptions) -> Executor:
-    if options.inline:
-        return InlineExecutor(lambda unit: run_unit(context, unit))
-    return RayExecutor(context, options.workers, options.address)
-
-
-class NoExecutor:
-    """Stands in when everything is finished already, so that no cluster is started for nothing."""
-
-    num_slots = 0
-
-    def submit(self, unit: WorkUnit) -> None:
-        """Never called."""
-        raise AssertionError(f"{unit.kind} was submitted though nothing was missing")
-
-    def wait(self) -> tuple[WorkUnit, StageRecord, float]:
-        """Never called."""
-        raise AssertionError("nothing runs")
-
-    def close(self) -> None:
-        """Nothing runs."""
-
-
-class Janitor:
-    """Knows when hidden states have been read for the last time, so that the disk holds a few blocks' worth only."""
-
-    def __init__(self, hidden: Iterable[WorkUnit], order: Iterable[WorkUnit]) -> None:
-        self._hidden = {unit.key for unit in hidden}
-        self._readers: dict[str, int] = {}
-        for unit in order:
-            for need in unit.needs:
-                self._readers[need.key] = self._readers.get(need.key, 0) + 1
-
-    def after(self, unit: WorkUnit) -> list[WorkUnit]:
-        """Return the units whose outputs nobody reads again now that ``unit`` has finished."""
-        stale = []
-        for need in unit.needs:
-            self._readers[need.key] -= 1
-            if self._readers[need.key] == 0 and need.key in self._hidden:
-                stale.append(need)
-        return stale
-
-
-def _announce_start(inputs: Inputs, counted: list[WorkUnit], sink: EventSink) -> None:
-    work = tuple(
-        PhaseWork(phase, len(own), sum(unit.cost for unit in own))
-        for phase in Phase
-        if (own := [unit for unit in counted if PHASES[unit.kind] is phase])
-    )
-    variants = tuple(plan.spec.name for plan in inputs.variants)
-    sink.emit(JobStarted(inputs.spec.source, variants, inputs.outline.skeleton.num_blocks, work))
-
-
-def _stage_event(unit: WorkUnit, record: StageRecord, seconds: float, reused: bool) -> StageFinished:
-    reports: dict[str, Any] = record.summary.get("reports", {})
-    errors = [report["relative_error"] for report in reports.values()]
-    return StageFinished(
-        phase=PHASES[unit.kind],
-        seconds=seconds,
-        cost=unit.cost,
-        block=unit.block if unit.block >= 0 else None,
-        variant=unit.variant or None,
-        group=unit.label,
-        loss=record.summary.get("loss"),
-        relative_error=max(errors) if errors else None,
-        reused=reused,
-    )
+    Raises:
+        GraphError: when this machine is to compute on a GPU and has none.
+    """
+    if options.device == "cuda" and options.address is None and not torch.cuda.is_available():
+        raise GraphError(
+            "--device cuda needs a GPU, and this machine has none that torch can use",
+            code="graph.infeasible",
+            hint="run with --device cpu, or join a cluster with GPUs with --address",
+        )
 
 
 def _announce(own: Measured, sink: EventSink) -> None:
@@ -304,8 +234,6 @@ def _publish(
     stores: list[ObjectStore],
     sink: EventSink,
 ) -> tuple[str, ...]:
-    folder = work.root / "releases" / facts.spec_fingerprint
-    assemble_release(inputs, fetched, facts, units, work, folder)
     namespace, _, name = facts.release.partition("/")
     provenance = {
         "source": facts.source.name,
@@ -315,12 +243,13 @@ def _publish(
         "versions": facts.versions,
     }
     locations = []
-    for store in stores:
-        published = publish_release(store, folder, namespace, name, provenance, verdict_passed=facts.verdict.passed)
-        sink.emit(
-            Published(facts.variant.name, facts.release, published.revision, published.path_or_uri, facts.size_bytes)
-        )
-        locations.append(published.path_or_uri)
+    # Private: another run may be assembling the same release in the same work directory.
+    with work.private_folder() as folder:
+        assemble_release(inputs, fetched, facts, units, work, folder)
+        for store in stores:
+            done = publish_release(store, folder, namespace, name, provenance, verdict_passed=facts.verdict.passed)
+            sink.emit(Published(facts.variant.name, facts.release, done.revision, done.path_or_uri, facts.size_bytes))
+            locations.append(done.path_or_uri)
     return tuple(locations)
 
 

@@ -1,36 +1,42 @@
-"""Work units with dependencies, content keys, and resume.
+"""Work units: what is to be done, as values.
 
 A work unit is a function call whose output is named by its key before it runs: the fingerprint of everything that
-affects its bytes, including the keys of the units it depends on. A unit whose output is already in the work store is
-finished; a unit that only unfinished units of no one's interest would need is not run. So the same call that starts a
-job also resumes it, with another number of workers or after a kill at any point.
+affects its bytes, and nothing else. The output of a *durable* unit goes to the work store and is found there by every
+later run. The output of a *passing* unit (hidden states on their way through the blocks, sums of one worker, factors)
+stays with the worker that computed it, is handed to whoever needs it, and is computed again when that worker dies.
+
+Nothing here knows where units run: see ``driver.py`` for the order, ``cluster.py`` for Ray.
 """
 
 from __future__ import annotations
 
-import heapq
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
-
-from pipeline.errors import GraphError
-from pipeline.storage.work import StageRecord, WorkStore
+from typing import Any, NamedTuple
 
 
 class Kind(StrEnum):
-    """What a work unit does."""
+    """What a work unit does; names its stage function and its folder in the work store."""
 
     EMBED = "embed"
     CALIBRATE = "calibrate"
     MERGE = "merge"
+    FACTOR = "factor"
     SCALES = "scales"
     SOLVE = "solve"
     PACK = "pack"
     OUTER = "outer"
-    EVALUATE = "evaluate"
+    FORWARD = "forward"
+    SCORE = "score"
     GENERATE = "generate"
+
+
+class Stored(NamedTuple):
+    """A place in the work store."""
+
+    stage: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -38,11 +44,20 @@ class WorkUnit:
     """One call of a stage function.
 
     Attributes:
-        kind: What it does; names the stage function and the folder of the work store.
+        kind: What it does.
         key: Fingerprint of everything that affects its output.
         params: JSON-serializable arguments of the stage function.
         needs: Units whose outputs it reads.
-        cost: Estimated work, in FLOPs; for the estimate of the time that is left.
+        stand_ins: For the key of a need: places in the work store that hold what is read of it, so that it need not
+            run when all of them are there (hidden states saved every few blocks).
+        saves: Places in the work store that it fills besides its output.
+        obsoletes: Places in the work store that nobody needs any more once it has run.
+        is_durable: Whether its output goes to the work store.
+        home: Units with one home run on one worker, as each reads what the one before left there; empty for none. What
+            stands before a colon names the chain; the homes of a chain are spread over the workers.
+        rank: How late it is wanted: of the units that can run, those with the lowest rank do.
+        cost: Estimated seconds on one worker of the reference machine.
+        out_bytes: Estimated size of its output.
         block: Decoder block that it works on; -1 for none.
         variant: Variant that it works for; empty for all.
         label: What to show to a person besides block and variant.
@@ -50,9 +65,16 @@ class WorkUnit:
 
     kind: Kind
     key: str
-    params: dict[str, Any]
+    params: Mapping[str, Any]
     needs: tuple[WorkUnit, ...] = ()
+    stand_ins: Mapping[str, tuple[Stored, ...]] = field(default_factory=dict)
+    saves: tuple[Stored, ...] = ()
+    obsoletes: tuple[Stored, ...] = ()
+    is_durable: bool = True
+    home: str = ""
+    rank: float = 0.0
     cost: float = 0.0
+    out_bytes: float = 0.0
     block: int = -1
     variant: str = ""
     label: str = ""
@@ -60,125 +82,52 @@ class WorkUnit:
     def __hash__(self) -> int:
         return hash(self.key)
 
-
-class Executor(Protocol):
-    """Runs work units somewhere."""
+    @property
+    def place(self) -> Stored:
+        """Where its output is in the work store, if it is durable."""
+        return Stored(self.kind.value, self.key)
 
     @property
-    def num_slots(self) -> int:
-        """How many units to have in flight."""
-        ...
-
-    def submit(self, unit: WorkUnit) -> None:
-        """Start a unit."""
-        ...
-
-    def wait(self) -> tuple[WorkUnit, StageRecord, float]:
-        """Return a unit that has finished since the last call, its record, and the seconds that it ran.
-
-        Raises:
-            PipelineError: as the unit raised it.
-        """
-        ...
-
-    def close(self) -> None:
-        """Stop what is running."""
-        ...
+    def title(self) -> str:
+        """For people: for example ``solve of block 3, q_proj+k_proj+v_proj, gptq-w4-g64``."""
+        where = f"{self.kind} of block {self.block}" if self.block >= 0 else self.kind.value
+        return ", ".join(part for part in (where, self.label, self.variant) if part)
 
 
-Finished = Callable[[WorkUnit, StageRecord, float, bool], None]
-"""Called for every unit in the graph that is finished: unit, record, seconds, and whether it was there before."""
+IsThere = Callable[[WorkUnit], bool]
+"""Whether a unit's output can be read without running it."""
+
+IsStored = Callable[[Stored], bool]
+"""Whether a place of the work store is filled."""
 
 
-@dataclass
-class _Progress:
-    records: dict[str, StageRecord] = field(default_factory=dict)
-    waiting_for: dict[str, int] = field(default_factory=dict)
-    dependents: dict[str, list[WorkUnit]] = field(default_factory=dict)
-    ready: list[tuple[int, WorkUnit]] = field(default_factory=list)
+def open_needs(unit: WorkUnit, is_there: IsThere, is_stored: IsStored) -> list[WorkUnit]:
+    """Return the needs that must run before the unit can: not there, and with nothing that stands in for them."""
+    return [
+        need
+        for need in unit.needs
+        if not is_there(need)
+        and not ((places := unit.stand_ins.get(need.key)) and all(is_stored(place) for place in places))
+    ]
 
 
-def required_units(goals: Iterable[WorkUnit], work: WorkStore) -> tuple[list[WorkUnit], dict[str, StageRecord]]:
-    """Return the units that must run to reach the goals, in an order that respects dependencies, and the records
-    of the units that are there already. A finished unit's own dependencies are not looked at."""
-    missing: dict[str, WorkUnit] = {}
-    present: dict[str, StageRecord] = {}
-    order: list[WorkUnit] = []
+def required_units(goals: Iterable[WorkUnit], is_there: IsThere, is_stored: IsStored) -> list[WorkUnit]:
+    """Return the units that must run to reach the goals, each after those that it needs, in the order in which the
+    goals ask for them. What a finished unit needed is not looked at."""
+    order: dict[str, WorkUnit] = {}
+    seen: set[str] = set()
     stack: list[tuple[WorkUnit, bool]] = [(unit, False) for unit in reversed(list(goals))]
     while stack:
-        unit, expanded = stack.pop()
-        if expanded:
-            order.append(unit)
+        unit, is_expanded = stack.pop()
+        if is_expanded:
+            order[unit.key] = unit
             continue
-        if unit.key in missing or unit.key in present:
+        if unit.key in seen or is_there(unit):
             continue
-        record = work.lookup(unit.kind.value, unit.key)
-        if record is not None:
-            present[unit.key] = record
-            continue
-        missing[unit.key] = unit
+        seen.add(unit.key)
         stack.append((unit, True))
-        stack.extend((need, False) for need in reversed(unit.needs))
-    return order, present
-
-
-def run_units(
-    goals: Sequence[WorkUnit],
-    work: WorkStore,
-    executor: Executor,
-    finished: Finished,
-    discard: Callable[[WorkUnit], Iterable[WorkUnit]] | None = None,
-) -> dict[str, StageRecord]:
-    """Run what the goals need and return the records of all goals by key.
-
-    Units start in the order in which the goals need them, as many as the executor has slots for. After an
-    interruption the same call continues: finished units are found in the work store.
-
-    Args:
-        goals: The units whose outputs are wanted.
-        work: Where outputs are kept.
-        executor: Where units run.
-        finished: Told of every finished unit.
-        discard: Given a finished unit, names units whose outputs nobody will read again.
-
-    Raises:
-        PipelineError: the first failure of a unit; units that run beside it are stopped.
-    """
-    order, present = required_units(goals, work)
-    by_key = {unit.key: unit for unit in order}
-    progress = _Progress(records=dict(present))
-    for unit in reachable_units(goals):
-        if unit.key in present:
-            finished(unit, present[unit.key], 0.0, True)
-    for position, unit in enumerate(order):
-        open_needs = [need for need in unit.needs if need.key in by_key]
-        progress.waiting_for[unit.key] = len(open_needs)
-        for need in open_needs:
-            progress.dependents.setdefault(need.key, []).append(unit)
-        if not open_needs:
-            heapq.heappush(progress.ready, (position, unit))
-    positions = {unit.key: position for position, unit in enumerate(order)}
-    running = 0
-    while progress.ready or running:
-        while progress.ready and running < executor.num_slots:
-            executor.submit(heapq.heappop(progress.ready)[1])
-            running += 1
-        unit, record, seconds = executor.wait()
-        running -= 1
-        progress.records[unit.key] = record
-        finished(unit, record, seconds, False)
-        for dependent in progress.dependents.get(unit.key, []):
-            progress.waiting_for[dependent.key] -= 1
-            if progress.waiting_for[dependent.key] == 0:
-                heapq.heappush(progress.ready, (positions[dependent.key], dependent))
-        for stale in discard(unit) if discard else ():
-            work.discard(stale.kind.value, stale.key)
-    stuck = [unit for unit in order if unit.key not in progress.records]
-    if stuck:
-        raise GraphError(
-            f"{len(stuck)} work units wait for each other, first {stuck[0].kind} of block {stuck[0].block}"
-        )
-    return {unit.key: progress.records[unit.key] for unit in goals}
+        stack.extend((need, False) for need in reversed(open_needs(unit, is_there, is_stored)))
+    return list(order.values())
 
 
 def reachable_units(goals: Iterable[WorkUnit]) -> list[WorkUnit]:
@@ -191,26 +140,3 @@ def reachable_units(goals: Iterable[WorkUnit]) -> list[WorkUnit]:
             seen[unit.key] = unit
             stack.extend(unit.needs)
     return list(seen.values())
-
-
-class InlineExecutor:
-    """Runs each unit in this process when it is waited for: the reference that Ray is compared with."""
-
-    num_slots = 1
-
-    def __init__(self, run: Callable[[WorkUnit], StageRecord], clock: Callable[[], float] = time.monotonic) -> None:
-        self._run, self._clock = run, clock
-        self._queue: list[WorkUnit] = []
-
-    def submit(self, unit: WorkUnit) -> None:
-        """Queue a unit."""
-        self._queue.append(unit)
-
-    def wait(self) -> tuple[WorkUnit, StageRecord, float]:
-        """Run the oldest queued unit."""
-        unit = self._queue.pop(0)
-        start = self._clock()
-        return unit, self._run(unit), self._clock() - start
-
-    def close(self) -> None:
-        """Nothing runs between calls."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pipeline.errors import SourceError, UnsupportedArchitectureError
+from pipeline.errors import SourceError, SourceNotFoundError, UnsupportedArchitectureError
 from pipeline.skeleton.groups import LinearGroup, is_linear, linear_groups
 from pipeline.skeleton.model import Skeleton
 from pipeline.tensors.header import parse_json_object
 from pipeline.tensors.index import WeightIndex
 from pipeline.tensors.local import read_folder_index
-from pipeline.tensors.reader import check_finite, read_tensors
+from pipeline.tensors.reader import FileStamp, check_finite, read_tensors
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 """Stored dtypes (as safetensors headers name them) that weights may have."""
@@ -112,14 +112,18 @@ class Source:
     Attributes:
         folder: Where the files are.
         outline: What they hold.
+        stamps: What each weights file was when its digest was taken.
     """
 
     folder: Path
     outline: Outline
+    stamps: Mapping[str, FileStamp]
+    _finite: set[str] = field(default_factory=set)
 
-    def block(self, index: int) -> dict[str, Tensor]:
-        """Return the checkpoint's tensors of one block by local name, on the CPU, checked to be finite."""
-        return self.read(self.outline.skeleton.block_tensors(index))
+    def block(self, index: int, local_names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return one block's checkpoint tensors by local name (default: all), on the CPU, checked to be finite."""
+        names = self.outline.skeleton.block_tensors(index)
+        return self.read({local: names[local] for local in (names if local_names is None else local_names)})
 
     def outer(self) -> dict[str, Tensor]:
         """Return the checkpoint's tensors outside the blocks by model name, on the CPU, checked to be finite."""
@@ -129,18 +133,37 @@ class Source:
         """Return checkpoint tensors (values of ``names``) by the keys of ``names``.
 
         Raises:
-            CorruptWeightsError: when one holds NaN or Inf, or its file has changed.
+            CorruptWeightsError: when one holds NaN or Inf, or its file is not what its digest was taken of.
         """
-        tensors = read_tensors(self.folder, self.outline.index, names.values())
+        tensors = read_tensors(self.folder, self.outline.index, names.values(), self.stamps)
         for name, tensor in tensors.items():
-            check_finite(name, tensor)
+            if name not in self._finite:  # what the stamps say is unchanged need not be looked at again
+                check_finite(name, tensor)
+                self._finite.add(name)
         return {key: tensors[name] for key, name in names.items()}
 
 
-def open_folder(folder: Path, device: str = "cpu") -> Source:
-    """Return the source in a local folder.
+def open_folder(folder: Path, device: str = "cpu", stamps: Mapping[str, FileStamp] | None = None) -> Source:
+    """Return the source in a local folder, whose weights must be what ``stamps`` say (default: what they are now).
 
     Raises:
         SourceError: as ``make_outline`` and ``read_folder_index``.
     """
-    return Source(folder, make_outline(folder, read_folder_index(folder), device))
+    index = read_folder_index(folder)
+    return Source(folder, make_outline(folder, index, device), stamps or stamp_files(folder, index.files))
+
+
+def stamp_files(folder: Path, paths: Iterable[str]) -> dict[str, FileStamp]:
+    """Return what files are now, as far as it shows without reading them.
+
+    Raises:
+        SourceNotFoundError: when one is gone.
+    """
+    try:
+        return {path: FileStamp.of((folder / path).stat()) for path in paths}
+    except OSError as error:
+        raise SourceNotFoundError(
+            f"{error.filename} cannot be read: {error.strerror}",
+            code="source.unreadable",
+            hint="check the file and its permissions",
+        ) from error

@@ -28,7 +28,7 @@ to others, so they are rounded to nearest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,16 @@ class Factor:
     order_I: Tensor
     feedback_II: Tensor
     damping: float
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the factor as named tensors; ``of`` is the exact inverse."""
+        damping = torch.tensor([self.damping], dtype=torch.float64)
+        return {"order": self.order_I, "feedback": self.feedback_II, "damping": damping}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Factor:
+        """Return the factor that ``tensors`` were made from."""
+        return cls(tensors["order"], tensors["feedback"], float(tensors["damping"].item()))
 
 
 def damping_ladder(first: float) -> Iterator[float]:

@@ -1,18 +1,19 @@
-"""One entry to every solver: a stack of linears that share an input goes in, one ``QuantizedLinear`` each comes out.
+"""One entry to every solver: rows of linears that share an input go in, codes and grids come out.
 
 Dimension suffixes: O = rows of the stack, I = in_features, G = groups of a row, R = rows of a tile.
 
 Rows are independent once the statistics are prepared (factored, cut into blocks), so linears that share an input are
-solved as one stack, and a stack could as well be solved in parts. That must not show in the bytes: the codes of a
-linear are bit-identical whether it is solved alone or in any stack. Matrix products round by their shape (libraries
-pick kernels by it), so all of them see one shape only: rows are worked on in tiles of a fixed number of rows, the last
-one filled up with zero rows. The tile also bounds memory: a few times R x I floats, whatever the stack.
+solved as one stack, and a stack in any number of parts. That must not show in the bytes: what becomes of a row is
+bit-identical whatever it is solved with. Matrix products round by their shape (libraries pick kernels by it), so all of
+them see one shape only: rows are worked on in tiles of a fixed number of rows, the last one filled up with zero rows.
+The tile also bounds memory: a few times R x I floats, whatever the stack.
 
 GPTQ's codes of a row are replaced by rounding to nearest on the same grid where that has the lower loss (it can, as
 clipping is not undone), so GPTQ is never worse than rounding, row by row.
 
-A factorization that fails climbs a ladder of damping. What was used is reported, and every rung above the first is a
-degradation; at the end of the ladder stands an error, never quiet rounding.
+A factorization that fails climbs a ladder of damping, and rows that did not stay finite are solved again with more of
+it. What was used is reported, and every rung above the first is a degradation; at the end of the ladder stands an
+error, never quiet rounding.
 """
 
 from __future__ import annotations
@@ -57,9 +58,19 @@ class SolveOptions:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Solved rows: codes uint8 [O, I], scale float32 [O, G], zero uint8 [O, G], per row loss and energy w H w^T
-    (float64 [O], summed over tokens), squared norms of error and weight, and whether everything stayed finite."""
+class SolvedRows:
+    """Solved rows of a stack, in order; what is said of a row follows from that row alone.
+
+    Attributes:
+        codes_OI: uint8 [O, I].
+        scale_OG: float32 [O, G].
+        zero_OG: uint8 [O, G].
+        loss_O: float64 [O], dw H dw^T, summed over tokens.
+        energy_O: float64 [O], w H w^T, summed over tokens.
+        error_norm_O: float64 [O], squared norm of the row's error.
+        norm_O: float64 [O], squared norm of the row.
+        damping_O: float64 [O], damping that the row was solved with; 0 where nothing was factored.
+    """
 
     codes_OI: Tensor
     scale_OG: Tensor
@@ -68,14 +79,80 @@ class _Rows:
     energy_O: Tensor
     error_norm_O: Tensor
     norm_O: Tensor
-    is_finite_O: Tensor
+    damping_O: Tensor
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(vars(self).values())
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by field name, for storage; ``SolvedRows(**tensors)`` is the inverse."""
+        return dict(vars(self))
+
+    def split(self, sizes: Sequence[int]) -> list[SolvedRows]:
+        """Return consecutive parts of these numbers of rows."""
+        parts = zip(*(torch.split(tensor, list(sizes)) for tensor in vars(self).values()), strict=True)
+        return [SolvedRows(*part) for part in parts]
+
+    @classmethod
+    def join(cls, parts: Sequence[SolvedRows]) -> SolvedRows:
+        """Return the rows of all parts in order."""
+        return cls(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 _TileSolver = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 """weight [R, I] -> codes, scale, zero, loss [R], is_finite [R]."""
+
+
+def prepare_factor(second_moment_II: Tensor, options: SolveOptions) -> Factor:
+    """Return the factor of the second moment with the least damping of the ladder that allows one.
+
+    Raises:
+        QuantizationError: when no damping up to 1.0 does.
+    """
+    for damping in damping_ladder(options.damping):
+        factored = factor(second_moment_II, damping, options.act_order)
+        if factored is not None:
+            return factored
+    raise _not_factorable()
+
+
+def solve_rows(
+    method: Method,
+    weight_OI: Tensor,
+    statistics: Statistics,
+    scheme: Scheme,
+    options: SolveOptions,
+    factored: Factor | None = None,
+) -> SolvedRows:
+    """Return rows of one or more linears quantized; each row is bit-identical to solving it alone.
+
+    Works on the weight's device. Products accumulate in float32, sums of losses and the factorization in float64.
+
+    Args:
+        method: How codes are found. For AWQ, weight and statistics are those after scaling.
+        weight_OI: float32 [O, I].
+        statistics: Statistics of the input they share.
+        scheme: Their grid; its group size divides I.
+        options: How to go about it.
+        factored: GPTQ: what ``prepare_factor`` gave for these statistics and options; computed when it is None.
+
+    Raises:
+        QuantizationError: naming what is not finite or does not fit together, or that no damping gave finite codes.
+    """
+    require_solvable(weight_OI, statistics, scheme)
+    with torch.no_grad():
+        weight_OI = weight_OI.detach()
+        second_moment_II = statistics.second_moment_II.to(weight_OI.device)
+        pending = torch.arange(weight_OI.shape[0], device=weight_OI.device)
+        parts: list[SolvedRows] = []
+        order: list[Tensor] = []
+        for tile_solver, damping in _attempts(method, second_moment_II, scheme, options, factored):
+            rows, is_finite = _solve_in_tiles(weight_OI[pending], second_moment_II, tile_solver, scheme, damping)
+            parts.append(SolvedRows(*(tensor[is_finite] for tensor in vars(rows).values())))
+            order.append(pending[is_finite])
+            pending = pending[~is_finite]
+            if not pending.numel():
+                solved = parts[0] if len(parts) == 1 else _in_order(SolvedRows.join(parts), torch.cat(order))
+                _require_finite(solved)
+                return solved
+    raise _not_factorable()
 
 
 def solve(
@@ -88,38 +165,80 @@ def solve(
 ) -> tuple[QuantizedLinear, ...]:
     """Return the linears of a stack quantized, in order; each is bit-identical to solving it alone.
 
-    Works on the weight's device. Products accumulate in float32, sums of losses and the factorization in float64.
-
     Args:
-        method: How codes are found. For AWQ, weight and statistics are those after scaling.
+        method: As for ``solve_rows``.
         weight_OI: float32 [O, I], the rows of all linears in order.
         row_sizes: Rows of each linear; they add up to O.
-        statistics: Statistics of the input they share.
-        scheme: Their grid; its group size divides I.
-        options: How to go about it.
+        statistics: As for ``solve_rows``.
+        scheme: As for ``solve_rows``.
+        options: As for ``solve_rows``.
 
     Raises:
-        QuantizationError: naming what is not finite or does not fit together, or that no damping made the second
-            moment factorable.
+        QuantizationError: as ``solve_rows``.
     """
-    require_solvable(weight_OI, statistics, scheme)
     if not row_sizes or min(row_sizes) <= 0 or sum(row_sizes) != weight_OI.shape[0]:
         raise QuantizationError(f"rows {list(row_sizes)} do not make up a weight of {weight_OI.shape[0]} rows")
-    with torch.no_grad():
-        second_moment_II = statistics.second_moment_II.to(weight_OI.device)
-        pending = dict(enumerate(torch.split(weight_OI.detach(), list(row_sizes))))
-        results: dict[int, QuantizedLinear] = {}
-        for tile_solver, damping in _attempts(method, second_moment_II, scheme, options):
-            rows = _solve_in_tiles(torch.cat(list(pending.values())), second_moment_II, tile_solver, scheme)
-            sizes = [weight.shape[0] for weight in pending.values()]
-            parts = zip(*(torch.split(tensor, sizes) for tensor in rows.tensors()), strict=True)
-            for index, part in zip(list(pending), (_Rows(*tensors) for tensors in parts), strict=True):
-                if bool(part.is_finite_O.all()):
-                    results[index] = _linear(part, statistics, scheme, damping, options)
-                    del pending[index]
-            if not pending:
-                return tuple(results[index] for index in range(len(row_sizes)))
-    raise QuantizationError(
+    rows = solve_rows(method, weight_OI, statistics, scheme, options)
+    num_dead = count_dead_inputs(statistics)
+    return tuple(
+        as_linear(part, scheme, options, num_tokens=statistics.num_tokens, num_dead_inputs=num_dead)
+        for part in rows.split(row_sizes)
+    )
+
+
+def count_dead_inputs(statistics: Statistics) -> int:
+    """Return the number of input channels that were zero on every token."""
+    return int((statistics.second_moment_II.diagonal() == 0).sum())
+
+
+def as_linear(
+    rows: SolvedRows, scheme: Scheme, options: SolveOptions, *, num_tokens: int, num_dead_inputs: int
+) -> QuantizedLinear:
+    """Return one linear from all its rows, with its report.
+
+    Args:
+        rows: All rows of the linear in order.
+        scheme: Their grid.
+        options: What was asked of the solver.
+        num_tokens: Tokens of the statistics.
+        num_dead_inputs: Input channels that were zero on every token.
+    """
+    loss, energy = float(rows.loss_O.sum()), float(rows.energy_O.sum())
+    error_norm, norm = float(rows.error_norm_O.sum()), float(rows.norm_O.sum())
+    damping = float(rows.damping_O.max())
+    degradations: tuple[str, ...] = ()
+    if damping > options.damping:
+        raised = int((rows.damping_O > options.damping).sum())
+        degradations = (
+            f"damping raised from {options.damping:g} to {damping:g} for {raised} of {rows.damping_O.numel()} rows: "
+            "with less, H could not be factored or codes overflowed",
+        )
+    report = SolveReport(
+        loss=loss / num_tokens,
+        relative_error=(loss / energy) ** 0.5 if energy > 0 else 0.0,
+        weight_error=(error_norm / norm) ** 0.5 if norm > 0 else 0.0,
+        damping=damping,
+        num_dead_inputs=num_dead_inputs,
+        degradations=degradations,
+    )
+    # Own memory: a view would keep (and a serializer would write) the whole stack.
+    return QuantizedLinear(scheme, rows.codes_OI.clone(), rows.scale_OG.clone(), rows.zero_OG.clone(), report)
+
+
+def _in_order(rows: SolvedRows, positions: Tensor) -> SolvedRows:
+    order = torch.argsort(positions)
+    return SolvedRows(*(tensor[order] for tensor in vars(rows).values()))
+
+
+def _require_finite(rows: SolvedRows) -> None:
+    sums = (rows.loss_O.sum(), rows.energy_O.sum(), rows.error_norm_O.sum(), rows.norm_O.sum())
+    if not all(math.isfinite(float(total)) for total in sums):
+        norm = float(rows.norm_O.sum()) ** 0.5
+        raise QuantizationError(f"the loss overflows: weights as large as these ({norm:.3g}) cannot be stored")
+
+
+def _not_factorable() -> QuantizationError:
+    return QuantizationError(
         "the second moment could not be factored, or gave codes that are not finite, at any damping up to 1.0",
         hint="its statistics are damaged: calibrate again",
         code="quantize.not_factorable",
@@ -127,7 +246,7 @@ def solve(
 
 
 def _attempts(
-    method: Method, second_moment_II: Tensor, scheme: Scheme, options: SolveOptions
+    method: Method, second_moment_II: Tensor, scheme: Scheme, options: SolveOptions, factored: Factor | None
 ) -> Iterator[tuple[_TileSolver, float]]:
     """Yield tile solvers from the one asked for to the most damped, each with its damping (0: nothing factored)."""
 
@@ -145,10 +264,12 @@ def _attempts(
         case Method.AWQ:
             yield rounding(block_importance(second_moment_II, scheme.group_size)), 0.0
         case Method.GPTQ:
-            for damping in damping_ladder(options.damping):
-                factored = factor(second_moment_II, damping, options.act_order)
-                if factored is not None:
-                    yield _gptq_solver(second_moment_II, factored, scheme, options), damping
+            first = factored or prepare_factor(second_moment_II, options)
+            yield _gptq_solver(second_moment_II, first, scheme, options), first.damping
+            for damping in (rung for rung in damping_ladder(options.damping) if rung > first.damping):
+                more = factor(second_moment_II, damping, options.act_order)
+                if more is not None:
+                    yield _gptq_solver(second_moment_II, more, scheme, options), damping
 
 
 def _gptq_solver(second_moment_II: Tensor, factored: Factor, scheme: Scheme, options: SolveOptions) -> _TileSolver:
@@ -175,45 +296,28 @@ def _losses(
     return row_losses(delta_RI, second_moment_II)
 
 
-def _solve_in_tiles(weight_OI: Tensor, second_moment_II: Tensor, tile_solver: _TileSolver, scheme: Scheme) -> _Rows:
+def _solve_in_tiles(
+    weight_OI: Tensor, second_moment_II: Tensor, tile_solver: _TileSolver, scheme: Scheme, damping: float
+) -> tuple[SolvedRows, Tensor]:
+    """Return the solved rows, and which of them stayed finite (bool [O])."""
     tile_rows = TILE_ROWS.get(weight_OI.device.type, TILE_ROWS_DEVICE)
-    tiles: list[tuple[Tensor, ...]] = []
+    tiles: list[SolvedRows] = []
+    finite: list[Tensor] = []
     for weight_RI in torch.split(weight_OI, tile_rows):
         num_rows = weight_RI.shape[0]
         padded_RI = torch.nn.functional.pad(weight_RI, (0, 0, 0, tile_rows - num_rows))
-        codes_RI, scale_RG, zero_RG, loss_R, is_finite_R = (part[:num_rows] for part in tile_solver(padded_RI))
-        delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(weight_RI)
-        solved = _Rows(
+        codes_RI, scale_RG, zero_RG, loss_R, is_finite_R = tile_solver(padded_RI)
+        delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(padded_RI)
+        solved = SolvedRows(
             codes_OI=codes_RI,
             scale_OG=scale_RG,
             zero_OG=zero_RG,
             loss_O=loss_R,
-            energy_O=row_losses(weight_RI, second_moment_II),
+            energy_O=row_losses(padded_RI, second_moment_II),
             error_norm_O=delta_RI.square_().sum(-1, dtype=torch.float64),
-            norm_O=weight_RI.square().sum(-1, dtype=torch.float64),
-            is_finite_O=is_finite_R,
+            norm_O=padded_RI.square().sum(-1, dtype=torch.float64),
+            damping_O=torch.full_like(loss_R, damping),
         )
-        tiles.append(solved.tensors())
-    return _Rows(*(torch.cat(columns) for columns in zip(*tiles, strict=True)))
-
-
-def _linear(
-    rows: _Rows, statistics: Statistics, scheme: Scheme, damping: float, options: SolveOptions
-) -> QuantizedLinear:
-    loss, energy = float(rows.loss_O.sum()), float(rows.energy_O.sum())
-    error_norm, norm = float(rows.error_norm_O.sum()), float(rows.norm_O.sum())
-    degradations: tuple[str, ...] = ()
-    if damping > options.damping:
-        degradations = (f"damping raised from {options.damping:g} to {damping:g}: with less, H could not be factored",)
-    report = SolveReport(
-        loss=loss / statistics.num_tokens,
-        relative_error=(loss / energy) ** 0.5 if energy > 0 else 0.0,
-        weight_error=(error_norm / norm) ** 0.5 if norm > 0 else 0.0,
-        damping=damping,
-        num_dead_inputs=int((statistics.second_moment_II.diagonal() == 0).sum()),
-        degradations=degradations,
-    )
-    if not all(map(math.isfinite, (report.loss, report.relative_error, report.weight_error))):
-        raise QuantizationError(f"the loss overflows: weights as large as these ({norm**0.5:.3g}) cannot be stored")
-    # Own memory: a view would keep (and a serializer would write) the whole stack.
-    return QuantizedLinear(scheme, rows.codes_OI.clone(), rows.scale_OG.clone(), rows.zero_OG.clone(), report)
+        tiles.append(SolvedRows(*(tensor[:num_rows] for tensor in vars(solved).values())))
+        finite.append(is_finite_R[:num_rows])
+    return SolvedRows.join(tiles), torch.cat(finite)

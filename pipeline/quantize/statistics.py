@@ -12,6 +12,7 @@ count.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -58,6 +59,17 @@ def accumulate(statistics: Statistics, x_TI: Tensor) -> Statistics:
     )
 
 
+def add(total: Statistics, part: Statistics) -> Statistics:
+    """Return the statistics of the tokens of both.
+
+    The tensors of ``total`` are updated in place and belong to the result: use the result and forget the argument.
+    """
+    total.second_moment_II.add_(part.second_moment_II)
+    total.abs_sum_I.add_(part.abs_sum_I)
+    torch.maximum(total.abs_max_I, part.abs_max_I, out=total.abs_max_I)
+    return replace(total, num_tokens=total.num_tokens + part.num_tokens)
+
+
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """Return the statistics of all tokens of ``parts``, added from first to last; the parts stay as they are.
 
@@ -69,14 +81,13 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
     widths = {part.abs_sum_I.shape[0] for part in parts}
     if len(widths) > 1:
         raise QuantizationError(f"statistics of {sorted(widths)} channels cannot be merged")
-    second_moment_II = parts[0].second_moment_II.clone()
-    abs_sum_I = parts[0].abs_sum_I.clone()
-    abs_max_I = parts[0].abs_max_I.clone()
+    first = parts[0]
+    total = Statistics(
+        first.second_moment_II.clone(), first.abs_sum_I.clone(), first.abs_max_I.clone(), first.num_tokens
+    )
     for part in parts[1:]:
-        second_moment_II += part.second_moment_II
-        abs_sum_I += part.abs_sum_I
-        torch.maximum(abs_max_I, part.abs_max_I, out=abs_max_I)
-    return Statistics(second_moment_II, abs_sum_I, abs_max_I, sum(part.num_tokens for part in parts))
+        total = add(total, part)
+    return total
 
 
 def rescale(statistics: Statistics, scale_I: Tensor) -> Statistics:

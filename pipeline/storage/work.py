@@ -190,6 +190,7 @@ class WorkStore:
                 f"stage {stage} {key[:12]} has no file {name!r} in {self.root}",
                 code="storage.missing_stage",
                 hint="run the same command again: the stage is computed anew",
+                context={"stage": stage, "key": key},
             )
         path = self.stage_dir(stage, key) / name
         with self.errors():
@@ -206,6 +207,7 @@ class WorkStore:
                 f"{path} is damaged: {reason}. The stage was discarded",
                 code="storage.damaged_stage",
                 hint="run the same command again: the stage is computed anew",
+                context={"stage": stage, "key": key},
             )
         self._checked[path] = seen
         return path
@@ -218,6 +220,21 @@ class WorkStore:
                 with self._claim() as aside, self._lock():
                     if folder.exists():
                         folder.rename(aside)
+
+    def take_damaged(self) -> list[DamagedStage]:
+        """Return the stages found damaged since the last call, oldest first."""
+        taken, self.damaged = self.damaged, []
+        return taken
+
+    @contextmanager
+    def private_folder(self) -> Iterator[Path]:
+        """Give the path of a folder for one process alone, on the work directory's disk; `sweep` removes it when the
+        process is dead."""
+        with ExitStack() as stack:
+            with self.errors():
+                folder = stack.enter_context(self._claim())
+                folder.mkdir()
+            yield folder
 
     def sweep(self) -> tuple[str, ...]:
         """Remove the temporaries of dead processes, and return their names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -29,8 +30,8 @@ def read_folder_index(folder: Path) -> WeightIndex:
     return read_index(sizes, lambda path, start, end: read_local_range(folder, path, start, end))
 
 
-def read_file_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of one safetensors file on the CPU.
+def read_file_tensors(path: Path, select: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """Return the tensors of one safetensors file whose names ``select`` accepts, on the CPU; only these are read.
 
     Raises:
         CorruptWeightsError: when the file is damaged.
@@ -41,4 +42,5 @@ def read_file_tensors(path: Path) -> dict[str, Tensor]:
     entries = {name: (path.name, entry) for name, entry in header.entries.items()}
     total = sum(entry.num_bytes for entry in header.entries.values())
     count = sum(entry.num_elements for entry in header.entries.values())
-    return read_tensors(path.parent, WeightIndex(entries, (path.name,), total, count), entries)
+    names = [name for name in entries if select(name)]
+    return read_tensors(path.parent, WeightIndex(entries, (path.name,), total, count), names)

@@ -7,8 +7,9 @@ replaced under it is a crash, not an error) and its pages would not count as thi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +26,35 @@ FINITE_CHUNK_ELEMENTS = 1 << 22
 """Elements looked at together by ``check_finite``: its own memory stays below 64 MB whatever the tensor."""
 
 
-def read_tensors(folder: Path, index: WeightIndex, names: Iterable[str]) -> dict[str, Tensor]:
+class FileStamp(NamedTuple):
+    """What tells a file from the same file after it was written to."""
+
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileStamp:
+        """Return the stamp of a file by its status."""
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+def read_tensors(
+    folder: Path, index: WeightIndex, names: Iterable[str], stamps: Mapping[str, FileStamp] | None = None
+) -> dict[str, Tensor]:
     """Return the named tensors on the CPU, in the order of ``names``, in fresh memory of their own.
 
     Reads exactly their byte ranges. Shapes and dtypes are those of the headers; the layout is contiguous.
 
+    Args:
+        folder: Where the files are.
+        index: Where the tensors are in them.
+        names: What to read.
+        stamps: What each file must still be after it was read; files that are not named may have changed.
+
     Raises:
         SourceNotFoundError: when a file is not there any more.
-        CorruptWeightsError: when the index has no such tensor, torch has no such dtype, a file has become shorter, or
-            a bool is neither 0 nor 1.
+        CorruptWeightsError: when the index has no such tensor, torch has no such dtype, a file has changed or become
+            shorter, or a bool is neither 0 nor 1.
     """
     places = {name: _place(index, name) for name in names}
     tensors: dict[str, Tensor] = {}
@@ -47,6 +68,8 @@ def read_tensors(folder: Path, index: WeightIndex, names: Iterable[str]) -> dict
         try:
             for entry in sorted(wanted, key=lambda entry: entry.start_bytes):
                 tensors[entry.name] = _read(descriptor, folder / file, entry)
+            if stamps is not None and file in stamps:
+                _require_unchanged(folder / file, FileStamp.of(os.fstat(descriptor)), stamps[file])
         finally:
             os.close(descriptor)
     return {name: tensors[name] for name in places}
@@ -84,6 +107,15 @@ def check_finite(name: str, tensor: Tensor) -> None:
         hint="compare the file's digest with the publisher's; a model with such weights cannot be converted",
         context={"tensor": name, "num_nan": num_nan, "num_inf": num_inf, "first": position},
     )
+
+
+def _require_unchanged(path: Path, now: FileStamp, expected: FileStamp) -> None:
+    if now != expected:
+        raise CorruptWeightsError(
+            f"{path} was written to while it was being converted",
+            code="source.changed",
+            hint="run the same command again when nothing writes to the source",
+        )
 
 
 def _place(index: WeightIndex, name: str) -> tuple[str, TensorEntry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.facts import Check, ModuleFacts, Quality, Sample, Verdict
@@ -29,12 +30,22 @@ def check_accounting(
     return Check(name="accounting", passed=not lost and not twice, detail=detail)
 
 
-def check_round_trip(num_proven: int, num_linears: int) -> Check:
-    """Return whether the written file of every quantized linear was unpacked to exactly the solver's codes."""
+def check_round_trip(num_proven: int, num_linears: int, problems: Sequence[str]) -> Check:
+    """Return whether the written files hold exactly what they should.
+
+    Args:
+        num_proven: Quantized linears that were unpacked from their files to exactly the solver's codes and grids.
+        num_linears: Quantized linears.
+        problems: What was found wrong: linears that read back different, tensors that were not copied bit for bit.
+    """
+    counts = f"{num_proven} of {num_linears} quantized linears read back from their files bit for bit"
+    more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
     return Check(
         name="round_trip",
-        passed=num_proven == num_linears,
-        detail=f"{num_proven} of {num_linears} quantized linears read back from their files bit for bit",
+        passed=num_proven == num_linears and not problems,
+        detail=f"{counts}; {'; '.join(problems[:3])}{more}"
+        if problems
+        else f"{counts}, and all copies are the source's",
     )
 
 
@@ -69,6 +80,9 @@ def check_divergence(quality: Quality, budgets: Budgets) -> Check:
     """Return whether KL divergence and perplexity against the source are within budget."""
     ratio = quality.perplexity / quality.source_perplexity
     faults = []
+    if not (math.isfinite(quality.kl) and math.isfinite(quality.perplexity)):
+        # Whatever the budgets: without one a figure is only not judged, but this is none.
+        faults.append(f"KL {quality.kl}, perplexity {quality.perplexity}: the release does not compute")
     if budgets.max_kl is not None and not quality.kl <= budgets.max_kl:
         faults.append(f"KL {quality.kl:.4f} above {budgets.max_kl}")
     if budgets.max_perplexity_ratio is not None and not ratio <= budgets.max_perplexity_ratio:

@@ -41,15 +41,22 @@ class Continuation:
 class BlockCache:
     """Dense weights of blocks, read on demand, the most recently used dropped beyond a number of bytes."""
 
-    def __init__(self, load: Callable[[int], Mapping[str, Tensor]], max_bytes: int = RESIDENT_BYTES) -> None:
-        self._load, self._max_bytes = load, max_bytes
+    def __init__(
+        self,
+        load: Callable[[int], Mapping[str, Tensor]],
+        dtype: torch.dtype = torch.float32,
+        max_bytes: int = RESIDENT_BYTES,
+    ) -> None:
+        """Read blocks with ``load``; floating-point weights are kept in ``dtype``, so that it is made once."""
+        self._load, self._dtype, self._max_bytes = load, dtype, max_bytes
         self._blocks: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
         self._bytes: dict[int, int] = {}
 
     def __call__(self, index: int) -> Mapping[str, Tensor]:
         """Return the weights of one block by local name."""
         if index not in self._blocks:
-            weights = self._load(index)
+            loaded = self._load(index).items()
+            weights = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in loaded}
             self._blocks[index] = weights
             self._bytes[index] = sum(tensor.nbytes for tensor in weights.values())
             while sum(self._bytes.values()) > self._max_bytes and len(self._blocks) > 1:

@@ -1,0 +1,224 @@
+"""Hidden states on their way through the blocks, as units.
+
+A *chain* is what a text's hidden states are after so many blocks; its identity covers the tokens, how they are sliced,
+and the weights passed so far. The chain is cut into *spans* of slices, one unit a span and block; how it is cut depends
+on the workers and is in no key of anything stored. Every ``SAVE_EVERY`` blocks the hidden states are saved slice by
+slice, so that a job that was stopped, or lost a worker, goes on from there with any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from pipeline.calibrate.tokens import TokenBatch
+from pipeline.fingerprint import fingerprint
+from pipeline.graph import cost
+from pipeline.graph.cost import GroupShape
+from pipeline.graph.dag import Kind, Stored, WorkUnit
+from pipeline.graph.identity import Keyring
+from pipeline.graph.stages import ALGORITHM_VERSIONS
+from pipeline.skeleton.groups import LinearGroup
+
+SAVE_EVERY = 4
+"""Blocks between two places at which hidden states are saved."""
+
+LOOKAHEAD_BLOCKS = 2
+"""Blocks that calibration may be ahead of the solves that wait for a worker: it is the longest path of the graph."""
+
+Span = tuple[int, int]
+"""First slice, and the slice after the last."""
+
+
+def cut(num_slices: int, wanted: int) -> list[Span]:
+    """Return the slices cut into at most ``wanted`` spans, each a node of the tree that statistics add up in.
+
+    The length of a span is a power of two, or it reaches the end.
+    """
+    size = 1
+    while -(-num_slices // size) > wanted:
+        size *= 2
+    return [(low, min(low + size, num_slices)) for low in range(0, num_slices, size)]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text's tokens in slices.
+
+    Attributes:
+        name: What the text is for; homes of the chain are called after it.
+        slices: The token ids of each slice, [sequences][length].
+        digest: SHA-256 of all ids.
+    """
+
+    name: str
+    slices: tuple[list[list[int]], ...]
+    digest: str
+
+    @classmethod
+    def of(cls, name: str, batch: TokenBatch, slice_sequences: int) -> Tokens:
+        """Return the sequences of a batch in slices of ``slice_sequences``."""
+        return cls(name, tuple(part.tolist() for part in torch.split(batch.tokens_NL, slice_sequences)), batch.digest)
+
+    def count(self, span: Span) -> int:
+        """Return the number of tokens in a span."""
+        return sum(len(row) for part in self.slices[span[0] : span[1]] for row in part)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Units that take a text's hidden states through all blocks.
+
+    Attributes:
+        tokens: The text.
+        spans: How the slices are cut.
+        start: Identity of the chain before the first block.
+        embeds: One unit a span.
+        blocks: For each block, one unit a span.
+        identities: Identity of the chain after each block.
+        saves: Places at which hidden states are saved on the way, the end not included.
+    """
+
+    tokens: Tokens
+    spans: tuple[Span, ...]
+    start: str
+    embeds: tuple[WorkUnit, ...]
+    blocks: tuple[tuple[WorkUnit, ...], ...]
+    identities: tuple[str, ...]
+    saves: tuple[Stored, ...]
+
+
+class ChainBuilder:
+    """Makes the chains of one source."""
+
+    def __init__(self, keys: Keyring) -> None:
+        self.keys = keys
+        self.num_blocks = keys.outline.skeleton.num_blocks
+        self._widest = max(group.in_features for block in keys.outline.groups for group in block)
+
+    def calibration(self, tokens: Tokens, num_spans: int) -> Chain:
+        """Return the chain that collects statistics on the way."""
+        return self._chain(tokens, num_spans, Kind.CALIBRATE)
+
+    def heldout(self, tokens: Tokens, num_spans: int) -> Chain:
+        """Return the chain of held-out text through the source; its end is saved for every variant to come."""
+        return self._chain(tokens, num_spans, Kind.FORWARD)
+
+    def _chain(self, tokens: Tokens, num_spans: int, kind: Kind) -> Chain:
+        spans = tuple(cut(len(tokens.slices), num_spans))
+        begin = {
+            "tokens": tokens.digest,
+            "slices": [len(part) for part in tokens.slices],
+            "weights": self.keys.places(self.keys.outer_names),
+        }
+        start = identity = self.keys.key(Kind.EMBED, begin)
+        identities = []
+        for block in range(self.num_blocks):
+            weights = self.keys.places(self.keys.block_names(block))
+            identity = fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], weights])
+            identities.append(identity)
+        embeds = tuple(self._embed(tokens, span, start) for span in spans)
+        return self._through(tokens, spans, start, embeds, kind, identities)
+
+    def variant(self, source: Chain, variant: str, config: dict[str, Any], packs: Sequence[WorkUnit]) -> Chain:
+        """Return the chain of held-out text through a variant's packed blocks, read as its configuration says."""
+        identity = fingerprint([source.start, config])
+        identities = []
+        for pack in packs:
+            identity = fingerprint([identity, ALGORITHM_VERSIONS[Kind.FORWARD], pack.key])
+            identities.append(identity)
+        start, kind = source.start, Kind.FORWARD
+        return self._through(
+            source.tokens,
+            source.spans,
+            start,
+            source.embeds,
+            kind,
+            identities,
+            variant=variant,
+            config=config,
+            packs=packs,
+        )
+
+    def _embed(self, tokens: Tokens, span: Span, start: str) -> WorkUnit:
+        low, high = span
+        count = tokens.count(span)
+        return WorkUnit(
+            Kind.EMBED,
+            self.keys.key(Kind.EMBED, {"chain": start, "span": span}),
+            {"low": low, "high": high, "tokens": list(tokens.slices[low:high])},
+            is_durable=False,
+            home=f"{tokens.name}:{low}",
+            rank=-LOOKAHEAD_BLOCKS - 1,
+            cost=cost.copy_s(sum(self.keys.outline.tensor_bytes(name) for name in self.keys.outer_names)),
+            out_bytes=4.0 * count * self._widest,
+        )
+
+    def _through(
+        self,
+        tokens: Tokens,
+        spans: tuple[Span, ...],
+        start: str,
+        embeds: tuple[WorkUnit, ...],
+        kind: Kind,
+        identities: list[str],
+        *,
+        variant: str = "",
+        config: Mapping[str, Any] = MappingProxyType({}),
+        packs: Sequence[WorkUnit] = (),
+    ) -> Chain:
+        blocks: list[tuple[WorkUnit, ...]] = []
+        saves: list[Stored] = []
+        before: tuple[WorkUnit, ...] = embeds
+        for block, identity in enumerate(identities):
+            row = []
+            for span, previous in zip(spans, before, strict=True):
+                numbers = range(*span)
+                is_end = block == self.num_blocks - 1
+                is_kept = is_end and kind is Kind.FORWARD and not variant
+                is_saved = is_kept or (not is_end and block % SAVE_EVERY == SAVE_EVERY - 1)
+                places = tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else ()
+                saves += () if is_kept else places
+                old = block - 2 * SAVE_EVERY
+                needs = (previous, packs[block]) if packs else (previous,)
+                params = {"low": span[0], "high": span[1], "quantization_config": dict(config)}
+                row.append(
+                    WorkUnit(
+                        kind,
+                        self.keys.key(kind, {"chain": identity, "span": span}),
+                        params,
+                        needs,
+                        stand_ins={previous.key: previous.saves} if previous.saves else {},
+                        saves=places,
+                        obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)
+                        if is_saved and old >= 0
+                        else (),
+                        is_durable=False,
+                        home=f"{variant or tokens.name}:{span[0]}",
+                        rank=block - LOOKAHEAD_BLOCKS if kind is Kind.CALIBRATE else block + 0.5,
+                        cost=self._cost(tokens.count(span), block, kind),
+                        out_bytes=self._out_bytes(tokens.count(span), block, kind),
+                        block=block,
+                        variant=variant,
+                    )
+                )
+            blocks.append(tuple(row))
+            before = tuple(row)
+        return Chain(tokens, spans, start, embeds, tuple(blocks), tuple(identities), tuple(saves))
+
+    def _cost(self, count: int, block: int, kind: Kind) -> float:
+        groups = self.keys.outline.groups[block] if kind is Kind.CALIBRATE else ()
+        return cost.forward_s(self.keys.block_parameters(block), count, map(shape_of, groups))
+
+    def _out_bytes(self, count: int, block: int, kind: Kind) -> float:
+        groups = self.keys.outline.groups[block] if kind is Kind.CALIBRATE else ()
+        return 4.0 * (count * self._widest + sum(group.in_features**2 for group in groups))
+
+
+def shape_of(group: LinearGroup) -> GroupShape:
+    """Return a linear group as far as it costs anything."""
+    return GroupShape(sum(linear.out_features for linear in group.linears), group.in_features)

@@ -1,0 +1,417 @@
+"""The driver: which unit runs next, where, and what is done when something fails.
+
+It knows the goals and asks, again whenever something was lost, which units must run to reach them: those whose outputs
+are neither in the work store nor on a worker's shelf. So a start, a resume after a kill, the loss of a worker and a
+damaged file are the same thing. Nothing durable lives here.
+
+Order. Of the units that can run, those with the lowest rank do; of equal ones a worker takes one whose inputs it holds.
+A unit with a *home* runs where the home's first unit ran, because what it reads is there.
+
+Faults. A worker that dies loses its shelf; its homes move, and what is missing is computed again from the last saved
+hidden states. A unit whose worker died ``MAX_LOSSES`` times ends the job. A unit that ran out of memory is cut into
+smaller ones (``Tuning``), as the plan's cuts change no byte. A stored output that is gone or damaged is computed again.
+A unit that takes far longer than units of its kind do is given to a second worker; whoever is first wins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from pipeline.errors import GraphError, PipelineError
+from pipeline.graph.dag import Kind, Stored, WorkUnit, open_needs, reachable_units, required_units
+from pipeline.graph.executor import Executor, Finished, WorkerId, WorkerJoined, WorkerLost
+from pipeline.graph.stages.call import LOST
+from pipeline.storage.work import StageRecord, WorkStore
+
+UNITS_AHEAD = 2
+"""Units at a worker: one that runs and one that is ready when it ends."""
+
+MAX_LOSSES = 4
+"""Deaths of the worker that ran a unit, after which the unit is taken to be their cause."""
+
+MAX_RECOVERIES = 8
+"""Times that one lost or damaged output is computed again, after which the storage is taken to be at fault."""
+
+STRAGGLER_FACTOR = 5.0
+"""A unit that takes this many times as long as its cost and the pace of its kind say is started a second time."""
+
+STRAGGLER_FLOOR_S = 20.0
+"""Units are not taken for stragglers before they have run for so long."""
+
+POLL_S = 1.0
+"""Seconds between looks at what does not announce itself: a wish to cancel, stragglers."""
+
+_RECOVERABLE = frozenset({"storage.missing_stage", "storage.damaged_stage", LOST})
+_OUT_OF_MEMORY = "graph.out_of_memory"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a job is cut into units; changes no byte of any stored output.
+
+    Attributes:
+        spans: Spans that calibration and held-out slices are handled in, at most.
+        solve_s: Longest solve, by the cost model; longer ones are cut into ranges of rows.
+    """
+
+    spans: int
+    solve_s: float
+
+
+class Observer:
+    """Told what happens; the default says nothing."""
+
+    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit]) -> None:
+        """The units that must run are known: at the start, and again whenever they changed."""
+
+    def finished(self, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int) -> None:
+        """A unit ended well."""
+
+    def recovered(self, reason: str) -> None:
+        """Something was lost and is computed again."""
+
+
+MakeGoals = Callable[[Tuning], Sequence[WorkUnit]]
+"""Cuts a job into units."""
+
+
+@dataclass
+class _Run:
+    """A unit on its way."""
+
+    unit: WorkUnit
+    workers: list[WorkerId]
+    started_s: float
+
+
+@dataclass
+class _Pace:
+    """Seconds per cost of units of a kind, so far."""
+
+    seconds: float = 0.0
+    cost: float = 0.0
+
+    def expected_s(self, cost: float) -> float | None:
+        return self.seconds / self.cost * cost if self.cost > 0 else None
+
+
+@dataclass
+class _State:
+    """What the driver knows.
+
+    Attributes:
+        records: Stored outputs known to be there.
+        holders: Which worker holds each passing output.
+        running: Units on their way, by key.
+        homes: Which worker each home is at.
+        losses: Workers that died under a unit, by its key.
+        recoveries: Times that an output was lost or damaged, by key.
+        waiting: For each unit that cannot run yet, the keys of the needs that are missing.
+        dependents: For each missing need, the units that wait for it.
+        ready: Units that can run, by key.
+        readers: For each output, the units that will read it.
+        chains: Homes of each chain.
+        paces: How long units of a kind take.
+    """
+
+    records: dict[Stored, StageRecord] = field(default_factory=dict)
+    holders: dict[str, WorkerId] = field(default_factory=dict)
+    running: dict[str, _Run] = field(default_factory=dict)
+    homes: dict[str, WorkerId] = field(default_factory=dict)
+    losses: dict[str, int] = field(default_factory=dict)
+    recoveries: dict[str, int] = field(default_factory=dict)
+    waiting: dict[str, set[str]] = field(default_factory=dict)
+    dependents: dict[str, list[WorkUnit]] = field(default_factory=dict)
+    ready: dict[str, WorkUnit] = field(default_factory=dict)
+    readers: dict[str, int] = field(default_factory=dict)
+    chains: dict[str, set[str]] = field(default_factory=dict)
+    paces: dict[Kind, _Pace] = field(default_factory=dict)
+
+
+class Driver:
+    """Runs a job; see the top of this module."""
+
+    def __init__(
+        self,
+        make_goals: MakeGoals,
+        tuning: Tuning,
+        work: WorkStore,
+        executor: Executor,
+        observer: Observer,
+        *,
+        is_cancelled: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare to run what ``make_goals`` gives for ``tuning``."""
+        self._make_goals, self._tuning = make_goals, tuning
+        self._work, self._executor, self._observer = work, executor, observer
+        self._is_cancelled, self._clock = is_cancelled, clock
+        self._state = _State()
+        self._goals: Sequence[WorkUnit] = ()
+
+    def run(self) -> dict[str, StageRecord]:
+        """Run what the goals need, and return the records of all durable goals by key.
+
+        Raises:
+            PipelineError: the first failure that nothing could be done about.
+            GraphError: with the code ``graph.cancelled`` when the job was cancelled.
+        """
+        self._replan()
+        while self._state.waiting or self._state.ready or self._state.running:
+            if self._is_cancelled():
+                raise GraphError(
+                    "the job was cancelled",
+                    code="graph.cancelled",
+                    hint="the same command continues where this one stopped",
+                )
+            self._dispatch()
+            if not self._state.running:
+                raise self._stuck()
+            match self._executor.wait(POLL_S):
+                case Finished(worker, unit, outcome):
+                    for stage in outcome.damaged:
+                        self._forget_record(Stored(stage.stage, stage.key))
+                        self._observer.recovered(f"{stage.stage} {stage.key[:12]} was damaged: {stage.reason}")
+                    if outcome.error is not None:
+                        self._failed(worker, unit, outcome.error)
+                    else:
+                        self._finished(worker, unit, outcome.record, outcome.seconds, outcome.peak_bytes)
+                case WorkerLost() as lost:
+                    self._lost(lost)
+                case WorkerJoined():
+                    pass
+                case None:
+                    self._reissue_stragglers()
+        return {unit.key: self._state.records[unit.place] for unit in self._goals if unit.is_durable}
+
+    # What is to be done.
+
+    def _replan(self) -> None:
+        """Ask anew which units must run. Those that run already stay."""
+        state = self._state
+        self._goals = self._make_goals(self._tuning)
+        todo = required_units(self._goals, self._is_there, self._is_stored)
+        state.readers, state.waiting, state.dependents, state.ready, state.chains = {}, {}, {}, {}, {}
+        for unit in todo:
+            for need in unit.needs:
+                state.readers[need.key] = state.readers.get(need.key, 0) + 1
+            if unit.home:
+                state.chains.setdefault(_chain(unit.home), set()).add(unit.home)
+            if unit.key in state.running:
+                continue
+            missing = {need.key for need in open_needs(unit, self._is_there, self._is_stored)}
+            if missing:
+                state.waiting[unit.key] = missing
+            else:
+                state.ready[unit.key] = unit
+            for key in missing:
+                state.dependents.setdefault(key, []).append(unit)
+        wanted = {unit.key for unit in todo}
+        self._observer.planned(todo, [unit for unit in reachable_units(self._goals) if unit.key not in wanted])
+        for key in [key for key in state.holders if key not in state.readers]:
+            self._drop(key)
+
+    def _is_there(self, unit: WorkUnit) -> bool:
+        return self._is_stored(unit.place) if unit.is_durable else unit.key in self._state.holders
+
+    def _is_stored(self, place: Stored) -> bool:
+        if place not in self._state.records:
+            record = self._work.lookup(*place)
+            if record is None:
+                return False
+            self._state.records[place] = record
+        return True
+
+    # Who does it.
+
+    def _dispatch(self) -> None:
+        """Give units to workers until each has enough or nothing is ready."""
+        load = dict.fromkeys(self._executor.workers, 0)
+        for run in self._state.running.values():
+            for worker in run.workers:
+                load[worker] = load.get(worker, 0) + 1
+        while free := [worker for worker, units in load.items() if units < UNITS_AHEAD]:
+            # The idlest worker first; when there is nothing for it, others may hold a home that has work.
+            choices = ((name, self._choose(name, len(load))) for name in sorted(free, key=lambda name: load[name]))
+            found = next(((name, unit) for name, unit in choices if unit is not None), None)
+            if found is None:
+                return
+            worker, unit = found
+            self._start(unit, worker)
+            load[worker] += 1
+
+    def _choose(self, worker: WorkerId, num_workers: int) -> WorkUnit | None:
+        """Return the most urgent unit that can run on a worker."""
+        may_run = (unit for unit in self._state.ready.values() if self._may_run(unit, worker, num_workers))
+        return min(may_run, key=lambda unit: (unit.rank, not self._is_local(unit, worker)), default=None)
+
+    def _may_run(self, unit: WorkUnit, worker: WorkerId, num_workers: int) -> bool:
+        if not unit.home:
+            return True
+        owner = self._state.homes.get(unit.home)
+        if owner is not None:
+            return owner == worker
+        homes = self._state.chains.get(_chain(unit.home), {unit.home})
+        own = sum(self._state.homes.get(home) == worker for home in homes)
+        return own < -(-len(homes) // num_workers)
+
+    def _is_local(self, unit: WorkUnit, worker: WorkerId) -> bool:
+        held = [self._state.holders.get(need.key) for need in unit.needs if not need.is_durable]
+        return all(holder in (None, worker) for holder in held)
+
+    def _start(self, unit: WorkUnit, worker: WorkerId) -> None:
+        state = self._state
+        state.ready.pop(unit.key, None)
+        if unit.home:
+            state.homes.setdefault(unit.home, worker)
+        run = state.running.setdefault(unit.key, _Run(unit, [], self._clock()))
+        run.workers.append(worker)
+        holders = {
+            need.key: holder
+            for need in unit.needs
+            if (holder := state.holders.get(need.key)) is not None and holder != worker
+        }
+        self._executor.submit(unit, worker, holders)
+
+    # What became of it.
+
+    def _finished(
+        self, worker: WorkerId, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int
+    ) -> None:
+        state = self._state
+        run = state.running.pop(unit.key, None)
+        if record is not None:
+            state.records[unit.place] = record
+        else:
+            state.holders.setdefault(unit.key, worker)
+        if run is None:
+            return  # a second worker was faster, and everything was told then
+        pace = state.paces.setdefault(unit.kind, _Pace())
+        pace.seconds, pace.cost = pace.seconds + seconds, pace.cost + unit.cost
+        self._observer.finished(unit, record, seconds, peak_bytes)
+        for place in unit.obsoletes:
+            self._work.discard(*place)
+        for need in unit.needs:
+            self._read_once(need)
+        for dependent in state.dependents.pop(unit.key, []):
+            missing = state.waiting.get(dependent.key, set())
+            missing.discard(unit.key)
+            if not missing and state.waiting.pop(dependent.key, None) is not None:
+                state.ready[dependent.key] = dependent
+
+    def _read_once(self, need: WorkUnit) -> None:
+        readers = self._state.readers
+        if need.key in readers:
+            readers[need.key] -= 1
+            if readers[need.key] == 0 and not need.is_durable:
+                self._drop(need.key)
+
+    def _drop(self, key: str) -> None:
+        holder = self._state.holders.pop(key, None)
+        if holder is not None and holder in self._executor.workers:
+            self._executor.forget(holder, (key,))
+
+    def _failed(self, worker: WorkerId, unit: WorkUnit, error: PipelineError) -> None:
+        state = self._state
+        run = state.running.get(unit.key)
+        if run is None:
+            return  # a second worker has done it
+        run.workers.remove(worker)
+        if run.workers:
+            return
+        del state.running[unit.key]
+        if error.code == _OUT_OF_MEMORY:
+            self._cut_smaller(error)
+        elif error.code in _RECOVERABLE:
+            self._recover(error)
+        else:
+            raise error
+        self._replan()
+
+    def _recover(self, error: PipelineError) -> None:
+        key = str(error.context.get("key", ""))
+        count = self._state.recoveries[key] = self._state.recoveries.get(key, 0) + 1
+        if count > MAX_RECOVERIES:
+            raise error
+        self._state.holders.pop(key, None)
+        if "stage" in error.context:
+            self._forget_record(Stored(str(error.context["stage"]), key))
+        self._observer.recovered(error.message)
+
+    def _forget_record(self, place: Stored) -> None:
+        self._state.records.pop(place, None)
+
+    def _cut_smaller(self, error: PipelineError) -> None:
+        """Halve the units of a job that does not fit into its workers' memory.
+
+        Raises:
+            PipelineError: when they cannot be cut further.
+        """
+        smaller = replace(self._tuning, spans=2 * self._tuning.spans, solve_s=self._tuning.solve_s / 4)
+        if [unit.key for unit in reachable_units(self._make_goals(smaller))] == [
+            unit.key for unit in reachable_units(self._goals)
+        ]:
+            raise GraphError(
+                f"{error.message}; its units are as small as they can be",
+                code="graph.out_of_memory",
+                hint="run with fewer --workers on this machine, or on machines with more memory",
+            ) from error
+        self._tuning = smaller
+        self._observer.recovered(f"{error.message}: units are cut smaller")
+
+    def _lost(self, lost: WorkerLost) -> None:
+        state = self._state
+        for key in [key for key, holder in state.holders.items() if holder == lost.worker]:
+            del state.holders[key]
+        for home in [home for home, owner in state.homes.items() if owner == lost.worker]:
+            del state.homes[home]
+        for unit in lost.units:
+            run = state.running.get(unit.key)
+            if run is not None and lost.worker in run.workers:
+                run.workers.remove(lost.worker)
+                if not run.workers:
+                    del state.running[unit.key]
+        self._observer.recovered(f"worker {lost.worker} was lost ({lost.reason}); its work is done again")
+        if lost.units:
+            # What was queued behind it is not to blame.
+            blamed = lost.units[0]
+            state.losses[blamed.key] = state.losses.get(blamed.key, 0) + 1
+            if state.losses[blamed.key] >= MAX_LOSSES:
+                raise GraphError(
+                    f"{blamed.title} lost its worker {MAX_LOSSES} times: {lost.reason}",
+                    code="graph.worker_lost",
+                    hint="is the machine short of memory? run the same command with fewer --workers: it continues",
+                )
+            if lost.out_of_memory:
+                self._cut_smaller(GraphError(f"{blamed.title} ran out of memory"))
+        self._replan()
+
+    def _stuck(self) -> GraphError:
+        state = self._state
+        number = len(state.waiting) + len(state.ready)
+        if not self._executor.workers:
+            return GraphError(
+                f"no worker is left, and {number} work units are to be done",
+                code="graph.no_workers",
+                hint="look at the cluster's nodes (ray status); the same command continues where this one stopped",
+            )
+        return GraphError(f"{number} work units wait for each other, and nothing runs")
+
+    def _reissue_stragglers(self) -> None:
+        """Start units that take far too long a second time, on a worker that has nothing to do."""
+        busy = {worker for run in self._state.running.values() for worker in run.workers}
+        idle = [worker for worker in self._executor.workers if worker not in busy]
+        for run in list(self._state.running.values()):
+            pace = self._state.paces.get(run.unit.kind)
+            expected_s = pace.expected_s(run.unit.cost) if pace else None
+            if not idle or expected_s is None or len(run.workers) > 1:
+                continue
+            if self._clock() - run.started_s > max(STRAGGLER_FLOOR_S, STRAGGLER_FACTOR * expected_s):
+                self._observer.recovered(f"{run.unit.title} takes long on {run.workers[0]}: started again elsewhere")
+                self._start(run.unit, idle.pop())
+
+
+def _chain(home: str) -> str:
+    return home.partition(":")[0]

@@ -1,0 +1,71 @@
+"""Keys of work units: the fingerprint of everything that affects an output, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from pipeline.fingerprint import fingerprint
+from pipeline.graph.dag import Kind, Stored
+from pipeline.graph.outline import Outline
+from pipeline.graph.stages import ALGORITHM_VERSIONS
+
+COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors")
+"""Packages whose version can change bytes; with Bitmill's own they are named on the card."""
+
+HIDDEN_STAGE = "hidden"
+"""Folder of the work store for hidden states that are saved every few blocks."""
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """Makes keys for one source on one kind of device.
+
+    Attributes:
+        outline: The source without weights.
+        digests: SHA-256 of each needed source file by path.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    outline: Outline
+    digests: Mapping[str, str]
+    device: str
+
+    @cached_property
+    def compute(self) -> dict[str, Any]:
+        """What computes: versions, device kind, the model's config."""
+        packages = {name: version(name) for name in COMPUTE_PACKAGES}
+        return {"packages": packages, "device": self.device, "config": self.digests["config.json"]}
+
+    def key(self, kind: Kind, identity: Mapping[str, Any]) -> str:
+        """Return the key of a unit that is identified by its kind and ``identity``."""
+        stage = {"kind": kind, "version": ALGORITHM_VERSIONS[kind]}
+        return fingerprint({**stage, "compute": self.compute, "identity": dict(identity)})
+
+    def saved(self, chain: str, number: int) -> Stored:
+        """Return where a slice's hidden states are saved that have come as far as ``chain`` says."""
+        return Stored(HIDDEN_STAGE, fingerprint({"chain": chain, "slice": number}))
+
+    def places(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return what identifies tensors: the digest of their file and where they lie in it."""
+        found = {}
+        for name in sorted(names):
+            file, entry = self.outline.index.entries[name]
+            found[name] = [self.digests[file], entry.start_bytes, entry.end_bytes]
+        return found
+
+    @cached_property
+    def outer_names(self) -> list[str]:
+        """Checkpoint tensors outside the blocks, extras included."""
+        return [*self.outline.skeleton.outer_tensors().values(), *self.outline.skeleton.extra_names]
+
+    def block_names(self, block: int) -> list[str]:
+        """Checkpoint tensors of one block."""
+        return list(self.outline.skeleton.block_tensors(block).values())
+
+    def block_parameters(self, block: int) -> int:
+        """Elements of one block's tensors."""
+        return sum(self.outline.tensor_elements(name) for name in self.block_names(block))

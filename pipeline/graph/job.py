@@ -1,0 +1,143 @@
+"""One conversion's units run to their end: cut, driven, told to whoever watches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from pipeline.graph.build import Inputs, JobUnits, build_units
+from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.driver import Driver, Observer, Tuning
+from pipeline.graph.executor import Executor, InlineExecutor
+from pipeline.graph.worker import Worker
+from pipeline.observe.events import Degraded, EventSink, JobStarted, Phase, PhaseWork, StageFinished, Warned
+from pipeline.storage.work import StageRecord, WorkStore
+
+if TYPE_CHECKING:
+    from pipeline.graph.convert import RunOptions
+    from pipeline.graph.stages.call import JobContext
+
+Records = dict[str, StageRecord]
+"""Finished units' records by key."""
+
+LONGEST_SOLVE_S = 20.0
+"""Solves that take longer, by the cost model, are cut into ranges of rows."""
+
+PHASES: dict[Kind, Phase] = {
+    Kind.EMBED: Phase.CALIBRATE,
+    Kind.CALIBRATE: Phase.CALIBRATE,
+    Kind.MERGE: Phase.CALIBRATE,
+    Kind.FACTOR: Phase.SOLVE,
+    Kind.SCALES: Phase.SOLVE,
+    Kind.SOLVE: Phase.SOLVE,
+    Kind.PACK: Phase.PACK,
+    Kind.OUTER: Phase.PACK,
+    Kind.FORWARD: Phase.EVALUATE,
+    Kind.SCORE: Phase.EVALUATE,
+    Kind.GENERATE: Phase.EVALUATE,
+}
+
+
+def run_job(
+    inputs: Inputs, work: WorkStore, context: JobContext, options: RunOptions, sink: EventSink
+) -> tuple[JobUnits, Records]:
+    """Run what a conversion needs and return its units with the records of all goals.
+
+    What an earlier run finished is found in the work store; when that is everything, no worker is started.
+
+    Raises:
+        PipelineError: when a unit, a worker or the cluster fails.
+    """
+    tuning = Tuning(spans=options.workers, solve_s=LONGEST_SOLVE_S)
+    units = build_units(inputs, tuning)
+    observer = _Telling(inputs, sink)
+    executor: Executor = _Absent()
+    if any(work.lookup(*unit.place) is None for unit in units.goals):
+        executor = _executor(context, options)
+    with closing(executor):
+        driver = Driver(lambda cut: build_units(inputs, cut).goals, tuning, work, executor, observer)
+        records = driver.run()
+    for place in units.leftovers:
+        work.discard(*place)
+    return units, records
+
+
+def _executor(context: JobContext, options: RunOptions) -> Executor:
+    if options.inline:
+        return InlineExecutor(Worker(context))
+    from pipeline.graph.cluster import RayExecutor
+
+    return RayExecutor(context, options.workers, options.address)
+
+
+class _Absent:
+    """Stands in when everything is finished already, so that no cluster is started for nothing."""
+
+    workers: Sequence[str] = ()
+
+    def submit(self, *arguments: Any) -> None:
+        """Never called."""
+        raise AssertionError("something is to run though everything is there")
+
+    def wait(self, timeout_s: float) -> None:
+        """Nothing runs."""
+
+    def forget(self, *arguments: Any) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class _Telling(Observer):
+    """Turns what the driver sees into events."""
+
+    def __init__(self, inputs: Inputs, sink: EventSink) -> None:
+        self._inputs, self._sink = inputs, sink
+        self._is_started = False
+
+    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit]) -> None:
+        """Announce the job once, and what an earlier run did of it."""
+        if self._is_started:
+            return
+        self._is_started = True
+        reused = [unit for unit in present if unit.is_durable]
+        counted = [*todo, *reused]
+        work = tuple(
+            PhaseWork(phase, len(own), sum(unit.cost for unit in own))
+            for phase in Phase
+            if (own := [unit for unit in counted if PHASES[unit.kind] is phase])
+        )
+        variants = tuple(plan.spec.name for plan in self._inputs.variants)
+        skeleton = self._inputs.outline.skeleton
+        self._sink.emit(JobStarted(self._inputs.spec.source, variants, skeleton.num_blocks, work))
+        for unit in sorted(reused, key=lambda unit: unit.block):
+            self._sink.emit(_finished(unit, None, 0.0, reused=True))
+
+    def finished(self, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int) -> None:
+        """Tell of a unit, and of what a solver did otherwise than asked."""
+        self._sink.emit(_finished(unit, record, seconds, reused=False))
+        if unit.kind is Kind.PACK and record is not None:
+            for name, report in record.summary["reports"].items():
+                for reason in report["degradations"]:
+                    self._sink.emit(Degraded(unit.variant, name, reason))
+
+    def recovered(self, reason: str) -> None:
+        """Tell what is done again."""
+        self._sink.emit(Warned(reason))
+
+
+def _finished(unit: WorkUnit, record: StageRecord | None, seconds: float, reused: bool) -> StageFinished:
+    summary = record.summary if record is not None and unit.kind is Kind.SOLVE else {}
+    return StageFinished(
+        phase=PHASES[unit.kind],
+        seconds=seconds,
+        cost=unit.cost,
+        block=unit.block if unit.block >= 0 else None,
+        variant=unit.variant or None,
+        group=unit.label,
+        loss=summary.get("loss"),
+        relative_error=summary.get("relative_error"),
+        reused=reused,
+    )

@@ -1,0 +1,111 @@
+"""What a worker keeps of what it computed: outputs that others will read, in memory up to a budget, then on disk.
+
+The least recently used entry goes first: what can be had elsewhere (a copy of a stored output) is dropped, the rest is
+written to a private folder on this machine, which vanishes with the process. Memory is what the entries' tensors take;
+on an accelerator they lie in its memory, and what is spilled comes back there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.tensors.local import read_file_tensors
+from pipeline.tensors.writer import write_safetensors
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass
+class _Entry:
+    tensors: Tensors | None
+    num_bytes: int
+    file: Path | None
+    is_copy: bool
+
+
+class Shelf:
+    """Outputs by unit key. Safe to use from several threads.
+
+    Attributes:
+        num_spilled: Entries written to disk so far.
+    """
+
+    def __init__(self, max_bytes: int, spill_folder: Path, device: str) -> None:
+        """Keep up to ``max_bytes`` in memory, the rest under ``spill_folder``, tensors on ``device``."""
+        self._max_bytes, self._folder, self._device = max_bytes, spill_folder, device
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._in_memory = 0
+        self._lock = threading.RLock()
+        self.num_spilled = 0
+
+    def put(self, key: str, tensors: Tensors, *, is_copy: bool = False) -> None:
+        """Keep a unit's output.
+
+        Args:
+            key: Key of the unit.
+            tensors: Its tensors by name; they belong to the shelf now.
+            is_copy: Whether the same can be read from the work store, so that it may be dropped.
+
+        Raises:
+            DiskFullError: when it has to be spilled and the disk is full.
+        """
+        with self._lock:
+            self.drop((key,))
+            num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            self._entries[key] = _Entry(tensors, num_bytes, None, is_copy)
+            self._in_memory += num_bytes
+            self._make_room()
+
+    def get(self, key: str) -> Tensors | None:
+        """Return a unit's output, or None when it is not here."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            if entry.tensors is not None:
+                return entry.tensors
+            assert entry.file is not None, "an entry is in memory or in a file"
+            return {name: tensor.to(self._device) for name, tensor in read_file_tensors(entry.file).items()}
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Forget outputs; those that are not here are forgotten already."""
+        with self._lock:
+            for key in keys:
+                entry = self._entries.pop(key, None)
+                if entry is None:
+                    continue
+                if entry.tensors is not None:
+                    self._in_memory -= entry.num_bytes
+                if entry.file is not None:
+                    entry.file.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        """Drop copies, then spill, oldest first, until the budget is kept; the newest entry stays in memory."""
+        newest = next(reversed(self._entries))
+        for is_copy in (True, False):
+            for key in list(self._entries):
+                if self._in_memory <= self._max_bytes:
+                    return
+                entry = self._entries[key]
+                if key == newest or entry.tensors is None or entry.is_copy != is_copy:
+                    continue
+                if is_copy:
+                    self.drop((key,))
+                else:
+                    self._spill(key, entry)
+
+    def _spill(self, key: str, entry: _Entry) -> None:
+        assert entry.tensors is not None, "only what is in memory is spilled"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        entry.file = self._folder / f"{key}.safetensors"
+        write_safetensors(entry.file, entry.tensors, {})
+        entry.tensors = None
+        self._in_memory -= entry.num_bytes
+        self.num_spilled += 1

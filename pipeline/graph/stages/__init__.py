@@ -1,0 +1,31 @@
+"""The functions that workers run. Read first: ``call.py``, then ``calibrate.py``, ``solve.py``, ``pack.py`` and
+``evaluate.py`` in the order in which a block passes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.graph.dag import Kind
+from pipeline.graph.stages.calibrate import calibrate, embed, forward, merge_spans
+from pipeline.graph.stages.call import Call
+from pipeline.graph.stages.evaluate import generate, score
+from pipeline.graph.stages.pack import outer, pack
+from pipeline.graph.stages.solve import factor_group, scales, solve_range
+
+ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2)
+"""Part of every key: raised when a stage's code changes its output, so that stale outputs are not found."""
+
+STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {
+    Kind.EMBED: embed,
+    Kind.CALIBRATE: calibrate,
+    Kind.MERGE: merge_spans,
+    Kind.FACTOR: factor_group,
+    Kind.SCALES: scales,
+    Kind.SOLVE: solve_range,
+    Kind.PACK: pack,
+    Kind.OUTER: outer,
+    Kind.FORWARD: forward,
+    Kind.SCORE: score,
+    Kind.GENERATE: generate,
+}

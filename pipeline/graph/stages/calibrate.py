@@ -1,0 +1,155 @@
+"""Hidden states on their way through the source's blocks, and the sums over their tokens.
+
+A *token slice* is a few sequences, fixed by the spec; a unit handles a span of slices, one after the other, while a
+block's weights are in place. Statistics add up in a binary tree over the slices: whoever handles a span that is a node
+of the tree adds inside it, and ``merge_spans`` adds above. So the sums are the same bits for any number of workers, and
+a worker sends one sum, not one for each slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.calibrate.forward import forward_block
+from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.stages.call import Call
+from pipeline.graph.stages.variant import VariantReader
+from pipeline.quantize.statistics import add, from_tensors, merge, to_tensors
+from pipeline.quantize.types import Statistics
+
+Node = TypeVar("Node")
+
+
+def split_node(low: int, high: int) -> int:
+    """Return where the tree splits the slices ``low`` to ``high``: after the largest power of two below their number.
+
+    Every span that starts at a multiple of a power of two, and is as long or reaches the end, is a node then.
+    """
+    return low + (1 << (high - low - 1).bit_length() - 1)
+
+
+def add_up(low: int, high: int, leaf: Callable[[int, int], Node | None], add_to: Callable[[Node, Node], Node]) -> Node:
+    """Return the sum of the tree over the slices ``low`` to ``high``.
+
+    Args:
+        low: First slice.
+        high: The slice after the last.
+        leaf: Gives the sum of a node that is known as a whole, None of one that has to be added up from its parts.
+        add_to: Adds the second node to the first, which it may overwrite.
+    """
+    known = leaf(low, high)
+    if known is not None:
+        return known
+    middle = split_node(low, high)
+    first = add_up(low, middle, leaf, add_to)
+    return add_to(first, add_up(middle, high, leaf, add_to))
+
+
+def embed(call: Call) -> dict[str, Any]:
+    """Make the hidden states that enter block 0 for a span of token slices."""
+    skeleton = call.skeleton
+    low: int = call.params["low"]
+    skeleton.attach_outer(call.source.outer())
+    for number, tokens in enumerate(call.params["tokens"], low):
+        tokens_NL = torch.tensor(tokens, dtype=torch.int64, device=call.context.device)
+        call.put({hidden_name(number): torch.cat([skeleton.embed(row[None]) for row in tokens_NL])})
+    skeleton.detach_outer()
+    return {}
+
+
+def calibrate(call: Call) -> dict[str, Any]:
+    """Make one block's output hidden states for a span of slices, and the sums over all its tokens."""
+    low, high = call.params["low"], call.params["high"]
+    skeleton, index = call.skeleton, call.unit.block
+    groups, is_last = call.source.outline.groups[index], index == skeleton.num_blocks - 1
+    hidden = hidden_states(call)
+
+    def slice_sums(start: int, end: int) -> list[Statistics] | None:
+        if end - start > 1:
+            return None
+        output, statistics = forward_block(skeleton, index, hidden.pop(start), groups)
+        if not is_last:  # nobody calibrates on what leaves the last block
+            call.put({hidden_name(start): output})
+        return statistics
+
+    with skeleton.attached(index, call.source.block(index)):
+        sums = add_up(low, high, slice_sums, _add_all)
+    save_hidden(call)
+    for position, statistics in enumerate(sums):
+        call.put({f"{position}.{name}": tensor for name, tensor in to_tensors(statistics).items()})
+    return {}
+
+
+def _add_all(totals: list[Statistics], parts: list[Statistics]) -> list[Statistics]:
+    return [add(total, part) for total, part in zip(totals, parts, strict=True)]
+
+
+def merge_spans(call: Call) -> dict[str, Any]:
+    """Write the statistics of one linear group: the spans' sums, added as the tree over all slices says."""
+    prefix = f"{call.params['group']}."
+    spans = {(need.params["low"], need.params["high"]): need for need in call.needs(Kind.CALIBRATE)}
+
+    def span_sum(start: int, end: int) -> Statistics | None:
+        need = spans.get((start, end))
+        if need is None:
+            return None
+        found = call.get(need, lambda name: name.startswith(prefix))
+        return from_tensors({name.removeprefix(prefix): tensor for name, tensor in found.items()})
+
+    # Parts may lie on a shelf and be read again, so they are not added to in place.
+    total = add_up(0, max(high for _, high in spans), span_sum, lambda first, second: merge([first, second]))
+    call.put(to_tensors(total))
+    return {"tokens": total.num_tokens}
+
+
+def forward(call: Call) -> dict[str, Any]:
+    """Make one block's output hidden states for a span of held-out slices, with the source's weights or a variant's."""
+    skeleton, index = call.skeleton, call.unit.block
+    hidden = hidden_states(call)
+    with skeleton.attached(index, VariantReader(call)(index)):
+        for number in list(hidden):
+            output, _ = forward_block(skeleton, index, hidden.pop(number), (), must_be_finite=not call.unit.variant)
+            call.put({hidden_name(number): output})
+    save_hidden(call)
+    return {}
+
+
+def hidden_name(number: int) -> str:
+    """Return the name of a slice's hidden states among a unit's tensors."""
+    return f"hidden.{number}"
+
+
+def hidden_states(call: Call) -> dict[int, Tensor]:
+    """Return the hidden states that enter the unit's block, by slice."""
+    before = next(need for need in call.unit.needs if need.kind in (Kind.EMBED, Kind.CALIBRATE, Kind.FORWARD))
+    return slice_states(call, before, range(call.params["low"], call.params["high"]))
+
+
+def slice_states(call: Call, need: WorkUnit, numbers: Sequence[int]) -> dict[int, Tensor]:
+    """Return slices' hidden states by slice: as a unit left them on a shelf, or from where they were saved.
+
+    Args:
+        call: The unit that reads them; its stand-ins for ``need`` are one place for each of ``numbers``.
+        need: The unit that made them.
+        numbers: The slices that are wanted.
+    """
+    places = call.unit.stand_ins.get(need.key, ())
+    if places and call.shelf.get(need.key) is None and all(call.work.lookup(*place) for place in places):
+        return {number: call.read(place)["hidden"] for number, place in zip(numbers, places, strict=True)}
+    found = call.get(need, lambda name: name.startswith("hidden."))
+    return {number: found[hidden_name(number)] for number in numbers}
+
+
+def save_hidden(call: Call) -> None:
+    """Save the slices' hidden states where the unit says that it does."""
+    for number, place in zip(range(call.params["low"], call.params["high"]), call.unit.saves):
+        call.save(place, {"hidden": call.outputs[hidden_name(number)]})
+
+
+def statistics_of(call: Call) -> Statistics:
+    """Return the statistics of the unit's linear group."""
+    return from_tensors(call.get(call.need(Kind.MERGE)))

@@ -1,0 +1,110 @@
+"""From codes to the tensors of a release, each read back from its file and proven."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import FormatError
+from pipeline.formats.codec import codec_for, prove_round_trip
+from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.folds import fold_block
+from pipeline.graph.stages.call import Call
+from pipeline.graph.stages.solve import scale_results, solved_group
+from pipeline.quantize.types import QuantizedLinear
+from pipeline.spec import Format
+from pipeline.tensors.local import read_file_tensors
+from pipeline.validate.dense import scale_problems
+
+
+def pack(call: Call) -> dict[str, Any]:
+    """Write one block's tensors in the variant's format.
+
+    The file is read back: quantized linears must unpack to exactly the solver's codes, scales and zero points, copied
+    tensors must be the source's bit for bit. What is not is listed for the gates.
+    """
+    codec, index = codec_for(Format(call.params["format"])), call.unit.block
+    names = call.skeleton.block_tensors(index)
+    weights = call.source.block(index)
+    scale_dtype = _scale_dtype(weights)
+    folded = fold_block(weights, scale_results(call).values())
+    quantized, exponents = _solved_linears(call)
+    kept = {name: local for local, name in names.items() if name.removesuffix(".weight") not in quantized}
+    copied = {name: weights[local] for name, local in kept.items() if folded[local] is weights[local]}
+    call.put({name: folded[local].to(weights[local].dtype) for name, local in kept.items()})
+    for name, linear in quantized.items():
+        call.put(codec.pack(name, linear, scale_dtype))
+    back = read_file_tensors(call.write())
+    problems, bad_scales = copy_problems(copied, back), []
+    num_proven = 0
+    for name, linear in quantized.items():
+        try:
+            prove_round_trip(codec, name, linear, back)
+            bad_scales.extend(scale_problems(name, codec.unpack(name, back, linear.scheme)[1]))
+            num_proven += 1
+        except FormatError as error:
+            problems.append(error.message)
+    return {
+        **_contents(back),
+        "num_proven": num_proven,
+        "problems": problems,
+        "scale_problems": bad_scales,
+        "folded": sorted(kept.keys() - copied.keys()),
+        "reports": {
+            name: {**asdict(linear.report), "awq_exponent": exponents[name]} for name, linear in quantized.items()
+        },
+    }
+
+
+def outer(call: Call) -> dict[str, Any]:
+    """Write everything outside the blocks as it is in the source: embeddings, final norm, output head, extras.
+
+    The file is read back and compared with the source bit for bit.
+    """
+    skeleton = call.skeleton
+    names = dict.fromkeys([*skeleton.outer_tensors().values(), *skeleton.extra_names])
+    tensors = call.source.read({name: name for name in names})
+    call.put(tensors)
+    back = read_file_tensors(call.write())
+    return {**_contents(back), "problems": copy_problems(tensors, back)}
+
+
+def copy_problems(tensors: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> list[str]:
+    """Return which of ``tensors`` are not among ``back`` bit for bit, one line each."""
+    problems = []
+    for name, tensor in tensors.items():
+        found = back.get(name)
+        if found is None:
+            problems.append(f"{name} is not in the written file")
+        elif found.dtype != tensor.dtype or not torch.equal(found, tensor):
+            problems.append(f"{name} was not copied bit for bit")
+    return problems
+
+
+def _contents(back: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {"tensors": sorted(back), "bytes": sum(tensor.nbytes for tensor in back.values())}
+
+
+def _scale_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype that compressed-tensors scales are stored in: the source's own 16-bit dtype."""
+    kinds = {tensor.dtype for tensor in weights.values()}
+    return torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
+
+
+def _solved_linears(call: Call) -> tuple[dict[str, QuantizedLinear], dict[str, float | None]]:
+    """Return the block's quantized linears by name, and the exponent of each one's activation-aware scale."""
+    exponents = {need.params["group"]: call.summary(need)["exponent"] for need in call.needs(Kind.SCALES)}
+    by_group: dict[int, list[WorkUnit]] = {}
+    for need in call.needs(Kind.SOLVE):
+        by_group.setdefault(need.params["group"], []).append(need)
+    linears: dict[str, QuantizedLinear] = {}
+    exponent_of: dict[str, float | None] = {}
+    for position, parts in by_group.items():
+        solved = solved_group(call, sorted(parts, key=lambda part: part.params["rows"][0]))
+        linears |= solved
+        exponent_of |= dict.fromkeys(solved, exponents.get(position))
+    return linears, exponent_of

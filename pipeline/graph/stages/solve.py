@@ -1,0 +1,112 @@
+"""From statistics and weights to codes: factors, activation-aware scales, and the solves of row ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.folds import ScaleResult, fold_block, search_group_scales
+from pipeline.graph.stages.calibrate import statistics_of
+from pipeline.graph.stages.call import Call
+from pipeline.quantize.gptq import Factor
+from pipeline.quantize.solve import (
+    SolvedRows,
+    SolveOptions,
+    as_linear,
+    count_dead_inputs,
+    prepare_factor,
+    solve_rows,
+)
+from pipeline.quantize.statistics import rescale
+from pipeline.quantize.types import QuantizedLinear, Scheme
+from pipeline.spec import Method
+
+
+def scheme_of(params: Mapping[str, Any]) -> Scheme:
+    """Return the grid that a unit's arguments describe."""
+    return Scheme(**params["scheme"])
+
+
+def options_of(params: Mapping[str, Any]) -> SolveOptions:
+    """Return the solver's options that a unit's arguments describe."""
+    return SolveOptions(**params["options"])
+
+
+def scales(call: Call) -> dict[str, Any]:
+    """Write the activation-aware scale of one linear group and the layer that takes up its inverse."""
+    skeleton, index = call.skeleton, call.unit.block
+    weights = call.source.block(index)
+    with skeleton.attached(index, weights):
+        result = search_group_scales(
+            skeleton, call.group, weights, statistics_of(call), scheme_of(call.params), options_of(call.params)
+        )
+    call.put(result.tensors)
+    return result.summary
+
+
+def scale_results(call: Call) -> dict[int, ScaleResult]:
+    """Return the scales of the block's groups that have some, by group position."""
+    results = {}
+    for need in call.needs(Kind.SCALES):
+        result = ScaleResult.load(call.get(need), call.summary(need))
+        if result.producer is not None:
+            results[need.params["group"]] = result
+    return results
+
+
+def factor_group(call: Call) -> dict[str, Any]:
+    """Make the factor of one linear group's second moment, which all row ranges of all GPTQ variants share."""
+    factored = prepare_factor(statistics_of(call).second_moment_II, options_of(call.params))
+    call.put(factored.tensors())
+    return {}
+
+
+def solve_range(call: Call) -> dict[str, Any]:
+    """Write codes, grids and losses of a range of rows of one linear group, whose members are rows of one matrix."""
+    statistics, position = statistics_of(call), call.params["group"]
+    first, last = call.params["rows"]
+    results = scale_results(call)
+    weight_OI = _stack(call, results)[first:last]
+    if position in results:
+        weight_OI = weight_OI * results[position].scale_I
+        statistics = rescale(statistics, results[position].scale_I)
+    factors = call.needs(Kind.FACTOR)
+    factored = Factor.of(call.get(factors[0])) if factors else None
+    method, scheme, options = Method(call.params["method"]), scheme_of(call.params), options_of(call.params)
+    rows = solve_rows(method, weight_OI.contiguous(), statistics, scheme, options, factored)
+    call.put(rows.tensors())
+    loss, energy = float(rows.loss_O.sum()), float(rows.energy_O.sum())
+    return {
+        "num_tokens": statistics.num_tokens,
+        "num_dead_inputs": count_dead_inputs(statistics),
+        "loss": loss / statistics.num_tokens,
+        "relative_error": (loss / energy) ** 0.5 if energy > 0 else 0.0,
+    }
+
+
+def _stack(call: Call, results: Mapping[int, ScaleResult]) -> Tensor:
+    """Return the members' weights [out_features, in_features], one below the other, with every scale of the block that
+    concerns their rows taken up."""
+    members = {linear.local_name + ".weight": linear for linear in call.group.linears}
+    weights = call.source.block(call.unit.block, members)
+    folded = fold_block({name: tensor.to(call.context.device) for name, tensor in weights.items()}, results.values())
+    return torch.cat([linear.to_rows(folded[name]).float() for name, linear in members.items()])
+
+
+def solved_group(call: Call, parts: Sequence[WorkUnit]) -> dict[str, QuantizedLinear]:
+    """Return a linear group's members by name from the row ranges that it was solved in, in order."""
+    group = call.source.outline.groups[call.unit.block][parts[0].params["group"]]
+    rows = SolvedRows.join([SolvedRows(**call.get(part)) for part in parts])
+    facts = call.summary(parts[0])
+    sizes = [linear.out_features for linear in group.linears]
+    scheme, options = scheme_of(parts[0].params), options_of(parts[0].params)
+    return {
+        linear.name: as_linear(
+            part, scheme, options, num_tokens=facts["num_tokens"], num_dead_inputs=facts["num_dead_inputs"]
+        )
+        for linear, part in zip(group.linears, rows.split(sizes), strict=True)
+    }

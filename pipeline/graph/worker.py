@@ -1,0 +1,144 @@
+"""One worker: runs units one after the other, keeps what they pass on, and hands it to other workers.
+
+Everything that a worker knows can be lost: durable outputs are in the work store, passing ones are computed again.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import GraphError, PipelineError
+from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.outline import Source, open_folder
+from pipeline.graph.shelf import Shelf, Tensors
+from pipeline.graph.stages import STAGES
+from pipeline.graph.stages.call import LOST, Call, FetchFrom, JobContext
+from pipeline.storage.work import DamagedStage, StageRecord, WorkStore
+from pipeline.tensors.reader import FileStamp
+
+THREADS_PER_UNIT = 1
+"""Threads of one work unit. More would change the order of summation inside BLAS, hence the bytes."""
+
+KEPT_COPIES = frozenset({Kind.MERGE, Kind.SCALES})
+"""Durable outputs that are read again soon, so that the shelf keeps a copy as long as there is room."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a unit came to on a worker.
+
+    Attributes:
+        record: What it left in the work store; None when it failed or its output is passing.
+        error: Why it failed, or None.
+        seconds: Time that it took.
+        peak_bytes: Largest resident memory of the worker process so far.
+        damaged: Stages of the work store that were found damaged and discarded on the way.
+    """
+
+    record: StageRecord | None
+    error: PipelineError | None
+    seconds: float
+    peak_bytes: int
+    damaged: tuple[DamagedStage, ...] = ()
+
+
+@lru_cache(maxsize=2)
+def open_source(folder: str, commit: str, stamps: tuple[tuple[str, FileStamp], ...], device: str) -> Source:
+    """Return the source in ``folder`` at ``commit``; headers and config are read once per process and commit."""
+    return open_folder(Path(folder), device, dict(stamps))
+
+
+class Worker:
+    """Runs units of one job in this process.
+
+    Attributes:
+        shelf: What its units passed on.
+    """
+
+    def __init__(self, context: JobContext, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start with nothing but the job's context."""
+        self._context, self._clock = context, clock
+        self._work = WorkStore(Path(context.work_root))
+        self._stack = ExitStack()
+        # Vanishes with this process, however it ends: the next run sweeps what dead ones left.
+        spill = self._stack.enter_context(self._work.private_folder())
+        self.shelf = Shelf(context.shelf_bytes, spill, context.device)
+
+    def run(self, unit: WorkUnit, fetch: FetchFrom) -> Outcome:
+        """Run a unit and return what it came to; what other workers hold comes through ``fetch``.
+
+        A durable unit that is finished already is not run again. Errors of ours are values in the outcome: Ray would
+        wrap them.
+        """
+        start = self._clock()
+        record, error = None, None
+        try:
+            record = self._run(unit, fetch)
+        except PipelineError as caught:
+            error = caught
+        except (MemoryError, torch.OutOfMemoryError) as caught:
+            error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        damaged = tuple(self._work.take_damaged())
+        return Outcome(record, error, self._clock() - start, peak_bytes, damaged)
+
+    def hand_over(self, key: str) -> Tensors:
+        """Return a passing output that this worker holds, in CPU memory.
+
+        Raises:
+            GraphError: with the code ``LOST`` when it does not.
+        """
+        found = self.shelf.get(key)
+        if found is None:
+            raise lost_output(key)
+        return {name: tensor.cpu() for name, tensor in found.items()}
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Drop passing outputs that nobody reads any more."""
+        self.shelf.drop(keys)
+
+    def close(self) -> None:
+        """Remove what was spilled."""
+        self._stack.close()
+
+    def _run(self, unit: WorkUnit, fetch: FetchFrom) -> StageRecord | None:
+        torch.set_num_threads(THREADS_PER_UNIT)
+        context, place = self._context, unit.place
+        if unit.is_durable and (known := self._work.lookup(*place)) is not None:
+            return known
+        source = open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+        with ExitStack() as stack:
+            writer = stack.enter_context(self._work.writing(*place)) if unit.is_durable else None
+            call = Call(context, unit, self._work, source, self.shelf, fetch, writer)
+            summary = STAGES[unit.kind](call)
+            if writer is None:
+                self.shelf.put(unit.key, call.outputs)
+                return None
+            if call.outputs and not call.is_written:
+                call.write()
+            record = writer.finish(summary)
+        if unit.kind in KEPT_COPIES:
+            self.shelf.put(unit.key, call.outputs, is_copy=True)
+        return record
+
+
+def lost_output(key: str) -> GraphError:
+    """Return the error for a passing output that nobody holds any more; it is computed again."""
+    return GraphError(f"the output {key[:12]} is held by no worker any more", code=LOST, context={"key": key})
+
+
+def nobody_holds(key: str) -> Tensors:
+    """Stand in for other workers where there are none.
+
+    Raises:
+        GraphError: always.
+    """
+    raise lost_output(key)
