@@ -104,7 +104,8 @@ def convert(
         device=options.device,
         shelf_bytes=options.shelf_bytes,
     )
-    units, records = run_job(inputs, work, context, options, sink)
+    jobs = open_store(str(work.root), settings)
+    units, records = run_job(inputs, work, jobs, context, options, sink)
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:

@@ -12,6 +12,8 @@ from pipeline.graph.driver import Driver, Observer, Tuning
 from pipeline.graph.executor import Executor, InlineExecutor
 from pipeline.graph.worker import Worker
 from pipeline.observe.events import Degraded, EventSink, JobStarted, Phase, PhaseWork, StageFinished, Warned
+from pipeline.storage.objects import ObjectStore
+from pipeline.storage.running import announced
 from pipeline.storage.work import StageRecord, WorkStore
 
 if TYPE_CHECKING:
@@ -40,11 +42,12 @@ PHASES: dict[Kind, Phase] = {
 
 
 def run_job(
-    inputs: Inputs, work: WorkStore, context: JobContext, options: RunOptions, sink: EventSink
+    inputs: Inputs, work: WorkStore, jobs: ObjectStore, context: JobContext, options: RunOptions, sink: EventSink
 ) -> tuple[JobUnits, Records]:
     """Run what a conversion needs and return its units with the records of all goals.
 
-    What an earlier run finished is found in the work store; when that is everything, no worker is started.
+    What an earlier run finished is found in the work store; when that is everything, no worker is started. While it
+    runs the job is announced in ``jobs``, the same place as an object store, where it can be cancelled.
 
     Raises:
         PipelineError: when a unit, a worker or the cluster fails.
@@ -55,8 +58,16 @@ def run_job(
     executor: Executor = _Absent()
     if any(work.lookup(*unit.place) is None for unit in units.goals):
         executor = _executor(context, options)
-    with closing(executor):
-        driver = Driver(lambda cut: build_units(inputs, cut).goals, tuning, work, executor, observer)
+    names = tuple(plan.spec.name for plan in inputs.variants)
+    with closing(executor), announced(jobs, inputs.spec.source, names) as announcement:
+        driver = Driver(
+            lambda cut: build_units(inputs, cut).goals,
+            tuning,
+            work,
+            executor,
+            observer,
+            is_cancelled=announcement.is_cancelled,
+        )
         records = driver.run()
     for place in units.leftovers:
         work.discard(*place)
