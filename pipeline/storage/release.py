@@ -30,7 +30,7 @@ from pipeline.storage.manifest import (
     make_manifest,
     release_prefix,
 )
-from pipeline.storage.objects import ObjectInfo, ObjectStore
+from pipeline.storage.objects import ObjectInfo, ObjectStore, reading_errors
 from pipeline.storage.refs import move_ref, read_ref, utc_now
 
 _RELEASE_KEY = re.compile(rf"{RELEASES}/({NAME_PATTERN})/({NAME_PATTERN})/({REVISION_PATTERN})/(.+)")
@@ -183,7 +183,7 @@ def sweep_unfinished(store: ObjectStore, *, before: datetime, dry_run: bool = Fa
 
 def _describe(folder: Path) -> tuple[ReleaseFile, ...]:
     """Return the files of a folder with their digests."""
-    try:
+    with reading_errors(folder):
         paths = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
         files = tuple(
             ReleaseFile(
@@ -191,8 +191,6 @@ def _describe(folder: Path) -> tuple[ReleaseFile, ...]:
             )
             for path in paths
         )
-    except OSError as error:
-        raise StorageError(f"cannot read {error.filename or folder} to publish it: {error.strerror}") from error
     if not files:
         raise StorageError(f"{folder} has no files to publish")
     if any(file.path == MANIFEST_NAME for file in files):

@@ -143,6 +143,13 @@ def test_a_file_that_changed_since_it_was_hashed_does_not_appear(
     assert store.sweep_partial(datetime.now(UTC) + timedelta(hours=1)) == ()
 
 
+def test_a_file_that_vanished_before_its_upload_is_named(store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot read .*/gone to publish it: No such file") as caught:
+        store.upload(tmp_path / "gone", "file", digest_bytes(b"before"))
+    assert "run the same command again" in caught.value.hint
+    assert list(store.list("")) == []
+
+
 def test_of_eight_racing_processes_exactly_one_creates(new_url: Callable[[], str]) -> None:
     url = new_url()
     assert _race(url, {"if_absent": True}) == 1
