@@ -214,11 +214,12 @@ class DirectoryStore:
                 folder = folder.parent
             sync_folder(folder)
 
-    def sweep_partial(self, before: datetime, *, dry_run: bool = False) -> tuple[str, ...]:
-        """Remove the temporaries of dead writers and return their names; their locks tell them, so ``before`` does
-        not matter here."""
+    def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
+        """Remove the temporaries of dead writers and return their names; their locks tell them, so neither ``prefix``
+        nor ``before`` matters here."""
+        check_key(prefix.removesuffix("/"))
         with self._errors():
-            return self._temporaries.sweep(dry_run=dry_run)
+            return self._temporaries.sweep()
 
     def _existing(self, key: str) -> Path:
         path = self.path_of(key)

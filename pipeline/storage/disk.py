@@ -129,7 +129,7 @@ class Temporaries:
             lock.unlink(missing_ok=True)
             os.close(descriptor)
 
-    def sweep(self, *, dry_run: bool = False) -> tuple[str, ...]:
+    def sweep(self) -> tuple[str, ...]:
         """Remove what dead writers left, and return the names."""
         removed = []
         for lock in sorted(self.folder.glob("*.lock")):
@@ -140,9 +140,8 @@ class Temporaries:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 removed.append(lock.stem)
-                if not dry_run:
-                    _remove(lock.with_suffix(""))
-                    lock.unlink(missing_ok=True)
+                _remove(lock.with_suffix(""))
+                lock.unlink(missing_ok=True)
             except BlockingIOError:
                 continue  # its writer lives
             finally:

@@ -118,12 +118,16 @@ class ObjectStore(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there stays so."""
 
-    def sweep_partial(self, before: datetime, *, dry_run: bool = False) -> tuple[str, ...]:
+    def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
         """Remove what interrupted writers left outside the visible objects, and return its names.
 
         Args:
+            prefix: Folder of the keys that they wrote to. Not the whole store: a bucket may hold other people's
+                uploads. A store that knows its dead writers removes what they left, wherever they wrote to.
             before: Uploads that began later are kept where a store cannot tell whether their writer still lives.
-            dry_run: Only name what would be removed.
+
+        Raises:
+            StorageError: also for an empty prefix.
         """
 
 

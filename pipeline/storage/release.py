@@ -1,18 +1,22 @@
-"""How a folder becomes a release, and how releases and their leftovers are listed.
+"""How a folder becomes a release, and how releases are listed.
 
 Publishing goes: files, manifest (created, never replaced), refs (compare-and-swap). A process killed at any point
 leaves either files without a manifest, which nothing reads and a rerun completes, or a complete release whose ref
 still points elsewhere. A rerun uploads only what is not there with the right size and SHA-256, finds an equal manifest
 where the first run got that far, and ends with the same bytes.
+
+Parts of interrupted uploads are invisible and cost space until somebody gives them up: publishing a release first
+removes those of the same release, whatever their revision, that began more than `PARTIAL_UPLOAD_AGE` ago.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +34,15 @@ from pipeline.storage.manifest import (
     make_manifest,
     release_prefix,
 )
-from pipeline.storage.objects import ObjectInfo, ObjectStore, reading_errors
+from pipeline.storage.objects import ObjectStore, reading_errors
 from pipeline.storage.refs import move_ref, read_ref, utc_now
+
+PARTIAL_UPLOAD_AGE = timedelta(days=1)
+"""Age at which the writer of an unfinished upload counts as dead: a file takes minutes to hours, and clocks differ."""
 
 _RELEASE_KEY = re.compile(rf"{RELEASES}/({NAME_PATTERN})/({NAME_PATTERN})/({REVISION_PATTERN})/(.+)")
 _REF_KEY = re.compile(rf"{REFS}/({NAME_PATTERN})/({NAME_PATTERN})/({NAME_PATTERN})")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,31 +74,6 @@ class ListedRelease:
     refs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class UnfinishedRelease:
-    """Files of a publication that has no manifest.
-
-    Attributes:
-        prefix: Their common key prefix.
-        num_files: How many there are.
-        size_bytes: Their size together.
-        modified_at: When the latest of them was written.
-    """
-
-    prefix: str
-    num_files: int
-    size_bytes: int
-    modified_at: datetime
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep removed, or would remove."""
-
-    releases: tuple[UnfinishedRelease, ...]
-    partial_uploads: tuple[str, ...]
-
-
 def publish_release(
     store: ObjectStore,
     folder: Path,
@@ -114,7 +97,7 @@ def publish_release(
         provenance: JSON values that say what the files were made from; part of the revision.
         verdict_passed: Whether every gate passed. A release that did not pass gets no refs.
         refs: Refs to move; empty to publish without a name that people use.
-        now: The clock for the refs' history.
+        now: The clock for the refs' history and the age of leftovers.
 
     Raises:
         StorageError: when the folder is empty or changes, or refs are asked for a release that did not pass.
@@ -131,6 +114,7 @@ def publish_release(
         check_name(ref, "ref")
     manifest = make_manifest(namespace, name, _describe(folder), provenance, verdict_passed=verdict_passed)
     prefix = release_prefix(namespace, name, manifest.revision)
+    _give_up_leftovers(store, f"{RELEASES}/{namespace}/{name}/", now() - PARTIAL_UPLOAD_AGE)
     missing = [file for file in manifest.files if not store.holds(prefix + file.path, file.size_bytes, file.sha256)]
     for file in missing:
         store.upload(folder / file.path, prefix + file.path, file.sha256)
@@ -156,31 +140,6 @@ def list_releases(store: ObjectStore) -> tuple[ListedRelease, ...]:
     )
 
 
-def sweep_unfinished(store: ObjectStore, *, before: datetime, dry_run: bool = False) -> Sweep:
-    """Files of publications that never finished, and parts of interrupted uploads, are removed.
-
-    Args:
-        store: Where.
-        before: Only what was last written before this time (UTC, by the store's clock). It must lie further back than
-            any publication that may still be running takes.
-        dry_run: Only say what would be removed.
-    """
-    folders: dict[str, list[ObjectInfo]] = defaultdict(list)
-    for info in store.list(f"{RELEASES}/"):
-        if match := _RELEASE_KEY.fullmatch(info.key):
-            folders[release_prefix(match[1], match[2], match[3])].append(info)
-    swept = []
-    for prefix, infos in folders.items():
-        latest = max(info.modified_at for info in infos)
-        if latest >= before or any(info.key == prefix + MANIFEST_NAME for info in infos):
-            continue
-        swept.append(UnfinishedRelease(prefix, len(infos), sum(info.size_bytes for info in infos), latest))
-        if not dry_run:
-            for info in infos:
-                store.delete(info.key)
-    return Sweep(tuple(swept), store.sweep_partial(before, dry_run=dry_run))
-
-
 def _describe(folder: Path) -> tuple[ReleaseFile, ...]:
     """Return the files of a folder with their digests."""
     with reading_errors(folder):
@@ -198,8 +157,17 @@ def _describe(folder: Path) -> tuple[ReleaseFile, ...]:
     return files
 
 
+def _give_up_leftovers(store: ObjectStore, prefix: str, before: datetime) -> None:
+    """Free the space of dead writers before more is needed. Who may write a release may not always list uploads, and
+    that is no reason not to publish it."""
+    try:
+        store.sweep_partial(prefix, before)
+    except StorageError as error:
+        _log.warning("parts of interrupted uploads stay in %s: %s", store.url, error.message)
+
+
 def _require_files(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
-    """Look once more before the release becomes visible: a sweep may have taken old leftovers that were reused."""
+    """Look once more before the release becomes visible: somebody may have cleaned up leftovers that were reused."""
     found = {info.key.removeprefix(prefix): info.size_bytes for info in store.list(prefix)}
     for file in manifest.files:
         if found.get(file.path) != file.size_bytes:

@@ -239,19 +239,24 @@ class S3Store:
         with s3_errors(self.place, f"deleting {key}"):
             self._client.delete_object(**self._object(key))
 
-    def sweep_partial(self, before: datetime, *, dry_run: bool = False) -> tuple[str, ...]:
-        """Abort the multipart uploads under the prefix that began before a time, and return their keys."""
+    def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
+        """Abort the multipart uploads to keys in the folder ``prefix`` that began before a time; return their keys.
+
+        Raises:
+            StorageError: also for an empty prefix, which would give up other people's uploads.
+        """
         swept = []
+        folder = self._full(check_key(prefix.removesuffix("/"))) + "/"
         pages = self._client.get_paginator("list_multipart_uploads")
-        with s3_errors(self.place, "listing unfinished uploads"):
-            for page in pages.paginate(Bucket=self.place.bucket, Prefix=self._full("")):
+        with s3_errors(self.place, f"listing unfinished uploads under {prefix}"):
+            for page in pages.paginate(Bucket=self.place.bucket, Prefix=folder):
                 for entry in page.get("Uploads", ()):
-                    if entry["Initiated"] < before:
-                        swept.append(str(entry["Key"]))
-                        if not dry_run:
-                            self._client.abort_multipart_upload(
-                                Bucket=self.place.bucket, Key=entry["Key"], UploadId=entry["UploadId"]
-                            )
+                    # Looked at again here: a server that ignores the prefix would have us abort what is not ours.
+                    if entry["Key"].startswith(folder) and entry["Initiated"] < before:
+                        self._client.abort_multipart_upload(
+                            Bucket=self.place.bucket, Key=entry["Key"], UploadId=entry["UploadId"]
+                        )
+                        swept.append(str(entry["Key"])[len(self._full("")) :])
         return tuple(swept)
 
     def _full(self, key: str) -> str:

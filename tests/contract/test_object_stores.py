@@ -138,9 +138,15 @@ def test_a_file_that_changed_since_it_was_hashed_does_not_appear(
     path = tmp_path / "file"
     path.write_bytes(b"x" * size_bytes)
     with pytest.raises(StorageError, match="changed while it was being uploaded"):
-        store.upload(path, "file", digest_bytes(b"before"))
+        store.upload(path, "releases/file", digest_bytes(b"before"))
     assert list(store.list("")) == []
-    assert store.sweep_partial(datetime.now(UTC) + timedelta(hours=1)) == ()
+    assert store.sweep_partial("releases/", datetime.now(UTC) + timedelta(hours=1)) == ()
+
+
+def test_a_sweep_of_everything_is_refused(store: ObjectStore) -> None:
+    for prefix in ("", "/", "../"):
+        with pytest.raises(StorageError, match="cannot be the key"):
+            store.sweep_partial(prefix, datetime.now(UTC) + timedelta(hours=1))
 
 
 def test_a_file_that_vanished_before_its_upload_is_named(store: ObjectStore, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,18 @@ def test_a_store_that_refuses_conditions_that_hold_is_unfit(store: S3Store, scri
     script.answer = lambda *_: error_answer(412, "PreconditionFailed")
     with pytest.raises(ConditionalWriteError, match="refused to create an object that did not exist"):
         probe(store)
+
+
+def test_uploads_that_are_not_ours_stay_even_when_the_server_lists_them(store: S3Store, script: Script) -> None:
+    entry = "<Upload><Key>%s</Key><UploadId>%s</UploadId><Initiated>2026-01-01T00:00:00.000Z</Initiated></Upload>"
+    keys = ("models/releases/a/1", "models/releases/ab/2", "releases/a/3", "models/releases/a/4")
+    entries = "".join(entry % (key, key[-1]) for key in keys)
+    listing = f"<ListMultipartUploadsResult>{entries}</ListMultipartUploadsResult>".encode()
+    script.answer = lambda method, *_: (200, {}, listing) if method == "GET" else (204, {}, b"")
+    swept = store.sweep_partial("releases/a/", datetime(2026, 1, 2, tzinfo=UTC))
+    assert swept == ("releases/a/1", "releases/a/4")
+    assert [path for method, path, _ in script.requests if method == "DELETE"] == [
+        "/b-1/models/releases/a/1?uploadId=1",
+        "/b-1/models/releases/a/4?uploadId=4",
+    ]
+    assert "prefix=models%2Freleases%2Fa%2F" in script.requests[0][1]
