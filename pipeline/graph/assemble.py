@@ -244,16 +244,28 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
 
 def assemble_release(
     inputs: Inputs, fetched: FetchedSource, facts: ReleaseFacts, units: JobUnits, work: WorkStore, folder: Path
-) -> None:
-    """Make ``folder`` the release: weights, index, config, companions, facts, card, plots. What was there is gone."""
+) -> frozenset[str]:
+    """Make ``folder`` the release: weights, index, config, companions, facts, card, plots. What was there is gone.
+
+    Returns the names of the files that were written.
+    """
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     own = units.variants[facts.variant.name]
     sources = [(units.outer, "outer.safetensors"), *((pack, "block.safetensors") for pack in own.packs)]
     weight_map: dict[str, str] = {}
+    written = {
+        "model.safetensors.index.json",
+        "config.json",
+        FACTS_FILE,
+        "README.md",
+        "layer_error.png",
+        "size_quality.png",
+    }
     for number, (unit, file) in enumerate(sources, 1):
         name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
+        written.add(name)
         _link(work.open_checked(unit.kind.value, unit.key, file), folder / name)
         record = work.lookup(unit.kind.value, unit.key)
         weight_map.update(dict.fromkeys(record.summary["tensors"] if record else (), name))
@@ -264,10 +276,12 @@ def assemble_release(
         if _is_companion(path, inputs):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched.folder / path, folder / path)
+            written.add(path)
     (folder / FACTS_FILE).write_text(facts_as_json(facts), encoding="utf-8")
     (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
     (folder / "layer_error.png").write_bytes(plot_layer_error(facts))
     (folder / "size_quality.png").write_bytes(plot_size_quality(facts))
+    return frozenset(written)
 
 
 def _is_companion(path: str, inputs: Inputs) -> bool:

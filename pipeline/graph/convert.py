@@ -305,7 +305,7 @@ def _publish(
     sink: EventSink,
 ) -> tuple[str, ...]:
     folder = work.root / "releases" / facts.spec_fingerprint
-    assemble_release(inputs, fetched, facts, units, work, folder)
+    names = assemble_release(inputs, fetched, facts, units, work, folder)
     namespace, _, name = facts.release.partition("/")
     provenance = {
         "source": facts.source.name,
@@ -316,7 +316,9 @@ def _publish(
     }
     locations = []
     for store in stores:
-        published = publish_release(store, folder, namespace, name, provenance, verdict_passed=facts.verdict.passed)
+        published = publish_release(
+            store, folder, namespace, name, provenance, file_names=names, verdict_passed=facts.verdict.passed
+        )
         sink.emit(
             Published(facts.variant.name, facts.release, published.revision, published.path_or_uri, facts.size_bytes)
         )

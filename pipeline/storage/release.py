@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -42,6 +42,7 @@ PARTIAL_UPLOAD_AGE = timedelta(days=1)
 
 _RELEASE_KEY = re.compile(rf"{RELEASES}/({NAME_PATTERN})/({NAME_PATTERN})/({REVISION_PATTERN})/(.+)")
 _REF_KEY = re.compile(rf"{REFS}/({NAME_PATTERN})/({NAME_PATTERN})/({NAME_PATTERN})")
+_MAX_LISTED = 8
 _log = logging.getLogger(__name__)
 
 
@@ -81,6 +82,7 @@ def publish_release(
     name: str,
     provenance: dict[str, Any],
     *,
+    file_names: Set[str],
     verdict_passed: bool,
     refs: tuple[str, ...] = ("main",),
     now: Callable[[], datetime] = utc_now,
@@ -95,12 +97,15 @@ def publish_release(
         namespace: First part of the release's address.
         name: Second part.
         provenance: JSON values that say what the files were made from; part of the revision.
+        file_names: The files of ``folder`` that whoever made it wrote there, relative to it and with slashes. What lies
+            there is not taken at its word: another job or person may have added or removed something.
         verdict_passed: Whether every gate passed. A release that did not pass gets no refs.
         refs: Refs to move; empty to publish without a name that people use.
         now: The clock for the refs' history and the age of leftovers.
 
     Raises:
-        StorageError: when the folder is empty or changes, or refs are asked for a release that did not pass.
+        StorageError: when the folder is empty, has other files or changes, or refs are asked for a release that did
+            not pass.
         CorruptReleaseError: when the revision is there with another manifest.
         TargetUnavailableError: when the store is missing, refuses us or cannot be reached.
         DiskFullError: when the store is full.
@@ -112,7 +117,7 @@ def publish_release(
         )
     for ref in refs:
         check_name(ref, "ref")
-    manifest = make_manifest(namespace, name, _describe(folder), provenance, verdict_passed=verdict_passed)
+    manifest = make_manifest(namespace, name, _describe(folder, file_names), provenance, verdict_passed=verdict_passed)
     prefix = release_prefix(namespace, name, manifest.revision)
     _give_up_leftovers(store, f"{RELEASES}/{namespace}/{name}/", now() - PARTIAL_UPLOAD_AGE)
     missing = [file for file in manifest.files if not store.holds(prefix + file.path, file.size_bytes, file.sha256)]
@@ -140,21 +145,30 @@ def list_releases(store: ObjectStore) -> tuple[ListedRelease, ...]:
     )
 
 
-def _describe(folder: Path) -> tuple[ReleaseFile, ...]:
-    """Return the files of a folder with their digests."""
+def _describe(folder: Path, file_names: Set[str]) -> tuple[ReleaseFile, ...]:
+    """Return the files of a folder with their digests, having checked that they are those with these names."""
     with reading_errors(folder):
-        paths = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
-        files = tuple(
-            ReleaseFile(
-                path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=digest_file(path)
-            )
-            for path in paths
+        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+        _require_names(folder, found.keys(), file_names)
+        return tuple(
+            ReleaseFile(path=name, size_bytes=path.stat().st_size, sha256=digest_file(path))
+            for name, path in found.items()
         )
-    if not files:
+
+
+def _require_names(folder: Path, found: Set[str], expected: Set[str]) -> None:
+    problems = [f"{name} is missing" for name in sorted(expected - found)]
+    problems += [f"{name} was not written by this run" for name in sorted(found - expected)]
+    if problems:
+        raise StorageError(
+            f"{folder} is not what was made for publishing: {', '.join(problems[:_MAX_LISTED])}",
+            code="storage.changed_folder",
+            hint="run the same command again when nothing else writes to that folder",
+        )
+    if not found:
         raise StorageError(f"{folder} has no files to publish")
-    if any(file.path == MANIFEST_NAME for file in files):
+    if MANIFEST_NAME in found:
         raise StorageError(f"{folder / MANIFEST_NAME} has the name of a release's manifest; rename or remove it")
-    return files
 
 
 def _give_up_leftovers(store: ObjectStore, prefix: str, before: datetime) -> None:

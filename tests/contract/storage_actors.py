@@ -36,6 +36,11 @@ def open_for_test(url: str) -> ObjectStore:
     return store
 
 
+def file_names(folder: Path) -> frozenset[str]:
+    """Return the files of a folder, relative to it, as the converter that wrote them would name them."""
+    return frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def race_to_put(url: str, key: str, writer: int, condition: dict[str, Any], barrier: Any, answers: Any) -> None:
     """Write once everybody is ready, and report whether we were told that we won."""
     store = open_for_test(url)
@@ -63,7 +68,15 @@ def publish_and_die(url: str, folder: str, environment: dict[str, str], step: in
         store._client.meta.events.register("before-send.s3", before_send)
     else:
         _die_at_disk_step(url, step)
-    publish_release(store, Path(folder), "org", "model-GPTQ", PROVENANCE, verdict_passed=True)
+    publish_release(
+        store,
+        Path(folder),
+        "org",
+        "model-GPTQ",
+        PROVENANCE,
+        file_names=file_names(Path(folder)),
+        verdict_passed=True,
+    )
 
 
 def finish_and_die(root: str, stage: str, key: str, step: int) -> None:

@@ -29,7 +29,14 @@ from pipeline.storage.release import (
     publish_release,
 )
 from tests.contract.conftest import BUCKET
-from tests.contract.storage_actors import PART_BYTES, PROVENANCE, open_for_test, process_context, publish_and_die
+from tests.contract.storage_actors import (
+    PART_BYTES,
+    PROVENANCE,
+    file_names,
+    open_for_test,
+    process_context,
+    publish_and_die,
+)
 from tests.s3_server import S3Server
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -48,7 +55,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def publish(store: ObjectStore, folder: Path, **changed: object) -> PublishedRelease:
-    arguments: dict[str, object] = {"provenance": PROVENANCE, "verdict_passed": True, "now": lambda: NOW, **changed}
+    arguments: dict[str, object] = {
+        "provenance": PROVENANCE,
+        "file_names": file_names(folder),
+        "verdict_passed": True,
+        "now": lambda: NOW,
+        **changed,
+    }
     return publish_release(store, folder, *ADDRESS, **arguments)  # type: ignore[arg-type]
 
 
@@ -133,7 +146,16 @@ def test_names_that_cannot_be_addresses_are_refused_before_anything_is_written(
 ) -> None:
     for namespace, name, ref in (("a/b", "n", "main"), ("a", "..", "main"), ("a", "n", "@"), ("", "n", "main")):
         with pytest.raises(SpecError, match="cannot be the"):
-            publish_release(store, folder, namespace, name, PROVENANCE, verdict_passed=True, refs=(ref,))
+            publish_release(
+                store,
+                folder,
+                namespace,
+                name,
+                PROVENANCE,
+                file_names=file_names(folder),
+                verdict_passed=True,
+                refs=(ref,),
+            )
     assert contents(store, "") == {}
 
 
@@ -287,6 +309,22 @@ def test_a_folder_that_cannot_be_a_release_is_refused(store: ObjectStore, tmp_pa
         (folder / MANIFEST_NAME).write_text("{}")
     with pytest.raises(StorageError, match=r"no files to publish|rename or remove it"):
         publish(store, folder)
+    assert contents(store, "") == {}
+
+
+def test_a_folder_with_other_files_than_were_written_is_refused(store: ObjectStore, folder: Path) -> None:
+    names = file_names(folder)
+    (folder / "assets" / "size.png").unlink()
+    (folder / "notes.txt").write_text("of another job")
+    with pytest.raises(StorageError, match=r"assets/size\.png is missing, notes\.txt was not written by") as caught:
+        publish(store, folder, file_names=names)
+    assert str(folder) in caught.value.message
+    assert "run the same command again" in caught.value.hint
+    (folder / "notes.txt").unlink()
+    with pytest.raises(StorageError, match="is missing"):
+        publish(store, folder, file_names=names)
+    with pytest.raises(StorageError, match=r"model\.safetensors was not written by"):
+        publish(store, folder, file_names={"config.json"})
     assert contents(store, "") == {}
 
 
