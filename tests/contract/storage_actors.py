@@ -10,8 +10,10 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConflictError
+from pipeline.errors import ConflictError, StorageError
 from pipeline.settings import load_settings
+from pipeline.storage.directory import DirectoryStore
+from pipeline.storage.disk import exclusive_lock
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.release import publish_release
 from pipeline.storage.s3 import S3Store
@@ -95,6 +97,33 @@ def race_to_finish(root: str, stage: str, key: str, barrier: Any, answers: Any) 
         writer.path("codes.bin").write_bytes(b"codes" * 1000)
         barrier.wait()
         answers.put(writer.finish({"loss": 0.5}).model_dump())
+
+
+def write_as_another_user(user: int, root: str, answers: Any) -> None:
+    """Without rights of our own, put an object and finish a stage; report the error or an empty text."""
+    _become(user)
+    try:
+        DirectoryStore(Path(root)).put("releases/second", b"y")
+        with WorkStore(Path(root, "work")).writing("solve", "ef" * 32) as writer:
+            writer.finish({})
+    except StorageError as error:
+        answers.put(str(error))
+    else:
+        answers.put("")
+
+
+def hold_as_another_user(user: int, lock: str, is_held: Any, may_end: Any) -> None:
+    """Hold a lock file that somebody else made, until we are told to let go of it."""
+    _become(user)
+    with exclusive_lock(Path(lock)):
+        is_held.set()
+        may_end.wait(60)
+
+
+def _become(user: int) -> None:
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
 
 
 def _die_at_disk_step(folder: str, step: int) -> None:
