@@ -17,7 +17,7 @@ import pytest
 from pipeline.errors import ConflictError, CorruptReleaseError, SpecError, StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes
 from pipeline.settings import Settings
-from pipeline.storage.locate import download_release, locate_release, verify_release_files
+from pipeline.storage.locate import copy_release, locate_release, verify_release_files
 from pipeline.storage.manifest import MANIFEST_NAME, Manifest, release_prefix
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.refs import MAX_HISTORY, Ref, move_ref, read_ref
@@ -272,32 +272,28 @@ def test_a_manifest_in_another_releases_folder_is_refused(store: ObjectStore, se
         locate_release(f"{store.url}/{moved}", settings)
 
 
-def test_a_downloaded_release_is_a_release(
+def test_a_copy_has_the_files_of_the_release(
     store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
 ) -> None:
     located = locate_release(publish(store, folder).path_or_uri, settings)
     copy = tmp_path / "copy"
-    (copy / "assets").mkdir(parents=True)
-    (copy / "config.json").write_text("interrupted")
-    download_release(located, copy)
-    found = locate_release(str(copy), settings)
-    assert verify_release_files(found) == []
-    assert (found.manifest, found.local_path) == (located.manifest, copy)
-    assert sorted(path.name for path in copy.iterdir()) == [
-        "assets",
-        "config.json",
-        "manifest.json",
-        "model.safetensors",
-    ]
+    assert copy_release(located, copy) == []
+    assert {name: (copy / name).read_bytes() for name in file_names(copy)} == {
+        name: (folder / name).read_bytes() for name in file_names(folder)
+    }
 
 
-def test_a_damaged_file_is_not_downloaded(store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path) -> None:
+def test_a_copy_does_not_trust_what_is_there_already(
+    store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
     located = locate_release(publish(store, folder).path_or_uri, settings)
-    store.put(located.prefix + "config.json", b"damaged")
-    with pytest.raises(CorruptReleaseError, match=r"config\.json does not match"):
-        download_release(located, tmp_path / "copy")
-    assert not (tmp_path / "copy" / "config.json").exists()
-    assert not (tmp_path / "copy" / MANIFEST_NAME).exists()
+    copy_release(located, tmp_path / "copy")
+    store.put(located.prefix + "config.json", b'{"model_type": "lLama"}')
+    (problem,) = copy_release(located, tmp_path / "copy")
+    assert "config.json has SHA-256" in problem
+    store.delete(located.prefix + "config.json")
+    store.put(located.prefix + "added.txt", b"x")
+    assert copy_release(located, tmp_path / "copy") == ["config.json is missing", "added.txt is not in the manifest"]
 
 
 @pytest.mark.parametrize("case", ["empty", "absent", "manifest"])
