@@ -20,7 +20,8 @@ class Settings:
     Attributes:
         hub_endpoint: Base URL of the hub (``HF_ENDPOINT``).
         hub_token: Token for the hub (``HF_TOKEN``, else the file of ``hf auth login``), or None.
-        cache_dir: Fetched source files and engine environments (``BITMILL_CACHE``, default ``~/.cache/bitmill``).
+        cache_dir: Fetched source files, engine environments, copies of releases while they are verified
+            (``BITMILL_CACHE``, default ``~/.cache/bitmill``).
         s3_endpoint: Endpoint URL for ``s3://`` targets (``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``), or None
             for AWS itself. Keys and region are read by boto3 from the environment as everywhere.
         ray_address: Cluster to join (``RAY_ADDRESS``), or None to start one on this machine.

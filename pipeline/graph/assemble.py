@@ -244,12 +244,24 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
 
 def assemble_release(
     inputs: Inputs, fetched: FetchedSource, facts: ReleaseFacts, units: JobUnits, work: WorkStore, folder: Path
-) -> None:
-    """Make an empty folder the release: weights, index, config, companions, facts, card, plots."""
+) -> frozenset[str]:
+    """Make an empty folder the release: weights, index, config, companions, facts, card, plots.
+
+    Returns the names of the files that were written.
+    """
     sources = (units.outer, *units.variants[facts.variant.name].packs)
     weight_map: dict[str, str] = {}
+    written = {
+        "model.safetensors.index.json",
+        "config.json",
+        FACTS_FILE,
+        "README.md",
+        "layer_error.png",
+        "size_quality.png",
+    }
     for number, unit in enumerate(sources, 1):
         name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
+        written.add(name)
         _link(work.open_checked(*unit.place, OUTPUT), folder / name)
         record = work.lookup(*unit.place)
         weight_map.update(dict.fromkeys(record.summary["tensors"] if record else (), name))
@@ -260,10 +272,12 @@ def assemble_release(
         if _is_companion(path, inputs):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched.folder / path, folder / path)
+            written.add(path)
     (folder / FACTS_FILE).write_text(facts_as_json(facts), encoding="utf-8")
     (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
     (folder / "layer_error.png").write_bytes(plot_layer_error(facts))
     (folder / "size_quality.png").write_bytes(plot_size_quality(facts))
+    return frozenset(written)
 
 
 def _is_companion(path: str, inputs: Inputs) -> bool:

@@ -6,7 +6,7 @@ conditional writes costs seconds, not hours. Nothing is published for a variant 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import ConversionSpec
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
+from pipeline.storage.refs import DEFAULT_REF, read_ref
 from pipeline.storage.release import publish_release
 from pipeline.storage.work import WorkStore
 from pipeline.tensors.reader import FileStamp
@@ -93,6 +94,7 @@ def convert(
         sink.emit(Warned(caution))
     fetched, stamps = fetch_source(source, settings, sink)
     namespace, prefix = release_prefix(spec, fetched)
+    seen = ref_sequences(stores, namespace, [f"{prefix}-{plan.spec.name}" for plan in plans])
     inputs = gather_inputs(spec, fetched, texts, options.device)
     work = WorkStore(options.work_dir)
     work.sweep()
@@ -112,7 +114,7 @@ def convert(
         name = f"{prefix}-{own.plan.spec.name}"
         facts = make_facts(inputs, fetched, f"{namespace}/{name}", own, measured, units)
         _announce(own, sink)
-        locations = _publish(inputs, fetched, facts, units, work, stores, sink) if own.verdict.passed else ()
+        locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink) if own.verdict.passed else ()
         outcomes.append(VariantOutcome(facts, locations))
     return tuple(outcomes)
 
@@ -148,6 +150,18 @@ def open_targets(targets: Iterable[str], settings: Settings) -> list[ObjectStore
     for store in stores:
         probe(store)
     return stores
+
+
+def ref_sequences(stores: Iterable[ObjectStore], namespace: str, names: Iterable[str]) -> dict[tuple[str, str], int]:
+    """Return how often the releases' refs have moved so far, by store and release: who publishes after another job that
+    began later would otherwise undo what that one published.
+
+    Raises:
+        StorageError: when a store cannot be read.
+    """
+    wanted = [(store, name) for name in names for store in stores]
+    refs = {(store.url, f"{namespace}/{name}"): read_ref(store, namespace, name, DEFAULT_REF) for store, name in wanted}
+    return {place: ref.sequence if ref is not None else 0 for place, ref in refs.items()}
 
 
 def release_prefix(spec: ConversionSpec, fetched: FetchedSource) -> tuple[str, str]:
@@ -233,6 +247,7 @@ def _publish(
     units: JobUnits,
     work: WorkStore,
     stores: list[ObjectStore],
+    seen: Mapping[tuple[str, str], int],
     sink: EventSink,
 ) -> tuple[str, ...]:
     namespace, _, name = facts.release.partition("/")
@@ -246,9 +261,18 @@ def _publish(
     locations = []
     # Private: another run may be assembling the same release in the same work directory.
     with work.private_folder() as folder:
-        assemble_release(inputs, fetched, facts, units, work, folder)
+        names = assemble_release(inputs, fetched, facts, units, work, folder)
         for store in stores:
-            done = publish_release(store, folder, namespace, name, provenance, verdict_passed=facts.verdict.passed)
+            done = publish_release(
+                store,
+                folder,
+                namespace,
+                name,
+                provenance,
+                file_names=names,
+                verdict_passed=facts.verdict.passed,
+                seen={DEFAULT_REF: seen[store.url, facts.release]},
+            )
             sink.emit(Published(facts.variant.name, facts.release, done.revision, done.path_or_uri, facts.size_bytes))
             locations.append(done.path_or_uri)
     return tuple(locations)

@@ -27,6 +27,9 @@ from pipeline.storage.manifest import (
 )
 from pipeline.storage.objects import ObjectStore
 
+DEFAULT_REF = "main"
+"""The ref that moves with every release unless others are named."""
+
 MAX_HISTORY = 100
 MAX_MOVES_TRIED = 20
 _MAX_PAUSE_S = 0.5

@@ -6,8 +6,8 @@ last and renames the folder into place. So a folder at its place is complete, a 
 that the next `WorkStore.sweep` removes, and a rerun redoes exactly the stages that are not there.
 
 The key is the fingerprint of everything that affects the stage's bytes. When two workers finish the same key, the
-first one's folder stays; different bytes under one key would mean that results depend on luck, and are an error.
-A stage whose record or files are damaged is discarded, logged and counted in `WorkStore.damaged`, then absent.
+first one's folder stays; other bytes or another summary under one key would mean that results depend on luck, and are
+an error. A stage whose record or files are damaged is discarded, logged and noted in `WorkStore.damaged`, then absent.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class StageFile(NamedTuple):
 class StageRecord(BaseModel):
     """What a finished stage left."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A figure that is not a number stays one for whoever reads it; by default it would be written as null.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     stage: str
     key: str
@@ -99,7 +100,7 @@ class StageWriter:
         When another worker finished the same key first, its stage stays and its record is returned.
 
         Raises:
-            StorageError: when that other worker's files differ from ours.
+            StorageError: when that other worker's files or summary differ from ours.
             DiskFullError: when the work directory is full.
         """
         with self._store.errors():
@@ -110,6 +111,8 @@ class StageWriter:
                 files[name] = StageFile(path.stat().st_size, digest_file(path))
             record = StageRecord(stage=self._stage, key=self._key, files=files, summary=summary)
             text = json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1)
+            # What every other process will read, so that nothing depends on which one finished the stage.
+            record = StageRecord.model_validate_json(text)
             write_file(self._folder / RECORD_NAME, (text.encode(),))
             for path in [self._folder, *(path for path in self._folder.rglob("*") if path.is_dir())]:
                 sync_folder(path)
@@ -122,7 +125,7 @@ class WorkStore:
 
     Attributes:
         root: Absolute path of the directory.
-        damaged: Stages that this object found damaged and discarded, oldest first.
+        damaged: Stages that this object found damaged and discarded, oldest first, until `take_damaged` takes them.
     """
 
     def __init__(self, root: Path) -> None:
@@ -161,6 +164,11 @@ class WorkStore:
                     self._note_damage(stage, key, reason)
                     folder.rename(aside)
             return record
+
+    def take_damaged(self) -> list[DamagedStage]:
+        """Return what was found damaged since the last call, oldest first; `damaged` is empty then."""
+        found, self.damaged = self.damaged, []
+        return found
 
     @contextmanager
     def writing(self, stage: str, key: str) -> Iterator[StageWriter]:
@@ -254,11 +262,10 @@ class WorkStore:
                 folder.rename(target)
                 sync_folder(target.parent)
                 return record
-        names = {*existing.files, *record.files}
-        differing = sorted(name for name in names if existing.files.get(name) != record.files.get(name))
+        differing = _differences(existing, record)
         if differing:
             raise StorageError(
-                f"two runs of stage {record.stage} {record.key[:12]} in {self.root} gave different bytes: "
+                f"two runs of stage {record.stage} {record.key[:12]} in {self.root} gave different results: "
                 f"{', '.join(differing)}",
                 code="storage.nondeterministic_stage",
                 hint="this is a bug or failing memory; remove the work directory and run it again",
@@ -283,6 +290,17 @@ class WorkStore:
     def _note_damage(self, stage: str, key: str, reason: str) -> None:
         self.damaged.append(DamagedStage(stage, key, reason))
         _log.warning("discarded stage %s %s: %s", stage, key[:12], reason)
+
+
+def _differences(one: StageRecord, other: StageRecord) -> list[str]:
+    """Return the files and the summary's keys in which two records of one stage differ."""
+    files = sorted(name for name in {*one.files, *other.files} if one.files.get(name) != other.files.get(name))
+    # As texts: a NaN is equal to itself there.
+    texts = [
+        {key: json.dumps(value, sort_keys=True) for key, value in record.summary.items()} for record in (one, other)
+    ]
+    keys = sorted(key for key in {*one.summary, *other.summary} if texts[0].get(key) != texts[1].get(key))
+    return files + [f"summary.{key}" for key in keys]
 
 
 def _inspect(folder: Path, stage: str, key: str) -> tuple[StageRecord | None, str]:

@@ -44,11 +44,28 @@ def read_facts(folder: Path) -> ReleaseFacts:
         CorruptReleaseError: when they are missing or unreadable.
     """
     try:
-        return ReleaseFacts.model_validate_json((folder / FACTS_FILE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise CorruptReleaseError(
-            f"{FACTS_FILE} of {folder} cannot be read: {error!s:.300}", hint="is this a release made by bitmill?"
-        ) from error
+        data = (folder / FACTS_FILE).read_bytes()
+    except OSError as error:
+        raise _unreadable(str(folder), error) from error
+    return parse_facts(data, str(folder))
+
+
+def parse_facts(data: bytes, where: str) -> ReleaseFacts:
+    """Return the facts that were read from the release at ``where``.
+
+    Raises:
+        CorruptReleaseError: when they are none.
+    """
+    try:
+        return ReleaseFacts.model_validate_json(data)
+    except ValueError as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> CorruptReleaseError:
+    return CorruptReleaseError(
+        f"{FACTS_FILE} of {where} cannot be read: {error!s:.300}", hint="is this a release made by bitmill?"
+    )
 
 
 class ReleaseModel:

@@ -21,6 +21,7 @@ from pipeline.storage.probe import probe
 from pipeline.storage.refs import read_ref
 from pipeline.storage.release import list_releases, publish_release
 from tests.contract.conftest import BUCKET
+from tests.contract.storage_actors import file_names
 from tests.s3_server import S3Server, find_program, free_ports
 from tests.small_disk import make_read_only, small_disk
 
@@ -151,18 +152,21 @@ def test_a_full_directory_is_named_and_holds_nothing_half_done(tmp_path: Path) -
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"x" * (2 << 20))
+    names = file_names(folder)
     with small_disk(tmp_path / "disk") as disk:
         store = DirectoryStore(disk)
         for _ in range(2):
             with pytest.raises(DiskFullError, match=r"no space left in .*/disk") as caught:
-                publish_release(store, folder, "org", "model", {}, verdict_passed=True)
+                publish_release(store, folder, "org", "model", {}, file_names=names, verdict_passed=True)
             assert "choose another target" in caught.value.hint
             assert list_releases(store) == ()
             assert read_ref(store, "org", "model", "main") is None
             assert [info.key.rpartition("/")[2] for info in store.list("")] == ["config.json"]
         assert sum(path.stat().st_size for path in disk.rglob("*") if path.is_file()) == 2
         (folder / "model.safetensors").write_bytes(b"x" * 1000)
-        assert publish_release(store, folder, "org", "model", {}, verdict_passed=True).refs == ("main",)
+        assert publish_release(store, folder, "org", "model", {}, file_names=names, verdict_passed=True).refs == (
+            "main",
+        )
 
 
 def test_a_full_disk_under_a_download_is_named(tmp_path: Path) -> None:

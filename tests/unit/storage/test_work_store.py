@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -61,14 +62,29 @@ def test_nothing_is_kept_of_a_stage_that_was_not_finished(store: WorkStore) -> N
 
 
 def test_the_first_of_two_equal_results_stays(store: WorkStore) -> None:
-    first = write(store, seconds=1)
-    assert write(store, seconds=2) == first
+    loss = {"loss": 0.1, "worst": math.nan, "shape": (3, 4), "by_block": {10: 0.5, 9: 0.25}}
+    first = write(store, **loss)
+    place = store.stage_dir("solve", KEY).stat().st_ino
+    again, found = write(store, **loss), store.lookup("solve", KEY)
+    assert repr(first) == repr(again) == repr(found)
+    assert store.stage_dir("solve", KEY).stat().st_ino == place
+    assert math.isnan(first.summary["worst"])
+    assert (first.summary["shape"], first.summary["by_block"]) == ([3, 4], {"10": 0.5, "9": 0.25})
+
+
+def test_different_figures_under_one_key_are_an_error_and_the_first_stay(store: WorkStore) -> None:
+    first = write(store, loss=0.1, divergence={"kl": 0.25}, name="q_proj")
+    with pytest.raises(StorageError, match=r"gave different results: summary\.divergence, summary\.loss\b") as caught:
+        write(store, loss=math.nextafter(0.1, 1), divergence={"kl": 0.5}, name="q_proj")
+    assert caught.value.code == "storage.nondeterministic_stage"
+    with pytest.raises(StorageError, match=r"gave different results: summary\.name"):
+        write(store, loss=0.1, divergence={"kl": 0.25})
     assert store.lookup("solve", KEY) == first
 
 
 def test_different_bytes_under_one_key_are_an_error_and_the_first_stays(store: WorkStore) -> None:
     first = write(store)
-    with pytest.raises(StorageError, match=r"gave different bytes: codes\.bin") as caught:
+    with pytest.raises(StorageError, match=r"gave different results: codes\.bin") as caught:
         write(store, content=b"other")
     assert caught.value.code == "storage.nondeterministic_stage"
     assert store.lookup("solve", KEY) == first
@@ -102,6 +118,19 @@ def test_a_damaged_stage_is_absent_counted_and_can_be_redone(
     assert not store.stage_dir("solve", KEY).exists()
     assert write(store) == record
     assert len(store.damaged) == 1
+
+
+def test_damage_is_taken_once(store: WorkStore) -> None:
+    write(store)
+    (store.stage_dir("solve", KEY) / "codes.bin").unlink()
+    store.lookup("solve", KEY)
+    assert store.take_damaged() == [DamagedStage("solve", KEY, "codes.bin is missing")]
+    assert (store.take_damaged(), store.damaged) == ([], [])
+    write(store)
+    (store.stage_dir("solve", KEY) / "codes.bin").write_bytes(b"c0des")
+    with pytest.raises(StorageError):
+        store.open_checked("solve", KEY, "codes.bin")
+    assert [found.key for found in store.take_damaged()] == [KEY]
 
 
 def test_finishing_over_a_damaged_stage_replaces_it(store: WorkStore) -> None:
