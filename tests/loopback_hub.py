@@ -323,8 +323,6 @@ class HubHandler(_Handler):
         repo = hub.repos.get((kind, "/".join(parts[:2]))) or hub.repos.get((kind, "/".join(parts[:1])))
         if repo is None:
             return self.error(404, "RepoNotFound", "Repository not found")
-        if repo.gated:
-            return self.error(403, "GatedRepo", f"Access to {kind} {repo.name} is restricted")
         rest = parts[repo.name.count("/") + 1 :]
         return self._api(repo, rest, query) if is_api else self._resolve(repo, rest)
 
@@ -354,7 +352,8 @@ class HubHandler(_Handler):
     def _info(self, repo: Repo, revision: str, with_blobs: bool) -> dict[str, Any]:
         commit = repo.resolve(revision) or ""
         siblings = [blob.sibling(path, with_blobs) for path, blob in repo.commits.get(commit, {}).items()]
-        about = {"_id": "0" * 24, "id": repo.name, "modelId": repo.name, "private": False, "gated": False}
+        gated = "manual" if repo.gated else False
+        about = {"_id": "0" * 24, "id": repo.name, "modelId": repo.name, "private": False, "gated": gated}
         return {**about, "sha": commit, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
 
     def _tree(self, files: Mapping[str, Blob], under: str, recursive: bool) -> None:
@@ -373,6 +372,9 @@ class HubHandler(_Handler):
     def _resolve(self, repo: Repo, rest: list[str]) -> None:
         if len(rest) < 3 or rest[0] != "resolve":
             return self.error(404, "", "no such route")
+        if repo.gated:
+            # As on the public hub: everybody may list a gated repository, few may read what is in it.
+            return self.error(403, "GatedRepo", f"Access to {repo.kind} {repo.name} is restricted")
         commit, path = repo.resolve(unquote(rest[1])), "/".join(unquote(part) for part in rest[2:])
         if commit is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {unquote(rest[1])}")

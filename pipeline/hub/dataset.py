@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from pipeline.errors import SourceNotFoundError, SpecError
-from pipeline.hub.client import HubClient, Repository, RepositoryKind, Sleep
+from pipeline.hub.client import HubClient, Sleep
 from pipeline.hub.fetch import fetch_files
+from pipeline.hub.repository import Repository, RepositoryKind
 from pipeline.settings import Settings
 
 _DATASET_FILE = re.compile(

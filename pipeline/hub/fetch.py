@@ -22,8 +22,9 @@ from pathlib import Path
 
 from pipeline.errors import CorruptWeightsError, DiskFullError, SourceError, SourceNotFoundError
 from pipeline.fingerprint import fingerprint
-from pipeline.hub.client import HubClient, Repository, Sleep, SourceFile
+from pipeline.hub.client import HubClient, Sleep
 from pipeline.hub.digests import ContentHasher, DigestRecords, Digests, storage_error
+from pipeline.hub.repository import Repository, SourceFile
 from pipeline.hub.source import Source, needed_files
 from pipeline.settings import Settings
 from pipeline.units import format_bytes

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import CorruptWeightsError, SourceNotFoundError
-from pipeline.hub.client import HubClient, Repository, RepositoryKind, Sleep, SourceFile
+from pipeline.hub.client import HubClient, Sleep
+from pipeline.hub.repository import Repository, RepositoryKind, SourceFile
 from pipeline.hub.selection import CARD_FILE, INDEX_FILE, choose_weights, is_companion, require_model
 from pipeline.hub.translate import not_a_name
 from pipeline.settings import Settings

@@ -21,7 +21,7 @@ from pipeline.errors import (
     SourceNotFoundError,
     UnsafeWeightsError,
 )
-from pipeline.hub.client import SourceFile
+from pipeline.hub.repository import SourceFile
 from pipeline.hub.source import companion_files, needed_files, pin_source, range_reader, read_bytes, read_range
 from pipeline.settings import Settings
 from tests.loopback_hub import Fault, LoopbackHub
@@ -166,10 +166,26 @@ def test_an_absent_revision_names_it(settings: Settings, hub: LoopbackHub, model
 def test_a_gated_repository_says_what_to_accept(
     settings: Settings, hub: LoopbackHub, model_files: dict[str, bytes]
 ) -> None:
+    # An index is read when the source is pinned, a config later.
     hub.add("org/model", model_files, gated=True)
     error = refusal("org/model@main", settings)
-    assert error.code == "source.gated"
-    assert f"{hub.url}/org/model," in error.hint
+    assert (error.code, error.message.partition(":")[0]) == ("source.gated", "org/model is gated")
+    assert f"accept its conditions at {hub.url}/org/model, then" in error.hint
+    hub.add("org/single", {"config.json": b"{}", "model.safetensors": b"x"}, gated=True)
+    source = pin_source("org/single", settings)
+    with pytest.raises(SourceNotFoundError, match=r"^org/single is gated") as caught:
+        read_bytes(source, settings, "config.json")
+    assert f"accept its conditions at {hub.url}/org/single, then" in caught.value.hint
+
+
+def test_a_repository_that_is_gone_after_it_was_pinned_is_named_without_the_file(
+    settings: Settings, hub: LoopbackHub, model_files: dict[str, bytes]
+) -> None:
+    hub.add("org/model", model_files)
+    source = pin_source("org/model", settings)
+    del hub.repos["model", "org/model"]
+    with pytest.raises(SourceNotFoundError, match=rf"^{hub.url} has no repository org/model,"):
+        read_bytes(source, settings, "config.json")
 
 
 @pytest.mark.parametrize(("token", "code"), [(None, "source.not_found"), ("wrong", "source.unauthorized")])
