@@ -92,7 +92,7 @@ class Fault:
 
     The first ``skip`` of them go well. API requests know ``status`` only; of files, only GET is affected. One of:
     answer ``status``; drop the connection after ``drop_after`` bytes of the reply; stall after ``stall_after`` bytes
-    until the hub closes; flip the bits of the content; ignore the range.
+    until the hub closes; flip the bits of the content; ignore the range, with the length said first or, ``chunked``, not.
     """
 
     path: str
@@ -104,6 +104,7 @@ class Fault:
     stall_after: int | None = None
     flip: bool = False
     ignore_range: bool = False
+    chunked: bool = False
 
 
 class _Server(ThreadingHTTPServer):
@@ -270,6 +271,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def chunks(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Transfer-Encoding": "chunked"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+
     def json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.reply(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
@@ -292,6 +300,8 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= len(data):
                 return self.reply(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             status, headers["Content-Range"] = 206, f"bytes {start}-{end - 1}/{len(data)}"
+        if fault.chunked:
+            return self.chunks(status, data[start:end], headers)
         body, cut = data[start:end], fault.drop_after if fault.stall_after is None else fault.stall_after
         self.reply(status, body if cut is None else body[:cut], headers, length=len(body))
         if fault.stall_after is not None:

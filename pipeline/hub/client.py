@@ -4,6 +4,9 @@ Ranges are read from ``/resolve/<commit>/`` as every hub serves it, so a hub's c
 ``Range``. The address is resolved anew for every request, because redirects carry signatures that expire. The client
 drops ``Authorization`` when a redirect leaves the hub's origin (scheme, host and port); a test holds it to that.
 
+A range is asked for in pieces of ``RANGE_BYTES``. A server that ignores ranges answers with the whole file (200): then
+everything that is wanted is taken from that one reply, since each further request would send the file again.
+
 Waits: a failed request is repeated at most ``MAX_ATTEMPTS`` times without progress, after what the hub asks for in
 ``RateLimit`` or ``Retry-After``, else after 1, 2, 4, ... seconds.
 """
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CorruptWeightsError, SourceError
 from pipeline.hub.repository import Place, Repository, RepositoryKind, SourceFile
-from pipeline.hub.translate import not_a_hub, translate
+from pipeline.hub.translate import not_a_hub, shorter_than_listed, translate
 
 if TYPE_CHECKING:
     import httpx2
@@ -28,6 +31,10 @@ MAX_ATTEMPTS = 6
 MAX_BACKOFF_S = 30.0
 MAX_ASKED_WAIT_S = 600.0
 """A hub that asks for a longer wait gets an error instead: a person should decide."""
+
+RANGE_BYTES = 64 * 1024 * 1024
+"""Bytes of one request: small enough that an expiring address is renewed in time, large enough that 100 GB stay below
+the few thousand requests that hubs allow in five minutes."""
 
 API_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 15.0
@@ -111,14 +118,13 @@ class HubClient:
                 for chunk in self._open(url, position, end, place):
                     sink(chunk)
                     position += len(chunk)
-                if position < end:
-                    raise _bad_reply("the reply ended before the range did")
+                attempt = 0
             except _failures() as error:
                 attempt = 1 if position > before else attempt + 1
                 self._wait(error, attempt, place, retry_connect=True)
 
     def _open(self, url: str, start: int, end: int, place: Place) -> Iterator[bytes]:
-        """Yield the bytes ``[start, end)`` of one reply, as they come and never more."""
+        """Yield the bytes from ``start`` that one reply gives, as they come: a piece, or all up to ``end``."""
         import httpx2
         from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not marked as exported
             build_hf_headers,
@@ -127,22 +133,29 @@ class HubClient:
         )
 
         headers = build_hf_headers(token=self.token or False, library_name="bitmill")
+        stop = min(start + RANGE_BYTES, end)
         # Compressed replies would make offsets meaningless.
-        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         timeout = httpx2.Timeout(API_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
             hf_raise_for_status(response)
             if response.status_code not in (200, 206):
                 raise _bad_reply(f"the reply to a range is HTTP {response.status_code}")
-            # A server may answer a range with the whole file (200): skip to where we are.
-            offset = _reply_start(response, start, place) if response.status_code == 206 else 0
+            is_whole = response.status_code == 200
+            if is_whole:
+                offset, stop = 0, end
+            else:
+                offset = _require_range(response, start, stop, place)
             for chunk in response.iter_raw():
-                wanted = chunk[max(start - offset, 0) : max(end - offset, 0)]
+                wanted = chunk[max(start - offset, 0) : max(stop - offset, 0)]
                 offset += len(chunk)
                 if wanted:
                     yield wanted
-                if offset >= end:
+                if offset >= stop:
                     return
+            if is_whole and _says_its_end(response):
+                raise shorter_than_listed(place)
+            raise _bad_reply("the reply ended before the range did")
 
     def _wait(self, error: Exception, attempt: int, place: Place, retry_connect: bool) -> None:
         """Sleep before the next attempt, or raise what ``error`` means when there should be none."""
@@ -205,17 +218,29 @@ def _asked_wait_s(error: Exception) -> float | None:
         return None
 
 
-def _reply_start(response: httpx2.Response, start: int, place: Place) -> int:
-    """Return the offset in the file at which a partial reply begins, having checked that it is the one asked for."""
-    match = re.match(r"bytes (\d+)-\d+/", response.headers.get("Content-Range", ""))
+def _require_range(response: httpx2.Response, start: int, stop: int, place: Place) -> int:
+    """Return the offset in the file at which a partial reply begins: the one that was asked for, in a file that reaches
+    as far as its listing says.
+
+    Raises:
+        CorruptWeightsError: otherwise.
+    """
+    given = response.headers.get("Content-Range", "none")
+    match = re.match(r"bytes (\d+)-\d+/(?P<total>\d+|\*)", given)
     if match is None or int(match[1]) != start:
-        got = response.headers.get("Content-Range", "none")
         raise CorruptWeightsError(
-            f"{place}: asked for bytes from {start}, the reply's Content-Range is {got:.60}",
+            f"{place}: asked for bytes from {start}, the reply's Content-Range is {given:.60}",
             code="source.wrong_range",
             hint="check HF_ENDPOINT and any proxy between",
         )
+    if match["total"] != "*" and int(match["total"]) < stop:
+        raise shorter_than_listed(place)
     return start
+
+
+def _says_its_end(response: httpx2.Response) -> bool:
+    """Return whether a reply that ends is known to be whole: without either header, a dropped connection looks alike."""
+    return "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
 
 
 def _source_file(sibling: Any, place: Place) -> SourceFile:

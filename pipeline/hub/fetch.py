@@ -29,10 +29,6 @@ from pipeline.hub.source import Source, needed_files
 from pipeline.settings import Settings
 from pipeline.units import format_bytes
 
-RANGE_BYTES = 64 * 1024 * 1024
-"""Bytes of one request: small enough that an expiring address is renewed in time, large enough that 100 GB stay below
-the few thousand requests that hubs allow in five minutes."""
-
 PROGRESS_BYTES = 4 * 1024 * 1024
 PART_SUFFIX = ".part"
 
@@ -178,9 +174,7 @@ class _Download:
                 told = done
                 self._report(done)
 
-        while done < self.file.size_bytes:
-            end = min(done + RANGE_BYTES, self.file.size_bytes)
-            self.client.copy_range(self.repository, self.commit, self.file.path, done, end, take)
+        self.client.copy_range(self.repository, self.commit, self.file.path, done, self.file.size_bytes, take)
 
     def _mismatch(self, got: Digests) -> CorruptWeightsError | None:
         """Return the error for digests other than the announced ones, or None when they are the same."""

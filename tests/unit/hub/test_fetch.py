@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.errors import CorruptWeightsError, DiskFullError, SourceError, SourceNotFoundError, StorageError
 from pipeline.fingerprint import fingerprint
+from pipeline.hub import client as client_module
 from pipeline.hub import digests
 from pipeline.hub import fetch as fetch_module
 from pipeline.hub.client import MAX_ATTEMPTS
@@ -38,7 +39,7 @@ def source(hub: LoopbackHub, settings: Settings, model_files: dict[str, bytes]) 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "RANGE_BYTES", PIECE)
+    monkeypatch.setattr(client_module, "RANGE_BYTES", PIECE)
     monkeypatch.setattr(fetch_module, "PROGRESS_BYTES", 1)
 
 
@@ -158,7 +159,7 @@ def test_dropped_connections_continue_where_they_broke(
     hub.faults.append(Fault(WEIGHTS, times=2, drop_after=30_000))
     waits: list[float] = []
     assert (quick(source, settings, waits).folder / WEIGHTS).read_bytes() == model_files[WEIGHTS]
-    assert hub.ranges(WEIGHTS)[:3] == ["bytes=0-99999", "bytes=30000-99999", "bytes=60000-99999"]
+    assert hub.ranges(WEIGHTS)[:3] == ["bytes=0-99999", "bytes=30000-129999", "bytes=60000-159999"]
     assert waits == [1.0, 1.0]
 
 
@@ -167,6 +168,19 @@ def test_a_server_that_ignores_ranges_is_still_read_right(
 ) -> None:
     hub.faults.append(Fault(WEIGHTS, times=9, ignore_range=True))
     assert (quick(source, settings).folder / WEIGHTS).read_bytes() == model_files[WEIGHTS]
+    # The first reply held everything that the later pieces would have been.
+    assert hub.ranges(WEIGHTS) == ["bytes=0-99999"]
+
+
+def test_a_whole_file_that_breaks_off_is_continued_with_the_next_one(
+    hub: LoopbackHub, settings: Settings, source: Source, model_files: dict[str, bytes]
+) -> None:
+    hub.faults.append(Fault(WEIGHTS, ignore_range=True, drop_after=130_000))
+    hub.faults.append(Fault(WEIGHTS, times=9, ignore_range=True))
+    waits: list[float] = []
+    assert (quick(source, settings, waits).folder / WEIGHTS).read_bytes() == model_files[WEIGHTS]
+    assert hub.ranges(WEIGHTS) == ["bytes=0-99999", "bytes=130000-229999"]
+    assert waits == [1.0]
 
 
 class Answer(NamedTuple):
@@ -206,6 +220,13 @@ def test_a_date_to_wait_for_is_read_by_the_servers_clock(
     assert waits == [42.0]
 
 
+def test_patience_begins_anew_after_every_piece(hub: LoopbackHub, settings: Settings, source: Source) -> None:
+    hub.faults += [Fault(WEIGHTS, times=2, status=503), Fault(WEIGHTS, times=1, skip=1, status=503)]
+    waits: list[float] = []
+    quick(source, settings, waits)
+    assert waits == [1.0, 2.0, 1.0]
+
+
 def test_patience_ends(hub: LoopbackHub, settings: Settings, source: Source) -> None:
     hub.faults.append(Fault("config.json", times=99, status=503))
     waits: list[float] = []
@@ -231,13 +252,26 @@ def test_refusals_are_not_repeated(hub: LoopbackHub, settings: Settings, source:
     assert len(hub.ranges("config.json")) == 1
 
 
-def test_a_file_shorter_than_listed_is_corrupt(settings: Settings, source: Source) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("config.json", times=0),
+        Fault("config.json", times=99, ignore_range=True),
+        Fault("config.json", times=99, ignore_range=True, chunked=True),
+    ],
+)
+def test_a_file_shorter_than_listed_is_corrupt(
+    hub: LoopbackHub, settings: Settings, source: Source, fault: Fault
+) -> None:
+    hub.faults.append(dataclasses.replace(fault))
     files = tuple(
         dataclasses.replace(file, size_bytes=file.size_bytes + 5) if file.path == "config.json" else file
         for file in source.files
     )
+    waits: list[float] = []
     with pytest.raises(CorruptWeightsError, match=r"config\.json is shorter on"):
-        quick(dataclasses.replace(source, files=files), settings)
+        quick(dataclasses.replace(source, files=files), settings, waits)
+    assert waits == []
 
 
 def test_a_file_without_any_digest_is_refused(settings: Settings, source: Source) -> None:
