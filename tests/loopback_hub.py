@@ -92,7 +92,7 @@ class Fault:
 
     The first ``skip`` of them go well. API requests know ``status`` only; of files, only GET is affected. One of:
     answer ``status``; drop the connection after ``drop_after`` bytes of the reply; stall after ``stall_after`` bytes
-    until the hub closes; flip the bits of the content; ignore the range, with the length said first or, ``chunked``, not.
+    until the hub closes; flip the bits of the content; ignore the range. Without a length said first when ``chunked``.
     """
 
     path: str

@@ -239,7 +239,7 @@ def _require_range(response: httpx2.Response, start: int, stop: int, place: Plac
 
 
 def _says_its_end(response: httpx2.Response) -> bool:
-    """Return whether a reply that ends is known to be whole: without either header, a dropped connection looks alike."""
+    """Return whether a reply that ends is known to be whole; without either header a dropped one looks alike."""
     return "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
 
 

@@ -54,5 +54,14 @@ def fetch_dataset_file(text: str, settings: Settings, *, sleep: Sleep = time.sle
             hint=f"it has {others}{', ...' if len(files) > 5 else ''}",
         )
     folder = settings.cache_dir / "datasets" / name / commit
-    fetch_files(client, repository, commit, wanted, folder, settings.cache_dir, lambda path, done, total: None)
+    fetch_files(
+        client,
+        repository,
+        commit,
+        wanted,
+        folder,
+        settings.cache_dir,
+        on_progress=lambda path, done, total: None,
+        on_wait=lambda reason: None,
+    )
     return folder / path, f"hub:{name}@{commit}:{path}"

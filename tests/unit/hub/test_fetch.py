@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -370,6 +372,57 @@ def test_a_changed_folder_has_another_identity(settings: Settings, folder: Path)
     assert fetch(pin_source(str(folder), settings), settings).commit == first.commit
     (folder / "config.json").write_bytes((folder / "config.json").read_bytes().replace(b"L", b"l"))
     assert fetch(pin_source(str(folder), settings), settings).commit != first.commit
+
+
+def test_progress_is_told_in_steps_and_at_the_end_of_every_file(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_module, "PROGRESS_BYTES", 4 << 20)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "model.safetensors").write_bytes(bytes((21 << 20) + 5))
+    told: list[tuple[str, int, int]] = []
+    fetch(pin_source(str(folder), settings), settings, lambda *event: told.append(event))
+    total = (21 << 20) + 5
+    steps = [4 << 20, 8 << 20, 12 << 20, 16 << 20, 20 << 20, total]
+    assert told == [("config.json", 2, 2), *(("model.safetensors", done, total) for done in steps)]
+
+
+def test_progress_starts_again_with_a_file_that_is_fetched_again(
+    settings: Settings, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_module, "PROGRESS_BYTES", PIECE)
+    path = quick(source, settings).folder / WEIGHTS
+    path.write_bytes(b"!" + path.read_bytes()[1:])
+    told: list[int] = []
+    fetch(source, settings, lambda name, done, total: told.append(done) if name == WEIGHTS else None)
+    assert (told[0], told[-1]) == (256_000, 256_000)
+    again = told[1:]
+    assert again == sorted(set(again))
+    assert again[0] < 256_000
+    assert all(after - before >= PIECE for before, after in itertools.pairwise(again[:-1]))
+
+
+def test_a_folder_that_another_process_fetches_into_is_waited_for_and_said(
+    hub: LoopbackHub, settings: Settings, source: Source
+) -> None:
+    folder = settings.cache_dir / "sources" / "org/model" / str(source.commit)
+    folder.parent.mkdir(parents=True)
+    other = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    said: list[str] = []
+
+    def go_on(reason: str) -> None:
+        said.append(reason)
+        assert hub.requests == []
+        os.close(other)
+
+    assert (fetch(source, settings, on_wait=go_on).folder / WEIGHTS).is_file()
+    (reason,) = said
+    assert str(folder) in reason
+    fetch(source, settings, on_wait=said.append)
+    assert len(said) == 1
 
 
 def test_a_folder_that_changes_while_it_is_read_is_refused(settings: Settings, folder: Path) -> None:
