@@ -13,11 +13,11 @@ from pathlib import Path
 from pipeline.errors import CorruptWeightsError, SourceNotFoundError
 from pipeline.hub.client import HubClient, Sleep
 from pipeline.hub.repository import Repository, RepositoryKind, SourceFile
-from pipeline.hub.selection import CARD_FILE, INDEX_FILE, choose_weights, is_companion, require_model
+from pipeline.hub.selection import CARD_FILE, is_companion, require_model
 from pipeline.hub.translate import not_a_name
 from pipeline.settings import Settings
+from pipeline.weights import INDEX_FILE, choose_weights, read_weight_map
 
-MAX_INDEX_BYTES = 100_000_000
 _REPOSITORY = re.compile(r"(?P<name>(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 
 
@@ -69,7 +69,7 @@ def pin_source(text: str, settings: Settings, *, sleep: Sleep = time.sleep) -> S
     Raises:
         SourceNotFoundError: when there is no such folder, repository or revision, no access, or no model in it.
         UnsafeWeightsError: when its weights are only there as pickles.
-        CorruptWeightsError: when its weights index cannot be read or names an absent file.
+        CorruptWeightsError: when its weights index cannot be read or names a file that is not beside it.
     """
     folder = Path(text).expanduser() if text and "\0" not in text else None
     if folder is not None and folder.is_dir():
@@ -158,11 +158,8 @@ def _with_weights(source: Source, where: str, settings: Settings) -> Source:
     """Return the source with its weights files chosen, having required that it is a model at all."""
     sizes = source.file_sizes
     require_model(sizes, where)
-    if sizes.get(INDEX_FILE, 0) > MAX_INDEX_BYTES:
-        oversized = f"{where}: {INDEX_FILE} has {sizes[INDEX_FILE]} bytes, too many for an index"
-        raise CorruptWeightsError(oversized, code="source.index", hint="choose another revision of the source")
-    index_json = read_bytes(source, settings, INDEX_FILE) if INDEX_FILE in sizes else None
-    chosen = choose_weights(sizes, index_json, where)
+    weight_map = read_weight_map(sizes, range_reader(source, settings), where)
+    chosen = choose_weights(sizes, weight_map, where)
     return Source(source.name, source.is_local, source.endpoint, source.commit, source.files, chosen, source.location)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pipeline.errors import (
     CorruptWeightsError,
@@ -24,6 +26,8 @@ from pipeline.errors import (
 from pipeline.hub.repository import SourceFile
 from pipeline.hub.source import companion_files, needed_files, pin_source, range_reader, read_bytes, read_range
 from pipeline.settings import Settings
+from pipeline.tensors.index import read_index
+from pipeline.tensors.local import read_folder_index
 from tests.loopback_hub import Fault, LoopbackHub
 
 NEEDED = [
@@ -279,21 +283,60 @@ def test_a_folder_without_a_model_is_refused(settings: Settings, tmp_path: Path,
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
-        (b"{", "no JSON object with a weight_map"),
-        (b"[]", "no JSON object with a weight_map"),
-        (b'{"weight_map": 1}', "no JSON object with a weight_map"),
-        (b'{"weight_map": {"a": ["x"]}}', "no JSON object with a weight_map"),
-        (b'{"weight_map": {}}', "names no file"),
-        (b'{"weight_map": {"a": "absent.safetensors"}}', "names 'absent.safetensors'"),
-        (b'{"weight_map": {"a": "pytorch_model.bin"}}', "names 'pytorch_model.bin'"),
-        (b'{"weight_map": {"a": 7}}', "names 7"),
+        (b"{", "is not a UTF-8 JSON object"),
+        (b"[]", "is not a UTF-8 JSON object"),
+        (b"\xff", "is not a UTF-8 JSON object"),
+        (b'{"weight_map": {"a": "x", "a": "y"}}', "the name 'a' occurs twice"),
+        (b'{"weight_map": 1}', "has no weight_map"),
+        (b'{"weight_map": {}}', "has no weight_map"),
+        (b'{"weight_map": {"a": ["x"]}}', "'a' is in ['x'], which is no safetensors file"),
+        (b'{"weight_map": {"a": "absent.safetensors"}}', "'a' is in 'absent.safetensors', which is absent"),
+        (b'{"weight_map": {"a": "pytorch_model.bin"}}', "'a' is in 'pytorch_model.bin', which is no safetensors file"),
+        (b'{"weight_map": {"a": "sub/a.safetensors"}}', "'a' is in 'sub/a.safetensors', which is not beside"),
+        (b'{"weight_map": {"a": 7}}', "'a' is in 7, which is no safetensors file"),
     ],
 )
 def test_an_index_that_cannot_be_followed_is_refused(
     settings: Settings, hub: LoopbackHub, model_files: dict[str, bytes], index: bytes, reason: str
 ) -> None:
-    hub.add("org/model", {**model_files, "model.safetensors.index.json": index})
-    assert reason in refusal("org/model", settings, CorruptWeightsError).message
+    files = {**model_files, "sub/a.safetensors": b"x", "model.safetensors.index.json": index}
+    hub.add("org/model", files)
+    message = refusal("org/model", settings, CorruptWeightsError).message
+    assert reason in message
+    assert message.startswith("org/model@")
+
+
+def test_several_files_without_an_index_are_refused_before_anything_is_fetched(
+    settings: Settings, hub: LoopbackHub, model_files: dict[str, bytes]
+) -> None:
+    del model_files["model.safetensors.index.json"]
+    hub.add("org/model", model_files)
+    error = refusal("org/model", settings, CorruptWeightsError)
+    assert "there are 2 safetensors files" in error.message
+    assert "add the index" in error.hint
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["model.safetensors", "adapter_model.safetensors"], "model.safetensors"),
+        (["weights.safetensors", "consolidated.safetensors"], "weights.safetensors"),
+        (["consolidated.safetensors", "sub/model.safetensors"], "consolidated.safetensors"),
+    ],
+)
+def test_a_plan_and_a_conversion_choose_the_same_weights(
+    settings: Settings, hub: LoopbackHub, tmp_path: Path, names: list[str], chosen: str, is_local: bool
+) -> None:
+    (tmp_path / "one").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "one" / "file")
+    files = {"config.json": b"{}", **dict.fromkeys(names, (tmp_path / "one" / "file").read_bytes())}
+    hub.add("org/model", files)
+    folder = write(tmp_path / "model", files)
+    source = pin_source(str(folder) if is_local else "org/model", settings)
+    assert source.weight_files == (chosen,)
+    assert read_index(source.file_sizes, range_reader(source, settings)).files == (chosen,)
+    assert read_folder_index(folder).files == (chosen,)
 
 
 def test_a_listing_is_asked_for_again_after_an_outage(
