@@ -43,7 +43,7 @@ def fetch_dataset_file(text: str, settings: Settings, *, sleep: Sleep = time.sle
         )
     name, path = match["name"], match["path"]
     repository = Repository(RepositoryKind.DATASET, name, settings.hub_endpoint)
-    client = HubClient(settings.hub_token, sleep)
+    client = HubClient(settings.find_hub_token(), sleep)
     commit, files = client.listing(repository, match["revision"])
     wanted = tuple(file for file in files if file.path == path)
     if not wanted:

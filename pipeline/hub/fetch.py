@@ -79,7 +79,7 @@ def fetch(
         return _digest_folder(source, needed, settings, on_progress)
     assert source.commit is not None, "a hub source is pinned"
     folder = settings.cache_dir / "sources" / source.name / source.commit
-    client = HubClient(settings.hub_token, sleep)
+    client = HubClient(settings.find_hub_token(), sleep)
     fetched = fetch_files(
         client, source.repository, source.commit, needed, folder, settings.cache_dir, on_progress, on_wait
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -71,17 +72,17 @@ def pin_source(text: str, settings: Settings, *, sleep: Sleep = time.sleep) -> S
         UnsafeWeightsError: when its weights are only there as pickles.
         CorruptWeightsError: when its weights index cannot be read or names a file that is not beside it.
     """
-    folder = Path(text).expanduser() if text and "\0" not in text else None
+    folder = _existing(text)
     if folder is not None and folder.is_dir():
         return _pin_folder(folder.resolve(), settings)
-    if folder is not None and folder.exists():
+    if folder is not None:
         raise SourceNotFoundError(
             f"source {text!r} is a file, not a folder",
             code="source.not_a_folder",
             hint=f"give the folder that holds config.json and *.safetensors, for example {folder.parent}",
         )
     if text.startswith(("/", "./", "../", "~")) or text in (".", ".."):
-        missing = f"there is no folder {text!r}"
+        missing = f"there is no folder {text!r:.200}"
         raise SourceNotFoundError(missing, code="source.no_folder", hint="check the path; to use a hub write org/name")
     match = _REPOSITORY.fullmatch(text)
     if match is None:
@@ -98,7 +99,7 @@ def read_range(source: Source, settings: Settings, path: str, start: int, end: i
     """
     if not source.is_local:
         assert source.commit is not None, "a hub source is pinned"
-        return HubClient(settings.hub_token).read_range(source.repository, source.commit, path, start, end)
+        return HubClient(settings.find_hub_token()).read_range(source.repository, source.commit, path, start, end)
     try:
         with (Path(source.location) / path).open("rb") as handle:
             handle.seek(start)
@@ -138,6 +139,25 @@ def companion_files(source: Source) -> tuple[SourceFile, ...]:
     return tuple(file for file in source.files if is_companion(file.path) and file.path not in source.weight_files)
 
 
+def _existing(text: str) -> Path | None:
+    """Return what ``text`` names on this machine, None when that is nothing.
+
+    Raises:
+        SourceNotFoundError: when nobody may look whether there is something.
+    """
+    if not text or "\0" in text:
+        return None
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except RuntimeError:  # the home folder of nobody
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise _unreadable(Path(text), error) from error
+
+
 def _pin_folder(folder: Path, settings: Settings) -> Source:
     try:
         files = tuple(sorted(_list_folder(folder, depth=2), key=lambda file: file.path))
@@ -148,7 +168,7 @@ def _pin_folder(folder: Path, settings: Settings) -> Source:
 
 def _pin_repository(name: str, revision: str | None, settings: Settings, sleep: Sleep) -> Source:
     repository = Repository(RepositoryKind.MODEL, name, settings.hub_endpoint)
-    commit, listed = HubClient(settings.hub_token, sleep).listing(repository, revision)
+    commit, listed = HubClient(settings.find_hub_token(), sleep).listing(repository, revision)
     files = tuple(sorted(listed, key=lambda file: file.path))
     source = Source(name, False, settings.hub_endpoint, commit, files, (), name)
     return _with_weights(source, f"{name}@{revision or commit[:12]}", settings)

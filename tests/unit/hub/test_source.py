@@ -131,10 +131,25 @@ def test_a_folder_is_read_in_place(settings: Settings, tmp_path: Path, monkeypat
         read_bytes(source, settings, "absent")
 
 
-@pytest.mark.parametrize("text", ["./x", "/nonexistent/x", "~/no-such-folder-of-a-model", "../x", "./org/name@main"])
+@pytest.mark.parametrize(
+    "text", ["./x", "/nonexistent/x", "~/no-such-folder-of-a-model", "~nosuchuser123/x", "../x", "./org/name@main"]
+)
 def test_an_absent_path_is_called_a_folder(settings: Settings, text: str) -> None:
     error = refusal(text, settings)
     assert error.message == f"there is no folder {text!r}"
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "a/" * 3000, "org/" + "a" * 300])
+def test_a_name_that_no_file_system_takes_is_no_folder(settings: Settings, hub: LoopbackHub, text: str) -> None:
+    error = refusal(text, settings)
+    assert error.code in ("source.bad_name", "source.not_found")
+    assert len(error.message) < 500
+
+
+def test_an_overlong_path_is_called_a_folder(settings: Settings) -> None:
+    error = refusal("/" + "a" * 5000, settings)
+    assert error.message.startswith("there is no folder '/aaa")
+    assert len(error.message) < 500
 
 
 def test_a_file_is_not_a_folder(settings: Settings, tmp_path: Path) -> None:
@@ -355,6 +370,20 @@ def test_a_pinned_source_holds_no_secret(hub: LoopbackHub, settings: Settings, m
     assert pickle.loads(pickle.dumps(source)) == source
     assert "hf_secret" not in repr(source)
     assert b"hf_secret" not in pickle.dumps(source)
+
+
+def test_a_token_file_matters_to_a_hub_and_not_to_a_folder(
+    settings: Settings, hub: LoopbackHub, tmp_path: Path, model_files: dict[str, bytes]
+) -> None:
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    own = dataclasses.replace(settings, hub_token_file=tmp_path / "token")
+    folder = write(tmp_path / "model", {"config.json": b"{}", "model.safetensors": b"0123456789"})
+    assert pin_source(str(folder), own).is_local
+    hub.add("org/model", model_files)
+    assert str(tmp_path / "token") in refusal("org/model", own, SourceError).message
+    (tmp_path / "token").write_text("hf_x\n")
+    pin_source("org/model", own)
+    assert {request.headers["authorization"] for request in hub.requests} == {"Bearer hf_x"}
 
 
 def test_nobody_logged_in_means_anonymous(
