@@ -29,9 +29,9 @@ class Settings:
         s3_endpoint: Endpoint URL for ``s3://`` targets (``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``), or None
             for AWS itself. Keys and region are read by boto3 from the environment as everywhere.
         ray_address: Cluster to join (``RAY_ADDRESS``), or None to start one on this machine.
-        hub_token_file: Where ``hf auth login`` leaves a token (``HF_TOKEN_PATH``, default ``token`` in ``HF_HOME``, whose
-            default is ``~/.cache/huggingface``), or None to read anonymously. Read when a hub is contacted and not
-            before: whatever is wrong with it is nothing to a local source.
+        hub_token_file: Where ``hf auth login`` leaves a token (``HF_TOKEN_PATH``, default ``token`` in ``HF_HOME``), or
+            None to read anonymously. Read when a hub is contacted and not before: whatever is wrong with it is nothing
+            to a local source.
     """
 
     hub_endpoint: str
