@@ -42,7 +42,7 @@ from pipeline.errors import GateFailed, PipelineError
     help="Where tensors are computed.",
 )
 @click.option("--address", metavar="ADDRESS", help="Ray cluster to run on.  [default: RAY_ADDRESS, else this machine]")
-@click.option("--json", "as_json", is_flag=True, help="Progress as JSON lines on standard error.")
+@click.option("--json", "as_json", is_flag=True, help="Events as JSON lines, and nothing else, on standard error.")
 def convert_command(
     targets: tuple[str, ...],
     workers: int | None,
@@ -76,7 +76,8 @@ def convert_command(
         )
         outcomes = convert(spec, settings, options, with_progress)
     except PipelineError as error:
-        with_progress.emit(Failed(error.code, error.message, error.hint))
+        if not as_json:  # there the command line says every failure, as the last event
+            with_progress.emit(Failed(error.code, error.message, error.hint))
         raise
     finally:
         with_progress.close()

@@ -121,7 +121,7 @@ def convert(
 
 def fetch_source(source: Source, settings: Settings, sink: EventSink) -> tuple[FetchedSource, dict[str, FileStamp]]:
     """Return a source with its needed files local and verified, and what the weights files were when they were; says
-    how far it is.
+    how far it is or what it waits for.
 
     Raises:
         SourceError, StorageError: as ``fetch``.
@@ -136,7 +136,7 @@ def fetch_source(source: Source, settings: Settings, sink: EventSink) -> tuple[F
     # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from a hub
     # lies in our own cache, and is there only afterwards.
     before = stamp_files(Path(source.location), source.weight_files) if source.is_local else None
-    fetched = fetch(source, settings, advanced)
+    fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)))
     return fetched, before or stamp_files(fetched.folder, source.weight_files)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.errors import SourceError, SourceNotFoundError, UnsupportedArchitectureError
 from pipeline.skeleton.groups import LinearGroup, is_linear, linear_groups
 from pipeline.skeleton.model import Skeleton
-from pipeline.tensors.header import parse_json_object
+from pipeline.strict_json import parse_json_object
 from pipeline.tensors.index import WeightIndex
 from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import FileStamp, check_finite, read_tensors

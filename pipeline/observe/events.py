@@ -2,8 +2,8 @@
 
 A job says ``SourceAdvanced`` while the source's files come in, ``JobStarted`` once, then one ``StageFinished`` for
 every unit of work that it declared there, with ``Warned`` and ``Degraded`` where they arise. It ends with one
-``Published`` or failing ``VariantJudged`` per variant, or with ``Failed``. Costs are estimates (floating-point
-operations, or anything proportional to time): they only have to be comparable inside one phase.
+``Published`` or failing ``VariantJudged`` per variant, and with ``Failed`` when the command fails. Costs are estimates
+(floating-point operations, or anything proportional to time): they only have to be comparable inside one phase.
 """
 
 from __future__ import annotations
@@ -179,10 +179,10 @@ class Published:
 
 @dataclass(frozen=True)
 class Failed:
-    """The job ends here.
+    """The command ends here without having done all that was asked for.
 
     Attributes:
-        code: Stable reason, as on ``PipelineError``.
+        code: Stable reason, as on ``PipelineError``; or ``interrupted``, ``terminated``, ``usage``.
         message: What is wrong.
         hint: What to do next; may be empty.
     """

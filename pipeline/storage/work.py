@@ -229,11 +229,6 @@ class WorkStore:
                     if folder.exists():
                         folder.rename(aside)
 
-    def take_damaged(self) -> list[DamagedStage]:
-        """Return the stages found damaged since the last call, oldest first."""
-        taken, self.damaged = self.damaged, []
-        return taken
-
     @contextmanager
     def private_folder(self) -> Iterator[Path]:
         """Give the path of a folder for one process alone, on the work directory's disk; `sweep` removes it when the

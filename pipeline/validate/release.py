@@ -17,7 +17,7 @@ from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
 from pipeline.skeleton.groups import LinearRef, linear_groups
 from pipeline.skeleton.model import Skeleton, dense_logits
 from pipeline.skeleton.tokenizer import TextTokenizer
-from pipeline.tensors.header import parse_json_object
+from pipeline.strict_json import parse_json_object
 from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import read_tensors
 from pipeline.validate.dense import DenseReader, scale_problems
