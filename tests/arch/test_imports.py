@@ -15,7 +15,7 @@ TIERS = [
     {"graph"},
     {"validate", "publish", "calibrate"},
     {"quantize", "formats", "tensors", "hub", "storage", "skeleton", "observe"},
-    {"spec", "facts", "settings", "errors", "fingerprint", "units"},
+    {"spec", "variants", "strict", "facts", "settings", "errors", "fingerprint", "units"},
 ]
 ALLOWED_SIBLINGS = {("formats", "quantize")}
 OWNERS = {

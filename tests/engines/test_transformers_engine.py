@@ -75,7 +75,7 @@ def test_engine_computes_what_the_reference_computes_for_other_architectures(nam
             "variants": ARCHITECTURES[name],
             "targets": [str(tmp_path / "out")],
             "calibration": {"samples": 8, "length": 64},
-            "gates": {**gates, "max_relative_error": None, "generated_tokens": 4},
+            "gates": {**gates, "max_relative_error": None, "generated_tokens": 8},
         },
         tmp_path,
     )

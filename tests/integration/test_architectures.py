@@ -53,7 +53,7 @@ OPEN_GATES = {
     "max_degradations": 0,
     "heldout_samples": 2,
     "heldout_length": 32,
-    "generated_tokens": 4,
+    "generated_tokens": 8,
     "prompts": [{"prompt": "It was a cold morning"}],
 }
 
