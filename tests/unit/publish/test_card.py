@@ -16,6 +16,7 @@ from markdown_it import MarkdownIt
 from pipeline.facts import Check, ReleaseFacts, Sample
 from pipeline.publish import card
 from pipeline.publish.card import front_matter, render_card, reproduce_command, reproduce_spec
+from pipeline.publish.tensor_parallel import TP_SIZES
 from pipeline.spec import VariantSpec, build_spec, parse_variant
 from tests.factories import make_facts, make_module, make_modules, make_verdict
 
@@ -126,6 +127,13 @@ def test_tensor_parallel_sizes_are_answered_with_the_limiting_linear() -> None:
     answers = section(render_card(make_facts()), "Load it")
     assert "| 2 | yes |  |" in answers
     assert "| 4 | no | `model.layers.0.mlp.down_proj`: 704 inputs per rank are not whole groups of 128 |" in answers
+
+
+def test_a_release_that_no_kernel_takes_is_not_said_to_load() -> None:
+    load = section(render_card(make_facts("awq-w8-g128")), "Load it")
+    assert "| 1 | no | vLLM's Marlin kernel takes zero points with 4-bit codes only" in load
+    assert "fast kernel" not in load
+    assert load.count("takes zero points with 4-bit codes only") == 1 + len(TP_SIZES)
 
 
 def test_a_passing_verdict_shows_every_figure_against_its_budget() -> None:
