@@ -29,7 +29,7 @@ def regular_expression(text: str) -> str:
 
 
 def problems(error: ValidationError, root: type[Strict]) -> Iterator[str]:
-    """Yield one line for each problem of a ``root``, naming its key, the reason, and the legal keys of an unknown one."""
+    """Yield one line for each problem of a ``root``: its key, the reason, and the legal keys of an unknown one."""
     found = error.errors()
     for item in found:
         place = item["loc"]

@@ -20,8 +20,9 @@ from pipeline.fingerprint import fingerprint
 from pipeline.formats.config import quantization_config
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.outline import Outline
-from pipeline.graph.schemes import MatrixPlan, plan_matrices
+from pipeline.graph.schemes import MatrixPlan, plan_matrices, require_known_ignores
 from pipeline.graph.stages import ALGORITHM_VERSIONS
+from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.spec import CalibrationSpec, ConversionSpec, GateSpec, Method, VariantSpec
 
@@ -65,11 +66,17 @@ def make_variant_plan(spec: VariantSpec, outline: Outline) -> VariantPlan:
     """Return the variant with everything decided for a source.
 
     Raises:
-        PlanError: when nothing could be quantized, or the variant refuses a fallback that is needed.
+        PlanError: when nothing could be quantized, an ignore names nothing, or the variant refuses a fallback that is
+            needed.
     """
     matrices = plan_matrices(spec, outline.groups)
-    # Loaders take every linear for quantized that is not named, so the output head and the like are named too.
-    schemes = dict.fromkeys(outline.other_linears) | {name: plan.scheme for name, plan in matrices.items()}
+    require_known_ignores(spec, [*matrices, *outline.other_linears])
+    # Loaders take every linear for quantized that is not named, so the output head and the like are named too. They
+    # look for the model's names, which transformers may have made from other ones in the checkpoint.
+    schemes: dict[str, Scheme | None] = dict.fromkeys(outline.other_linears)
+    for stored, plan in matrices.items():
+        model_name = f"{outline.skeleton.block_names[plan.block]}.{plan.linear.local_name}"
+        schemes |= {model_name: plan.scheme, stored: plan.scheme}
     return VariantPlan(spec, matrices, quantization_config(spec.format, schemes, spec, version("bitmill")))
 
 
