@@ -20,7 +20,7 @@ from pipeline.fingerprint import fingerprint
 from pipeline.formats.config import quantization_config
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.outline import Outline
-from pipeline.graph.schemes import MatrixPlan, plan_matrices, require_known_ignores
+from pipeline.graph.schemes import MatrixPlan, plan_matrices, require_known_ignores, require_whole_groups
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup
@@ -71,6 +71,7 @@ def make_variant_plan(spec: VariantSpec, outline: Outline) -> VariantPlan:
     """
     matrices = plan_matrices(spec, outline.groups)
     require_known_ignores(spec, [*matrices, *outline.other_linears])
+    require_whole_groups(spec, (group for block in outline.groups for group in block), matrices)
     # Loaders take every linear for quantized that is not named, so the output head and the like are named too. They
     # look for the model's names, which transformers may have made from other ones in the checkpoint.
     schemes: dict[str, Scheme | None] = dict.fromkeys(outline.other_linears)

@@ -68,6 +68,24 @@ def quantized_part(group: LinearGroup, plans: Mapping[str, MatrixPlan]) -> Linea
     return replace(group, linears=members) if members else None
 
 
+def require_whole_groups(variant: VariantSpec, groups: Iterable[LinearGroup], plans: Mapping[str, MatrixPlan]) -> None:
+    """Return when every linear group is quantized whole or not at all: work units solve whole groups.
+
+    Raises:
+        PlanError: naming the members of the first group that is not, apart.
+    """
+    for group in groups:
+        part = quantized_part(group, plans)
+        if part is not None and part != group:
+            kept = ", ".join(linear.name for linear in group.linears if linear not in part.linears)
+            raise PlanError(
+                f"variant {variant.name}: {kept} cannot stay unquantized alone: {part.label} reads the same input and "
+                "is solved with it",
+                code="plan.group",
+                hint="ignore all of them, or none",
+            )
+
+
 def require_known_ignores(variant: VariantSpec, names: Iterable[str]) -> None:
     """Return when every entry of the variant's ``ignore`` names a linear.
 

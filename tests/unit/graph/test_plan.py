@@ -97,6 +97,15 @@ def test_unquantized_linears_weigh_what_they_did_and_cost_nothing(
     assert [(row.bits, row.group_size, row.bytes_in) for row in kept] == [(16, 0, row.bytes_out) for row in kept]
 
 
+def test_part_of_a_group_is_not_left_out(make_spec: MakeSpec, tmp_path: Path) -> None:
+    outline = open_folder(make_model("phi", tmp_path / "phi")).outline
+    for pattern in ("re:fc1$", "re:k_proj$"):
+        variant = {"name": "some", "method": "gptq", "group_size": 64, "ignore": [pattern]}
+        with pytest.raises(PlanError, match="cannot stay unquantized alone") as caught:
+            make_variant_plan(make_spec(variants=[variant]).variants[0], outline)
+        assert caught.value.code == "plan.group"
+
+
 def test_codes_that_no_kernel_takes_are_noted(llama: Path, make_spec: MakeSpec, settings: Settings) -> None:
     (plan,) = report(llama, make_spec(variants=["awq-w8-g64"]), settings).variants
     assert [(count, "zero points with 4-bit codes only" in note) for note, count in plan.notes.items()] == [(14, True)]
