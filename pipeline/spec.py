@@ -88,7 +88,8 @@ class GateSpec(Strict):
     max_perplexity_ratio: float | Literal["auto"] | None = "auto"
     """Perplexity on held-out text over the source's."""
     max_degradations: Annotated[int, Field(ge=0)] | None = 0
-    """Fallbacks inside solvers (for example a damping rung above the first) that are accepted; each is on the card."""
+    """Fallbacks inside solvers that are accepted, each on the card: a linear whose damping had to be raised, a linear
+    with groups whose scale is too small or too large to be stored."""
     heldout: str = "builtin"
     """Held-out text: `builtin`, a file, or a file of a dataset repository, as for calibration."""
     heldout_samples: Annotated[int, Field(ge=1)] = 16

@@ -27,7 +27,7 @@ from torch import Tensor
 from pipeline.errors import QuantizationError
 from pipeline.quantize.checks import require_solvable
 from pipeline.quantize.gptq import Factor, damping_ladder, factor, solve_columns
-from pipeline.quantize.grid import block_importance, channel_importance
+from pipeline.quantize.grid import block_importance, channel_importance, unstorable_groups
 from pipeline.quantize.loss import row_losses
 from pipeline.quantize.rtn import round_rows
 from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport, Statistics, dequantize
@@ -59,7 +59,8 @@ class SolveOptions:
 @dataclass(frozen=True)
 class _Rows:
     """Solved rows: codes uint8 [O, I], scale float32 [O, G], zero uint8 [O, G], per row loss and energy w H w^T
-    (float64 [O], summed over tokens), squared norms of error and weight, and whether everything stayed finite."""
+    (float64 [O], summed over tokens), squared norms of error and weight, how many groups need a scale below or above
+    what can be stored (int64 [O]), and whether everything stayed finite."""
 
     codes_OI: Tensor
     scale_OG: Tensor
@@ -68,6 +69,8 @@ class _Rows:
     energy_O: Tensor
     error_norm_O: Tensor
     norm_O: Tensor
+    num_below_O: Tensor
+    num_above_O: Tensor
     is_finite_O: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -181,19 +184,22 @@ def _solve_in_tiles(weight_OI: Tensor, second_moment_II: Tensor, tile_solver: _T
     for weight_RI in torch.split(weight_OI, tile_rows):
         num_rows = weight_RI.shape[0]
         padded_RI = torch.nn.functional.pad(weight_RI, (0, 0, 0, tile_rows - num_rows))
-        codes_RI, scale_RG, zero_RG, loss_R, is_finite_R = (part[:num_rows] for part in tile_solver(padded_RI))
-        delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(weight_RI)
+        codes_RI, scale_RG, zero_RG, loss_R, is_finite_R = tile_solver(padded_RI)
+        delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(padded_RI)
+        num_below_R, num_above_R = unstorable_groups(padded_RI, scheme)
         solved = _Rows(
             codes_OI=codes_RI,
             scale_OG=scale_RG,
             zero_OG=zero_RG,
             loss_O=loss_R,
-            energy_O=row_losses(weight_RI, second_moment_II),
+            energy_O=row_losses(padded_RI, second_moment_II),
             error_norm_O=delta_RI.square_().sum(-1, dtype=torch.float64),
-            norm_O=weight_RI.square().sum(-1, dtype=torch.float64),
+            norm_O=padded_RI.square().sum(-1, dtype=torch.float64),
+            num_below_O=num_below_R,
+            num_above_O=num_above_R,
             is_finite_O=is_finite_R,
         )
-        tiles.append(solved.tensors())
+        tiles.append(tuple(tensor[:num_rows] for tensor in solved.tensors()))
     return _Rows(*(torch.cat(columns) for columns in zip(*tiles, strict=True)))
 
 
@@ -202,18 +208,25 @@ def _linear(
 ) -> QuantizedLinear:
     loss, energy = float(rows.loss_O.sum()), float(rows.energy_O.sum())
     error_norm, norm = float(rows.error_norm_O.sum()), float(rows.norm_O.sum())
-    degradations: tuple[str, ...] = ()
-    if damping > options.damping:
-        degradations = (f"damping raised from {options.damping:g} to {damping:g}: with less, H could not be factored",)
     report = SolveReport(
         loss=loss / statistics.num_tokens,
         relative_error=(loss / energy) ** 0.5 if energy > 0 else 0.0,
         weight_error=(error_norm / norm) ** 0.5 if norm > 0 else 0.0,
         damping=damping,
         num_dead_inputs=int((statistics.second_moment_II.diagonal() == 0).sum()),
-        degradations=degradations,
+        degradations=tuple(_degradations(rows, damping, options)),
     )
     if not all(map(math.isfinite, (report.loss, report.relative_error, report.weight_error))):
         raise QuantizationError(f"the loss overflows: weights as large as these ({norm**0.5:.3g}) cannot be stored")
     # Own memory: a view would keep (and a serializer would write) the whole stack.
     return QuantizedLinear(scheme, rows.codes_OI.clone(), rows.scale_OG.clone(), rows.zero_OG.clone(), report)
+
+
+def _degradations(rows: _Rows, damping: float, options: SolveOptions) -> Iterator[str]:
+    if damping > options.damping:
+        yield f"damping raised from {options.damping:g} to {damping:g}: with less, H could not be factored"
+    total = rows.scale_OG.numel()
+    if below := int(rows.num_below_O.sum()):
+        yield f"{below} of {total} groups need a scale below the smallest normal float16"
+    if above := int(rows.num_above_O.sum()):
+        yield f"{above} of {total} groups need a scale above the largest that can be stored"
