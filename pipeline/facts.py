@@ -100,7 +100,11 @@ class Sample(Facts):
     """A smoke prompt and what the release made of it."""
 
     prompt: str
+    expect: str
+    """The regular expression that the continuation had to match; empty when any text would do."""
     continuation: str
+    ids: tuple[int, ...]
+    """The continuation as it was generated: token ids without an end token."""
 
 
 class Verdict(Facts):

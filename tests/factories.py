@@ -74,6 +74,12 @@ def make_modules(num_blocks: int, bits: int = 4, group_size: int = 128) -> tuple
     return tuple(modules)
 
 
+def make_sample(prompt: str, continuation: str, **changes: Any) -> Sample:
+    """Return a sample whose tokens are words, with fields replaced."""
+    ids = tuple(range(len(continuation.split())))
+    return Sample(**({"prompt": prompt, "expect": "", "continuation": continuation, "ids": ids} | changes))
+
+
 def make_verdict(variant: VariantSpec, **changes: Any) -> Verdict:
     """Return a verdict that passed, with fields replaced."""
     fields: dict[str, Any] = {
@@ -85,8 +91,9 @@ def make_verdict(variant: VariantSpec, **changes: Any) -> Verdict:
         ),
         "budgets": resolve_budgets(GateSpec(), variant),
         "samples": (
-            Sample(prompt="The people of the United States", continuation=" are the only people in the world who"),
-            Sample(prompt="In the beginning of the year", continuation=", the company had a total of 12 million"),
+            make_sample("The people of the United States", " are the only people in the world who"),
+            make_sample("In the beginning of the year", ", the company had a total of 12 million"),
+            make_sample("It was a cold morning, and the ship", " was still in the harbour, waiting for"),
         ),
     }
     return Verdict(**(fields | changes))

@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard, metadata_load
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
-from pipeline.facts import Check, ReleaseFacts, Sample
+from pipeline.facts import Check, ReleaseFacts
 from pipeline.publish import card
 from pipeline.publish.card import front_matter, render_card, reproduce_command, reproduce_spec
 from pipeline.publish.tensor_parallel import TP_SIZES
 from pipeline.spec import VariantSpec, build_spec, parse_variant
-from tests.factories import make_facts, make_module, make_modules, make_verdict
+from tests.factories import make_facts, make_module, make_modules, make_sample, make_verdict
 
 VARIANTS = ("gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128", "gptq-w4-g64-ct-asym", "rtn-w8-channel")
 
@@ -247,7 +247,7 @@ def test_what_flags_cannot_say_is_reproduced_by_a_spec_file() -> None:
 
 def test_samples_keep_the_border_between_prompt_and_continuation() -> None:
     facts = make_facts()
-    samples = (Sample(prompt="```\n# heading", continuation='"\n---\n\x1b[2J```` </p>'),)
+    samples = (make_sample("```\n# heading", '"\n---\n\x1b[2J```` </p>'),)
     text = render_card(facts.model_copy(update={"verdict": make_verdict(facts.variant, samples=samples)}))
     shown = [fence for fence in fences(text) if fence.startswith("prompt:")]
     assert shown == ['prompt:  "```\\n# heading"\nrelease: "\\"\\n---\\n\\u001b[2J```` </p>"\n']
