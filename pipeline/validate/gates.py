@@ -85,8 +85,8 @@ def check_divergence(quality: Quality, budgets: Budgets) -> Check:
 def check_generation(
     prompts: Sequence[PromptSpec], source: Sequence[Continuation], variant: Sequence[Continuation]
 ) -> Check:
-    """Return whether every smoke prompt was continued as the spec expects and without degenerating where the source does
-    not; how many were excused is said."""
+    """Return whether every smoke prompt was continued as the spec expects, and degenerates only where the source does;
+    how many were excused by that is said."""
     judged = [judge_continuation(*case) for case in zip(prompts, source, variant, strict=True)]
     faults = [item.fault for item in judged if item.fault]
     excused = [item.excused for item in judged if item.excused]

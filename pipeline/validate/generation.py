@@ -24,8 +24,8 @@ RUN_LENGTH = 8
 
 MAX_PERIOD, LOOP_REPEATS, LOOP_TOKENS, LOOP_SHARE = 16, 4, 8, 0.75
 """A continuation is degenerate when it ends in a loop: up to MAX_PERIOD tokens that come LOOP_REPEATS times or more, in
-all at least LOOP_TOKENS tokens and LOOP_SHARE of the continuation. Text that repeats with a purpose (a refrain, a table,
-sentences of one pattern) stays below that; no 8, 16 or 32 tokens in a row of the shipped held-out text come near."""
+all at least LOOP_TOKENS tokens and LOOP_SHARE of the continuation. Text that repeats with a purpose (a refrain, a
+table, sentences of one pattern) stays below that, and so does every stretch of the shipped held-out text."""
 
 MIN_DISTINCT = 0.15
 """Fewer distinct tokens than this share of the continuation is degenerate."""
