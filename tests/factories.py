@@ -127,8 +127,11 @@ def make_facts(variant: str | VariantSpec = "gptq-w4-g128", num_blocks: int = 12
         "dropped": {},
         "cautions": (),
         "quality": Quality(
-            heldout_text="builtin",
+            heldout_text="builtin:heldout",
+            heldout_samples=16,
+            heldout_length=512,
             heldout_tokens=8176,
+            heldout_overlap=0.0,
             source_perplexity=22.61,
             perplexity=23.94,
             kl=0.0612,
@@ -138,8 +141,8 @@ def make_facts(variant: str | VariantSpec = "gptq-w4-g128", num_blocks: int = 12
         "generated_tokens": 32,
         "size_bytes": round(quantized * (spec.bits + 20 / 128) / 8) + 2 * kept,
         "siblings": (
-            SiblingFacts(variant="awq-w4-g128", size_bytes=152_000_000, kl=0.0533, perplexity=23.71),
-            SiblingFacts(variant="rtn-w8-g128", size_bytes=229_000_000, kl=0.00121, perplexity=22.63),
+            SiblingFacts(variant="awq-w4-g128", passed=True, size_bytes=152_000_000, kl=0.0533, perplexity=23.71),
+            SiblingFacts(variant="rtn-w8-g128", passed=True, size_bytes=229_000_000, kl=0.00121, perplexity=22.63),
         ),
         "versions": {"bitmill": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "compressed-tensors": "0.20.0"},
         "compute": "cpu float32",

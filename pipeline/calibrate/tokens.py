@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CalibrationError
+from pipeline.facts import OVERLAP_TOKENS
 from pipeline.fingerprint import digest_bytes
 from pipeline.hub.dataset import fetch_dataset_file
 from pipeline.settings import Settings
@@ -24,9 +25,6 @@ from pipeline.settings import Settings
 BUILTIN = "builtin"
 BUILTIN_FILES = {"calibration": "calibration.txt", "heldout": "heldout.txt"}
 """The shipped texts; see ``jobs/demo/train.py`` for where they come from."""
-
-OVERLAP_TOKENS = 32
-"""Tokens in a row that held-out and calibration text share only when one was copied from the other."""
 
 HASH_BASE = 0x5DEECE66D
 """Odd and large, so that runs of small token ids spread over all 64 bits."""

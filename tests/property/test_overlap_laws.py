@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.calibrate.tokens import OVERLAP_TOKENS, TokenBatch, overlap
+from pipeline.calibrate.tokens import TokenBatch, overlap
+from pipeline.facts import OVERLAP_TOKENS
 
 W = OVERLAP_TOKENS
 TEXT = st.lists(st.integers(0, 2**17), min_size=1, max_size=3 * W)

@@ -67,7 +67,7 @@ def test_relative_error_is_judged_module_by_module(error: float, budget: float |
     assert ("1 modules above" in check.detail and "b (" in check.detail) is not passed
 
 
-def test_modules_in_16_bit_have_no_error_to_judge() -> None:
+def test_unquantized_modules_have_no_error_to_judge() -> None:
     kept = make_module("head", bits=16, group_size=0, relative_error=0.0)
     check = check_relative_error([kept, make_module("a", relative_error=0.1)], 0.2)
     assert check.figures == {"worst": 0.1}

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pipeline.calibrate.tokens import BUILTIN_FILES
-from pipeline.facts import Quality
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import Budgets, PromptSpec
 from pipeline.validate import divergence
 from pipeline.validate.gates import check_accounting, check_divergence, check_round_trip
 from pipeline.validate.generation import Continuation, Fault, degeneracy, judge_continuation
 from tests.architectures import TOKENIZER_FOLDER
+from tests.factories import make_facts
 
 GOOD = Continuation(tuple(range(20)), "words that go on")
 STUCK = Continuation((7,) * 20, "!!!!!!!!!!!!!!!!!!!!")
@@ -40,9 +40,7 @@ def test_every_linear_must_be_proven() -> None:
 )
 def test_divergence_is_judged_by_its_budgets(kl: float, perplexity: float, passed: bool) -> None:
     budgets = Budgets(max_relative_error=None, max_kl=0.2, max_perplexity_ratio=1.5, max_degradations=0)
-    quality = Quality(
-        heldout_text="t", heldout_tokens=10, source_perplexity=10.0, perplexity=perplexity, kl=kl, top1_agreement=0.9
-    )
+    quality = make_facts().quality.model_copy(update={"source_perplexity": 10.0, "perplexity": perplexity, "kl": kl})
     assert check_divergence(quality, budgets).passed is passed
 
 
