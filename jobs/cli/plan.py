@@ -96,7 +96,7 @@ def _render_matrices(variant: VariantReport, console: Console) -> None:
             str(row.block),
             row.name,
             f"{row.out_features} x {row.in_features}",
-            str(row.bits),
+            str(row.bits) if row.group_size else "-",
             str(row.group_size or "-"),
             format_bytes(row.bytes_in),
             format_bytes(row.bytes_out),

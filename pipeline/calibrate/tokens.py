@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CalibrationError
+from pipeline.facts import OVERLAP_TOKENS
 from pipeline.fingerprint import digest_bytes
 from pipeline.hub.dataset import fetch_dataset_file
 from pipeline.settings import Settings
@@ -24,6 +25,9 @@ from pipeline.settings import Settings
 BUILTIN = "builtin"
 BUILTIN_FILES = {"calibration": "calibration.txt", "heldout": "heldout.txt"}
 """The shipped texts; see ``jobs/demo/train.py`` for where they come from."""
+
+HASH_BASE = 0x5DEECE66D
+"""Odd and large, so that runs of small token ids spread over all 64 bits."""
 
 CHARS_PER_READ = 4_000_000
 """Text is tokenized in pieces of this many characters until there are enough tokens; pieces end at a line break."""
@@ -135,6 +139,34 @@ def coverage_cautions(num_tokens: int, widths: Iterable[int]) -> tuple[str, ...]
         f"{num_tokens:,} calibration tokens cannot cover the inputs of {len(short)} linears, up to {short[-1]:,} wide: "
         "their errors are only known in part",
     )
+
+
+def overlap(calibration: TokenBatch, heldout: TokenBatch) -> float:
+    """Return the share of held-out tokens that lie in a run of OVERLAP_TOKENS that the calibration tokens hold too.
+
+    Sequences of a batch follow one another in its text, so runs may cross their borders. Held-out tokens that are fewer
+    than a run count as one. Runs are found by a 64-bit hash and then compared token by token, so the share is exact.
+    """
+    seen_N, asked_N = calibration.tokens_NL.flatten(), heldout.tokens_NL.flatten()
+    width = min(OVERLAP_TOKENS, asked_N.numel())
+    if seen_N.numel() < width:
+        return 0.0
+    seen_hash_N, asked_hash_N = _window_hashes(seen_N, width), _window_hashes(asked_N, width)
+    candidates = torch.isin(seen_hash_N, asked_hash_N).nonzero().flatten().tolist()
+    runs = {tuple(seen_N[start : start + width].tolist()) for start in candidates}
+    is_covered_N = torch.zeros(asked_N.numel(), dtype=torch.bool)
+    for start in torch.isin(asked_hash_N, seen_hash_N).nonzero().flatten().tolist():
+        if tuple(asked_N[start : start + width].tolist()) in runs:
+            is_covered_N[start : start + width] = True
+    return int(is_covered_N.sum()) / is_covered_N.numel()
+
+
+def _window_hashes(tokens_N: Tensor, width: int) -> Tensor:
+    """Return a polynomial hash, int64 [N - width + 1] (modulo 2**64), of every run of ``width`` tokens."""
+    hash_N = torch.zeros(tokens_N.numel() - width + 1, dtype=torch.int64)
+    for offset in range(width):
+        hash_N = hash_N * HASH_BASE + tokens_N[offset : offset + hash_N.numel()]
+    return hash_N
 
 
 def take_tokens(

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.calibrate.tokens import overlap
 from pipeline.facts import (
     FACTS_FILE,
     CalibrationFacts,
@@ -165,7 +166,10 @@ def _quality(inputs: Inputs, own: VariantUnits, records: Records) -> Quality:
     total = add_up(Divergence(**records[unit.key].summary["divergence"]) for unit in own.scores)
     return Quality(
         heldout_text=inputs.heldout.provenance,
+        heldout_samples=inputs.heldout.tokens_NL.shape[0],
+        heldout_length=inputs.heldout.tokens_NL.shape[1],
         heldout_tokens=total.num_tokens,
+        heldout_overlap=overlap(inputs.calibration, inputs.heldout),
         source_perplexity=total.source_perplexity,
         perplexity=total.perplexity,
         kl=total.mean_kl,
@@ -206,7 +210,11 @@ def make_facts(
         size_bytes=own.size_bytes,
         siblings=tuple(
             SiblingFacts(
-                variant=o.plan.spec.name, size_bytes=o.size_bytes, kl=o.quality.kl, perplexity=o.quality.perplexity
+                variant=o.plan.spec.name,
+                passed=o.verdict.passed,
+                size_bytes=o.size_bytes,
+                kl=o.quality.kl,
+                perplexity=o.quality.perplexity,
             )
             for o in siblings
         ),

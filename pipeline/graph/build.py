@@ -10,7 +10,7 @@ piece is keyed by it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -23,7 +23,14 @@ from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Tuning
 from pipeline.graph.identity import Keyring
 from pipeline.graph.outline import Outline
-from pipeline.graph.schemes import MatrixPlan, plan_matrices
+from pipeline.graph.schemes import (
+    MatrixPlan,
+    plan_matrices,
+    quantized_part,
+    require_known_ignores,
+    require_whole_groups,
+)
+from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
 
@@ -56,25 +63,34 @@ class VariantPlan:
         spec = self.spec
         return {"damping": spec.damping, "act_order": spec.act_order, "clip_search": spec.clip_search}
 
-    def scheme_params(self, group: LinearGroup) -> dict[str, Any] | None:
-        """Return the grid that the group's members share, as JSON; None when they stay in 16 bit."""
-        scheme = self.matrices[group.linears[0].name].scheme
-        return (
-            None
-            if scheme is None
-            else {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
-        )
+    def quantized(self, groups: Sequence[LinearGroup]) -> list[tuple[int, LinearGroup, dict[str, Any]]]:
+        """Return for each of a block's groups of which something is quantized its position, that part of it, and the
+        grid of the part, as JSON."""
+        found = []
+        for position, group in enumerate(groups):
+            part = quantized_part(group, self.matrices)
+            scheme = self.matrices[part.linears[0].name].scheme if part is not None else None
+            if part is not None and scheme is not None:
+                found.append((position, part, asdict(scheme)))
+        return found
 
 
 def make_variant_plan(spec: VariantSpec, outline: Outline) -> VariantPlan:
     """Return the variant with everything decided for a source.
 
     Raises:
-        PlanError: when nothing could be quantized, or the variant refuses a fallback that is needed.
+        PlanError: when nothing could be quantized, an ignore names nothing, or the variant refuses a fallback that is
+            needed.
     """
     matrices = plan_matrices(spec, outline.groups)
-    # Loaders take every linear for quantized that is not named, so the output head and the like are named too.
-    schemes = dict.fromkeys(outline.other_linears) | {name: plan.scheme for name, plan in matrices.items()}
+    require_known_ignores(spec, [*matrices, *outline.other_linears])
+    require_whole_groups(spec, (group for block in outline.groups for group in block), matrices)
+    # Loaders take every linear for quantized that is not named, so the output head and the like are named too. They
+    # look for the model's names, which transformers may have made from other ones in the checkpoint.
+    schemes: dict[str, Scheme | None] = dict.fromkeys(outline.other_linears)
+    for stored, plan in matrices.items():
+        model_name = f"{outline.skeleton.block_names[plan.block]}.{plan.linear.local_name}"
+        schemes |= {model_name: plan.scheme, stored: plan.scheme}
     return VariantPlan(spec, matrices, quantization_config(spec.format, schemes, spec, version("bitmill")))
 
 
@@ -197,11 +213,7 @@ class UnitBuilder:
 
     def _block(self, plan: VariantPlan, block: int, merged: list[WorkUnit]) -> WorkUnit:
         spec = plan.spec
-        quantized = [
-            (position, group, scheme)
-            for position, group in enumerate(self.outline.groups[block])
-            if (scheme := plan.scheme_params(group)) is not None
-        ]
+        quantized = plan.quantized(self.outline.groups[block])
         scales = [
             self._scales(plan, group, position, scheme, merged[position])
             for position, group, scheme in quantized
@@ -269,6 +281,7 @@ class UnitBuilder:
                 "scales": [unit.key for unit in scales],
             },
         )
+        members = [linear.local_name for linear in group.linears]
         is_gptq = spec.method is Method.GPTQ
         factors = (self._factor(plan, group, position, merged),) if is_gptq else ()
         units = []
@@ -278,7 +291,7 @@ class UnitBuilder:
                 WorkUnit(
                     Kind.SOLVE,
                     self.keys.key(Kind.SOLVE, {"solve": identity, "rows": rows}),
-                    {"group": position, "rows": rows, "identity": identity, **options},
+                    {"group": position, "members": members, "rows": rows, "identity": identity, **options},
                     (merged, *factors, *scales),
                     rank=group.block,
                     cost=cost.solve_s(part, is_gptq),

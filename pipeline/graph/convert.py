@@ -6,7 +6,7 @@ conditional writes costs seconds, not hours. Nothing is published for a variant 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from pipeline.graph.assemble import Measured, assemble_release, make_facts, meas
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
 from pipeline.graph.job import run_job
 from pipeline.graph.outline import open_folder, stamp_files
-from pipeline.graph.plan import remote_outline
+from pipeline.graph.plan import remote_outline, require_positions
 from pipeline.graph.stages.call import JobContext
 from pipeline.hub.fetch import FetchedSource, fetch
 from pipeline.hub.source import Source, needed_files, pin_source
@@ -88,6 +88,7 @@ def convert(
     source = pin_source(spec.source, settings)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
+    require_positions(spec, outline)
     texts = load_texts(spec, settings)
     require_device(options)
     for caution in dict.fromkeys(c for plan in plans for c in plan.cautions(spec.calibration)):
@@ -200,12 +201,15 @@ def gather_inputs(spec: ConversionSpec, fetched: FetchedSource, texts: tuple[Tex
     """
     outline = open_folder(fetched.folder).outline
     variants = [make_variant_plan(variant, outline) for variant in spec.variants]
-    calibration, heldout = _tokens(spec, fetched, texts)
+    encode = TextTokenizer(fetched.folder).encode
+    require_positions(spec, outline, lambda prompt: len(encode(prompt, with_special=True)))
+    calibration, heldout = _tokens(spec, encode, texts)
     return Inputs(outline, fetched.digests, spec, variants, calibration, heldout, device)
 
 
-def _tokens(spec: ConversionSpec, fetched: FetchedSource, texts: tuple[Text, Text]) -> tuple[TokenBatch, TokenBatch]:
-    encode = TextTokenizer(fetched.folder).encode
+def _tokens(
+    spec: ConversionSpec, encode: Callable[[str], list[int]], texts: tuple[Text, Text]
+) -> tuple[TokenBatch, TokenBatch]:
     wanted, gates = spec.calibration, spec.gates
     text, other = texts
     calibration = take_tokens(text, encode, wanted.samples, wanted.length)
