@@ -30,8 +30,16 @@ def test_a_lost_tensor_fails_accounting() -> None:
 
 
 def test_every_linear_must_be_proven() -> None:
-    assert check_round_trip(4, 4).passed
-    assert not check_round_trip(3, 4).passed
+    assert check_round_trip(4, 4, []).passed
+    assert not check_round_trip(3, 4, []).passed
+
+
+def test_a_copy_that_is_not_the_source_s_fails_however_many_linears_are_proven() -> None:
+    problems = [f"model.layers.{block}.norm was not copied bit for bit" for block in range(5)]
+    check = check_round_trip(4, 4, problems)
+    assert not check.passed
+    assert "model.layers.0.norm was not copied" in check.detail
+    assert "and 2 more" in check.detail
 
 
 @pytest.mark.parametrize(
