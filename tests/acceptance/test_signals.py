@@ -1,0 +1,76 @@
+"""A run that is told to stop stops: its own status and message, nothing published, no process left behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, Bitmill, environment
+
+LEAVE_S = 30.0
+"""Time that Ray's processes have to be gone after the command has ended."""
+
+
+def session_members(session: int) -> list[str]:
+    """Return the names of the processes of a session, from /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended meanwhile
+        name, fields = text[text.index("(") + 1 : text.rindex(")")], text[text.rindex(")") + 2 :].split()
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "code"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_ends_the_run_and_all_its_processes_and_the_next_run_completes(
+    number: signal.Signals, status: int, code: str, bitmill: Bitmill, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    places = ["--to", str(target), "--work-dir", str(tmp_path / "work")]
+    arguments = ["convert", str(DEMO_MODEL), "--variant", "rtn-w8-g128", *SMALL, *places, "--json"]
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert driver.stderr is not None
+    for line in driver.stderr:
+        if json.loads(line)["event"] == "stage_finished":
+            break
+    assert len(session_members(driver.pid)) > 1
+    driver.send_signal(number)
+    stdout, stderr = driver.communicate(timeout=120)
+    assert driver.returncode == status, stderr
+    events = [json.loads(line) for line in stderr.splitlines()]
+    assert events[-1] == {
+        "event": "failed",
+        "code": code,
+        "message": code,
+        "hint": "the same command continues where this one stopped",
+    }
+    assert stdout == ""
+    assert not list(target.glob("re*/**/*.json"))
+    deadline = time.monotonic() + LEAVE_S
+    while left := session_members(driver.pid):
+        assert time.monotonic() < deadline, f"left behind: {left}"
+        time.sleep(0.1)
+    done = bitmill(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
