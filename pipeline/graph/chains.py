@@ -180,7 +180,7 @@ class ChainBuilder:
                 numbers = range(*span)
                 is_end = block == self.num_blocks - 1
                 is_kept = is_end and kind is Kind.FORWARD and not variant
-                is_saved = is_kept or (not is_end and block % SAVE_EVERY == SAVE_EVERY - 1)
+                is_saved = is_kept or (not is_end and _is_save(block))
                 places = tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else ()
                 saves += () if is_kept else places
                 old = block - 2 * SAVE_EVERY
@@ -195,7 +195,7 @@ class ChainBuilder:
                         stand_ins={previous.key: previous.saves} if previous.saves else {},
                         saves=places,
                         obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)
-                        if is_saved and old >= 0
+                        if is_saved and old >= 0 and _is_save(old)
                         else (),
                         is_durable=False,
                         home=f"{variant or tokens.name}:{span[0]}",
@@ -217,6 +217,10 @@ class ChainBuilder:
     def _out_bytes(self, count: int, block: int, kind: Kind) -> float:
         groups = self.keys.outline.groups[block] if kind is Kind.CALIBRATE else ()
         return 4.0 * (count * self._widest + sum(group.in_features**2 for group in groups))
+
+
+def _is_save(block: int) -> bool:
+    return block % SAVE_EVERY == SAVE_EVERY - 1
 
 
 def shape_of(group: LinearGroup) -> GroupShape:
