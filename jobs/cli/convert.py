@@ -12,7 +12,7 @@ from jobs.cli.flags import default_workers, spec_from_flags, with_spec_flags
 from pipeline.errors import GateFailed, PipelineError
 
 
-@click.command("convert")
+@click.command("convert", short_help="Convert SOURCE and publish what passes its gates.")
 @with_spec_flags
 @click.option(
     "--to",
@@ -62,7 +62,7 @@ def convert_command(
     from pipeline.observe.progress import ProgressMode, make_sink
     from pipeline.settings import load_settings
 
-    spec = spec_from_flags(targets=targets, **flags)
+    spec = spec_from_flags(command="convert", targets=targets, **flags)
     settings = load_settings()
     with_progress = make_sink(ProgressMode.JSON if as_json else ProgressMode.AUTO, sys.stderr)
     try:

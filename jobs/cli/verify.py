@@ -9,7 +9,7 @@ import click
 from pipeline.errors import GateFailed
 
 
-@click.command("verify")
+@click.command("verify", short_help="Check a published RELEASE from its storage alone.")
 @click.argument("release")
 @click.option(
     "--engine",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -64,13 +64,19 @@ class Worker:
     """
 
     def __init__(self, context: JobContext, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start with nothing but the job's context."""
+        """Start with nothing but the job's context; the source is opened before the first unit asks for it.
+
+        That loads the model's class and takes seconds, which are the start's and not a unit's: units are timed, and
+        whoever watches is told of workers once they can work.
+        """
         self._context, self._clock = context, clock
         self._work = WorkStore(Path(context.work_root))
         self._stack = ExitStack()
         # Vanishes with this process, however it ends: the next run sweeps what dead ones left.
         spill = self._stack.enter_context(self._work.private_folder())
         self.shelf = Shelf(context.shelf_bytes, spill, context.device)
+        with suppress(PipelineError):  # the first unit says it, as an outcome
+            self._source()
 
     def run(self, unit: WorkUnit, fetch: FetchFrom) -> Outcome:
         """Run a unit and return what it came to; what other workers hold comes through ``fetch``.
@@ -109,12 +115,16 @@ class Worker:
         """Remove what was spilled."""
         self._stack.close()
 
+    def _source(self) -> Source:
+        context = self._context
+        return open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+
     def _run(self, unit: WorkUnit, fetch: FetchFrom) -> StageRecord | None:
         torch.set_num_threads(THREADS_PER_UNIT)
         context, place = self._context, unit.place
         if unit.is_durable and (known := self._work.lookup(*place)) is not None:
             return known
-        source = open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+        source = self._source()
         with ExitStack() as stack:
             writer = stack.enter_context(self._work.writing(*place)) if unit.is_durable else None
             call = Call(context, unit, self._work, source, self.shelf, fetch, writer)
