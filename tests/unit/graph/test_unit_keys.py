@@ -200,7 +200,7 @@ def test_budgets_change_no_key(make_spec: MakeSpec, gather: Gather) -> None:
 
 def test_prompts_change_continuations_only(make_spec: MakeSpec, gather: Gather) -> None:
     before = keys(gather(make_spec()))
-    for gates in ({"generated_tokens": 5}, {"prompts": [{"prompt": "Once"}]}):
+    for gates in ({"generated_tokens": 9}, {"prompts": [{"prompt": "Once"}]}):
         touched = changed(before, keys(gather(make_spec(gates=gates))))
         assert touched == places(before, lambda place: place[0] is Kind.GENERATE)
 
@@ -276,7 +276,8 @@ def downstream(units: JobUnits, kind: Kind) -> set[str]:
 
     def reads(unit: WorkUnit) -> bool:
         if unit.key not in found:
-            found[unit.key] = any(reads(need) for need in unit.needs) or unit.kind is kind
+            readers = [reads(need) for need in unit.needs]  # all of them: each one is remembered
+            found[unit.key] = any(readers) or unit.kind is kind
         return found[unit.key]
 
     for goal in units.goals:
