@@ -17,6 +17,11 @@ DEFAULT_HUB_ENDPOINT = "https://huggingface.co"
 DEFAULT_HUB_HOME = "~/.cache/huggingface"
 DEFAULT_CACHE = "~/.cache/bitmill"
 
+_ENGINE_VARIABLES = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH"})
+_ENGINE_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "VLLM_")
+_SECRET_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+"""VLLM_API_KEY, for one, has a prefix that engines need."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -121,7 +126,17 @@ def quiet_ray() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
-def engine_environment() -> dict[str, str]:
-    """Return the environment that an engine's process runs in: ours, offline, without our credentials."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "HF_", "PYTHON"))}
-    return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def engine_environment(hub_home: Path) -> dict[str, str]:
+    """Return the environment that an engine's process runs in: offline, and without credentials of ours.
+
+    Of our own environment it gets only what is known to be needed, since a secret can have any name.
+
+    Args:
+        hub_home: An empty folder for the engine's hub client, which would find our login in ours.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_ENGINE_PREFIXES) and not name.endswith(_SECRET_ENDINGS) or name in _ENGINE_VARIABLES
+    }
+    return {**kept, "HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

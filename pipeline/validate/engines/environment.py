@@ -116,13 +116,19 @@ def check_engine(
     python = ensure_environment(engine, cache_dir, on_line) / "bin" / "python"
     on_line(f"loading {release_folder.name[:12]} in {engine}")
     with tempfile.TemporaryDirectory(prefix="bitmill-engine-") as name:
-        out = Path(name)
+        out, hub_home = Path(name), Path(name) / "hub"
+        hub_home.mkdir()
         (out / "job.json").write_text(json.dumps({"prompts": [ids for _, ids in prompts], "max_tokens": max_tokens}))
         script = resources.files("pipeline.validate.engines") / f"run_{engine}.py"
         command = [str(python), str(script), str(release_folder), str(out / "job.json"), str(out)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, env=engine_environment(), timeout=ENGINE_TIMEOUT_S, check=False
+                command,
+                capture_output=True,
+                text=True,
+                env=engine_environment(hub_home),
+                timeout=ENGINE_TIMEOUT_S,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return Check(name="engine", passed=False, detail=f"{engine}: no answer within {ENGINE_TIMEOUT_S:.0f} s")
