@@ -33,6 +33,10 @@ from pipeline.storage.manifest import (
 from pipeline.storage.objects import ObjectInfo, ObjectStore
 from pipeline.storage.refs import move_ref, read_ref, utc_now
 
+UPLOADED_LAST = ("config.json", "README.md")
+"""What engines and people open first, in the order in which it follows the other files: an upload that stopped has no
+card that says what was verified, and nothing loads it."""
+
 _RELEASE_KEY = re.compile(rf"{RELEASES}/({NAME_PATTERN})/({NAME_PATTERN})/({REVISION_PATTERN})/(.+)")
 _REF_KEY = re.compile(rf"{REFS}/({NAME_PATTERN})/({NAME_PATTERN})/({NAME_PATTERN})")
 
@@ -132,6 +136,7 @@ def publish_release(
     manifest = make_manifest(namespace, name, _describe(folder), provenance, verdict_passed=verdict_passed)
     prefix = release_prefix(namespace, name, manifest.revision)
     missing = [file for file in manifest.files if not store.holds(prefix + file.path, file.size_bytes, file.sha256)]
+    missing.sort(key=lambda file: UPLOADED_LAST.index(file.path) if file.path in UPLOADED_LAST else -1)
     for file in missing:
         store.upload(folder / file.path, prefix + file.path, file.sha256)
     _require_files(store, prefix, manifest)
