@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs.cli.flags import default_workers, spec_from_flags, with_spec_flags
 from pipeline.errors import GateFailed, PipelineError
+from pipeline.observe.events import ClosingSink, Event, EventSink, Failed, Published
+
+if TYPE_CHECKING:
+    from pipeline.graph.convert import VariantOutcome
+    from pipeline.settings import Settings
+    from pipeline.spec import ConversionSpec
 
 
 @click.command("convert", short_help="Convert SOURCE and publish what passes its gates.")
@@ -58,33 +65,25 @@ def convert_command(
     published folders are the last lines on standard output. The exit status is 0 only when every variant is
     published, and 5 when a gate failed.
     """
-    from pipeline.observe.events import Failed
     from pipeline.observe.progress import ProgressMode, make_sink
     from pipeline.settings import load_settings
 
     spec = spec_from_flags(command="convert", targets=targets, **flags)
     settings = load_settings()
-    with_progress = make_sink(ProgressMode.JSON if as_json else ProgressMode.AUTO, sys.stderr)
+    with_progress = _Locations(make_sink(ProgressMode.JSON if as_json else ProgressMode.AUTO, sys.stderr))
     try:
-        from pipeline.graph.convert import RunOptions, convert, resolve_device
-
-        options = RunOptions(
-            work_dir=work_dir or settings.cache_dir / "work",
-            workers=workers or default_workers(),
-            device=resolve_device(device),
-            address=address or settings.ray_address,
-        )
-        outcomes = convert(spec, settings, options, with_progress)
-    except PipelineError as error:
-        if not as_json:  # there the command line says every failure, as the last event
-            with_progress.emit(Failed(error.code, error.message, error.hint))
-        raise
+        with with_progress:
+            try:
+                outcomes = _convert(spec, settings, with_progress, workers, work_dir, device, address)
+            except PipelineError as error:
+                if not as_json:  # there the command line says every failure, as the last event
+                    with_progress.emit(Failed(error.code, error.message, error.hint))
+                raise
+        if not as_json:
+            _summarize(outcomes)
     finally:
-        with_progress.close()
-    if not as_json:
-        _summarize(outcomes)
-    for outcome in outcomes:
-        for location in outcome.locations:
+        # However the command ends, what is published is said.
+        for location in with_progress.locations:
             click.echo(location)
     failed = [outcome.facts for outcome in outcomes if not outcome.locations]
     if failed:
@@ -96,7 +95,44 @@ def convert_command(
     return 0
 
 
-def _summarize(outcomes: Any) -> None:
+def _convert(
+    spec: ConversionSpec,
+    settings: Settings,
+    sink: EventSink,
+    workers: int | None,
+    work_dir: Path | None,
+    device: str,
+    address: str | None,
+) -> tuple[VariantOutcome, ...]:
+    """Run the conversion with what the flags leave open decided."""
+    from pipeline.graph.convert import RunOptions, convert, resolve_device
+
+    options = RunOptions(
+        work_dir=work_dir or settings.cache_dir / "work",
+        workers=workers or default_workers(),
+        device=resolve_device(device),
+        address=address or settings.ray_address,
+    )
+    return convert(spec, settings, options, sink)
+
+
+class _Locations(ClosingSink):
+    """Remembers where releases were published, and passes every event on."""
+
+    def __init__(self, sink: EventSink) -> None:
+        self._sink = sink
+        self.locations: list[str] = []
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Published):
+            self.locations.append(event.location)
+        self._sink.emit(event)
+
+    def close(self) -> None:
+        self._sink.close()
+
+
+def _summarize(outcomes: Iterable[VariantOutcome]) -> None:
     from rich.console import Console
 
     from pipeline.publish.report import render_summary

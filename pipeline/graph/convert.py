@@ -27,6 +27,7 @@ from pipeline.observe.events import EventSink, Published, SourceAdvanced, Varian
 from pipeline.settings import Settings
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import ConversionSpec
+from pipeline.storage.directory import DirectoryStore
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
 from pipeline.storage.refs import DEFAULT_REF, read_ref
@@ -84,7 +85,7 @@ def convert(
         PipelineError: when the source, the text, the plan, the target or the cluster cannot be used. A failed gate is
             no error: its outcome has no locations.
     """
-    stores = open_targets(spec.targets, settings)
+    stores = open_targets(spec.targets, settings, sink)
     source = pin_source(spec.source, settings)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
@@ -141,15 +142,20 @@ def fetch_source(source: Source, settings: Settings, sink: EventSink) -> tuple[F
     return fetched, before or stamp_files(fetched.folder, source.weight_files)
 
 
-def open_targets(targets: Iterable[str], settings: Settings) -> list[ObjectStore]:
+def open_targets(targets: Iterable[str], settings: Settings, sink: EventSink) -> list[ObjectStore]:
     """Return the targets' stores, each proven to be writable and to honour conditional writes.
+
+    A directory that was not there is created and told: its name may be a slip.
 
     Raises:
         StorageError: naming the target that is not.
     """
     stores = [open_store(target, settings) for target in targets]
     for store in stores:
+        is_new = isinstance(store, DirectoryStore) and not store.root.exists()
         probe(store)
+        if is_new:
+            sink.emit(Warned(f"created the directory {store.url}, which was not there"))
     return stores
 
 

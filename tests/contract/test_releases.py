@@ -447,3 +447,21 @@ def test_a_manifest_has_one_text(store: ObjectStore, folder: Path) -> None:
     assert blob is not None
     assert Manifest.model_validate_json(blob.data).to_bytes() == blob.data
     assert str(folder) not in blob.data.decode()
+
+
+def test_what_people_and_engines_look_at_comes_last(store: ObjectStore, folder: Path) -> None:
+    """An upload that stops in the middle leaves no card that says that a release was verified, nor a config."""
+    uploaded: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+        def upload(self, path: Path, key: str, sha256: str) -> None:
+            uploaded.append(path.relative_to(folder).as_posix())
+            store.upload(path, key, sha256)
+
+    (folder / "README.md").write_text("**Verified:** all checks passed.")
+    (folder / "tokenizer.json").write_text("{}")
+    publish(Watched(), folder)  # type: ignore[arg-type]
+    assert uploaded == ["assets/size.png", "model.safetensors", "tokenizer.json", "config.json", "README.md"]
