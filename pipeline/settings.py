@@ -137,6 +137,6 @@ def engine_environment(hub_home: Path) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(_ENGINE_PREFIXES) and not name.endswith(_SECRET_ENDINGS) or name in _ENGINE_VARIABLES
+        if (name.startswith(_ENGINE_PREFIXES) and not name.endswith(_SECRET_ENDINGS)) or name in _ENGINE_VARIABLES
     }
     return {**kept, "HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

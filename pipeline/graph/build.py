@@ -16,9 +16,8 @@ from typing import Any
 
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.formats.config import quantization_config
-from pipeline.graph import cost
 from pipeline.graph.chains import Chain, ChainBuilder, Tokens, shape_of
-from pipeline.graph.cost import GroupShape
+from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Tuning
 from pipeline.graph.identity import Keyring
@@ -30,6 +29,7 @@ from pipeline.graph.schemes import (
     require_known_ignores,
     require_whole_groups,
 )
+from pipeline.graph.shape import ModelShape
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
@@ -75,7 +75,7 @@ class VariantPlan:
         return found
 
 
-def make_variant_plan(spec: VariantSpec, outline: Outline) -> VariantPlan:
+def make_variant_plan(spec: VariantSpec, outline: ModelShape) -> VariantPlan:
     """Return the variant with everything decided for a source.
 
     Raises:
@@ -95,11 +95,11 @@ def make_variant_plan(spec: VariantSpec, outline: Outline) -> VariantPlan:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything that a conversion's bytes depend on.
+class UnitInputs:
+    """Everything that a conversion's units follow from.
 
     Attributes:
-        outline: The source without weights.
+        outline: The source as far as its names and sizes go.
         digests: SHA-256 of each needed source file by path.
         spec: What to make.
         variants: The variants, decided.
@@ -108,13 +108,20 @@ class Inputs:
         device: ``cpu`` or ``cuda``.
     """
 
-    outline: Outline
+    outline: ModelShape
     digests: Mapping[str, str]
     spec: ConversionSpec
     variants: Sequence[VariantPlan]
     calibration: TokenBatch
     heldout: TokenBatch
     device: str
+
+
+@dataclass(frozen=True)
+class Inputs(UnitInputs):
+    """Everything that a conversion's bytes depend on: what its units follow from, with the source's modules."""
+
+    outline: Outline
 
 
 @dataclass(frozen=True)
@@ -154,11 +161,11 @@ class JobUnits:
 class UnitBuilder:
     """Makes the units of one conversion; see ``build_units``."""
 
-    def __init__(self, inputs: Inputs, tuning: Tuning) -> None:
-        self.inputs, self.tuning = inputs, tuning
+    def __init__(self, inputs: UnitInputs, tuning: Tuning, costs: CostModel) -> None:
+        self.inputs, self.tuning, self.costs = inputs, tuning, costs
         self.outline = inputs.outline
         self.keys = Keyring(inputs.outline, inputs.digests, inputs.device)
-        self.chains = ChainBuilder(self.keys)
+        self.chains = ChainBuilder(self.keys, costs)
         self.num_blocks = inputs.outline.skeleton.num_blocks
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
 
@@ -179,7 +186,7 @@ class UnitBuilder:
 
     def _merges(self, chain: Chain, block: int) -> list[WorkUnit]:
         """Return for each linear group of a block the unit that adds up its statistics."""
-        units = []
+        units, parts = [], self.chains.sums(chain, block)
         for position, group in enumerate(self.outline.groups[block]):
             identity = {"chain": chain.identities[block], "names": _names(group)}
             units.append(
@@ -187,9 +194,9 @@ class UnitBuilder:
                     Kind.MERGE,
                     self.keys.key(Kind.MERGE, identity),
                     {"group": position},
-                    chain.blocks[block],
+                    parts,
                     rank=chain.blocks[block][0].rank,
-                    cost=cost.merge_s(shape_of(group), len(chain.spans)),
+                    cost=self.costs.merge_s(shape_of(group), len(parts)),
                     out_bytes=4.0 * group.in_features**2,
                     block=block,
                     label=group.label,
@@ -200,7 +207,7 @@ class UnitBuilder:
     def _outer(self) -> WorkUnit:
         size = sum(self.outline.tensor_bytes(name) for name in self.keys.outer_names)
         key = self.keys.key(Kind.OUTER, {"weights": self.keys.places(self.keys.outer_names)})
-        return WorkUnit(Kind.OUTER, key, {}, rank=self.num_blocks, cost=cost.copy_s(size), out_bytes=size)
+        return WorkUnit(Kind.OUTER, key, {}, rank=self.num_blocks, cost=self.costs.copy_s(size), out_bytes=size)
 
     def _variant(
         self, plan: VariantPlan, merged: list[list[WorkUnit]], heldout: Chain, outer: WorkUnit
@@ -236,7 +243,7 @@ class UnitBuilder:
             {"format": spec.format.value},
             (*scales, *solves),
             rank=block,
-            cost=cost.pack_s(self.keys.block_parameters(block)),
+            cost=self.costs.pack_s(self.keys.block_parameters(block)),
             out_bytes=float(self.keys.block_parameters(block)),
             block=block,
             variant=spec.name,
@@ -254,7 +261,7 @@ class UnitBuilder:
             {"group": position, "scheme": scheme, "options": options},
             (merged,),
             rank=group.block,
-            cost=cost.scales_s(shape_of(group)),
+            cost=self.costs.scales_s(shape_of(group)),
             block=group.block,
             variant=plan.spec.name,
             label=group.label,
@@ -286,7 +293,7 @@ class UnitBuilder:
         )
         members = [linear.local_name for linear in group.linears]
         units = []
-        for rows in cost.row_ranges(shape, is_gptq, self.tuning.solve_s, self.inputs.device):
+        for rows in self.costs.row_ranges(shape, is_gptq, self.tuning.solve_s):
             part = GroupShape(rows[1] - rows[0], shape.width)
             units.append(
                 WorkUnit(
@@ -295,7 +302,7 @@ class UnitBuilder:
                     {"group": position, "members": members, "rows": rows, "identity": identity, **options},
                     (merged, *factors, *scales),
                     rank=group.block,
-                    cost=cost.solve_s(part, is_gptq),
+                    cost=self.costs.solve_s(part, is_gptq),
                     out_bytes=float(part.rows * part.width),
                     block=group.block,
                     variant=spec.name,
@@ -314,7 +321,7 @@ class UnitBuilder:
             (merged,),
             is_durable=False,
             rank=group.block,
-            cost=cost.factor_s(shape_of(group)),
+            cost=self.costs.factor_s(shape_of(group)),
             out_bytes=4.0 * group.in_features**2,
             block=group.block,
             label=group.label,
@@ -337,7 +344,7 @@ class UnitBuilder:
                         (before, after, outer),
                         stand_ins={before.key: (self.keys.saved(source.identities[-1], number),)},
                         rank=self.num_blocks,
-                        cost=cost.forward_s(2 * head, sum(map(len, rows))),
+                        cost=self.costs.forward_s(2 * head, sum(map(len, rows))),
                         variant=plan.spec.name,
                     )
                 )
@@ -360,14 +367,20 @@ class UnitBuilder:
             params,
             tuple(needs),
             rank=self.num_blocks + 1,
-            cost=cost.generate_s(self._parameters, len(prompts), gates.generated_tokens),
+            cost=self.costs.generate_s(self._parameters, len(prompts), gates.generated_tokens),
             variant=variant,
         )
 
 
-def build_units(inputs: Inputs, tuning: Tuning) -> JobUnits:
-    """Return every unit of a conversion, cut as ``tuning`` says. Nothing is read but the outline."""
-    return UnitBuilder(inputs, tuning).build()
+def make_tuning(num_workers: int, costs: CostModel) -> Tuning:
+    """Return how a job is cut for a number of workers before anything has run."""
+    return Tuning(spans=num_workers, solve_s=costs.rates.solve_s)
+
+
+def build_units(inputs: UnitInputs, tuning: Tuning, costs: CostModel | None = None) -> JobUnits:
+    """Return every unit of a conversion, cut as ``tuning`` says, at ``costs`` (default: those of the job's device).
+    Nothing is read but the outline."""
+    return UnitBuilder(inputs, tuning, costs or cost_model(inputs.device)).build()
 
 
 def _names(group: LinearGroup) -> list[str]:

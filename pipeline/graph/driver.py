@@ -18,12 +18,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit, open_needs, reachable_units, required_units
 from pipeline.graph.executor import Executor, Finished, WorkerId, WorkerJoined, WorkerLost
 from pipeline.graph.stages.call import LOST
-from pipeline.storage.work import StageRecord, WorkStore
+from pipeline.storage.work import StageRecord
 
 UNITS_AHEAD = 2
 """Units at a worker: one that runs and one that is ready when it ends."""
@@ -62,6 +63,18 @@ class Tuning:
 
 StoredRecords = Mapping[Stored, StageRecord]
 """Stored outputs known to be there."""
+
+
+class StageIndex(Protocol):
+    """What the driver asks of a work store; see ``WorkStore``."""
+
+    def lookup(self, stage: str, key: str) -> StageRecord | None:
+        """Return the record of a finished stage, or None."""
+        ...
+
+    def discard(self, stage: str, key: str) -> None:
+        """Forget a stage."""
+        ...
 
 
 class Observer:
@@ -150,7 +163,7 @@ class Driver:
         self,
         make_goals: MakeGoals,
         tuning: Tuning,
-        work: WorkStore,
+        work: StageIndex,
         executor: Executor,
         observer: Observer,
         *,

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from pipeline.graph.build import Inputs, JobUnits, build_units
+from pipeline.graph.build import Inputs, JobUnits, build_units, make_tuning
+from pipeline.graph.cost import cost_model
 from pipeline.graph.dag import Kind, WorkUnit
-from pipeline.graph.driver import Driver, Observer, StoredRecords, Tuning
+from pipeline.graph.driver import Driver, Observer, StoredRecords
 from pipeline.graph.executor import Executor, InlineExecutor
 from pipeline.graph.worker import Worker
 from pipeline.observe.events import (
@@ -33,12 +34,10 @@ if TYPE_CHECKING:
 Records = dict[str, StageRecord]
 """Finished units' records by key."""
 
-LONGEST_SOLVE_S = 20.0
-"""Solves that take longer, by the cost model, are cut into ranges of rows."""
-
 PHASES: dict[Kind, Phase] = {
     Kind.EMBED: Phase.CALIBRATE,
     Kind.CALIBRATE: Phase.CALIBRATE,
+    Kind.ADD: Phase.CALIBRATE,
     Kind.MERGE: Phase.CALIBRATE,
     Kind.FACTOR: Phase.SOLVE,
     Kind.SCALES: Phase.SOLVE,
@@ -62,7 +61,7 @@ def run_job(
     Raises:
         PipelineError: when a unit, a worker or the cluster fails.
     """
-    tuning = Tuning(spans=options.workers, solve_s=LONGEST_SOLVE_S)
+    tuning = make_tuning(options.workers, cost_model(inputs.device))
     units = build_units(inputs, tuning)
     num_workers = 1 if options.inline else options.workers
     observer = _Telling(inputs, num_workers, sink)

@@ -96,8 +96,8 @@ class Worker:
         damaged = tuple(self._work.take_damaged())
         return Outcome(record, error, self._clock() - start, peak_bytes, damaged)
 
-    def hand_over(self, key: str) -> Tensors:
-        """Return a passing output that this worker holds, in CPU memory.
+    def hand_over(self, key: str, prefix: str) -> Tensors:
+        """Return of a passing output that this worker holds the tensors whose names start so, in CPU memory.
 
         Raises:
             GraphError: with the code ``LOST`` when it does not.
@@ -105,7 +105,7 @@ class Worker:
         found = self.shelf.get(key)
         if found is None:
             raise lost_output(key)
-        return {name: tensor.cpu() for name, tensor in found.items()}
+        return {name: tensor.cpu() for name, tensor in found.items() if name.startswith(prefix)}
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop passing outputs that nobody reads any more."""
@@ -145,7 +145,7 @@ def lost_output(key: str) -> GraphError:
     return GraphError(f"the output {key[:12]} is held by no worker any more", code=LOST, context={"key": key})
 
 
-def nobody_holds(key: str) -> Tensors:
+def nobody_holds(key: str, prefix: str) -> Tensors:
     """Stand in for other workers where there are none.
 
     Raises:

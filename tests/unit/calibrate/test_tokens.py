@@ -66,7 +66,7 @@ def test_a_document_ends_at_a_line_feed_and_not_at_other_separators_inside_its_t
 
 @pytest.mark.parametrize("value", ["null", "3", '["a"]', "true"])
 def test_a_text_that_is_no_string_is_refused_with_its_line(tmp_path: Path, value: str) -> None:
-    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n\n{"text": %s}\n' % value)
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n\n{"text": ' + value + "}\n")
     with pytest.raises(CalibrationError, match=r"d\.jsonl has no readable `text` column: line 3"):
         load_text(str(tmp_path / "d.jsonl"), "calibration", 0, SETTINGS)
 
