@@ -30,7 +30,7 @@ from pipeline.spec import ConversionSpec
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
 from pipeline.storage.release import publish_release
-from pipeline.storage.work import WorkStore
+from pipeline.storage.work import WorkStore, open_work_store
 from pipeline.tensors.reader import FileStamp
 
 SHELF_BYTES = 500_000_000
@@ -42,7 +42,7 @@ class RunOptions:
     """Where a conversion runs; none of it affects a byte.
 
     Attributes:
-        work_dir: Folder of the work store.
+        work_dir: The work store: a directory that every worker reaches, or ``s3://bucket/prefix``.
         workers: Work units at a time.
         device: ``cpu`` or ``cuda``.
         address: Ray cluster to join, or None to start one here.
@@ -50,7 +50,7 @@ class RunOptions:
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
     """
 
-    work_dir: Path
+    work_dir: str | Path
     workers: int
     device: str = "cpu"
     address: str | None = None
@@ -84,6 +84,8 @@ def convert(
             no error: its outcome has no locations.
     """
     stores = open_targets(spec.targets, settings)
+    work = open_work_store(str(options.work_dir), settings)
+    work.prepare()
     source = pin_source(spec.source, settings)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
@@ -94,10 +96,8 @@ def convert(
     fetched, stamps = fetch_source(source, settings, sink)
     namespace, prefix = release_prefix(spec, fetched)
     inputs = gather_inputs(spec, fetched, texts, options.device)
-    work = WorkStore(options.work_dir)
-    work.sweep()
     context = JobContext(
-        work_root=str(work.root),
+        work_url=work.url,
         source_folder=str(fetched.folder),
         source_commit=fetched.commit,
         stamps=tuple(sorted(stamps.items())),

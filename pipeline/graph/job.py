@@ -53,12 +53,13 @@ def run_job(
     units = build_units(inputs, tuning)
     observer = _Telling(inputs, sink)
     executor: Executor = _Absent()
-    if any(work.lookup(*unit.place) is None for unit in units.goals):
+    goals = {unit.place for unit in units.goals}
+    if len(work.lookup_all(goals)) < len(goals):
         executor = _executor(context, options)
     with closing(executor):
         driver = Driver(lambda cut: build_units(inputs, cut).goals, tuning, work, executor, observer)
         records = driver.run()
-    for place in units.leftovers:
+    for place in work.lookup_all(units.leftovers):
         work.discard(*place)
     return units, records
 

@@ -21,7 +21,8 @@ from pipeline.graph.outline import Source, open_folder
 from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
 from pipeline.graph.stages.call import LOST, Call, FetchFrom, JobContext
-from pipeline.storage.work import DamagedStage, StageRecord, WorkStore
+from pipeline.settings import load_settings
+from pipeline.storage.work import DamagedStage, StageRecord, open_work_store
 from pipeline.tensors.reader import FileStamp
 
 THREADS_PER_UNIT = 1
@@ -66,7 +67,7 @@ class Worker:
     def __init__(self, context: JobContext, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with nothing but the job's context."""
         self._context, self._clock = context, clock
-        self._work = WorkStore(Path(context.work_root))
+        self._work = open_work_store(context.work_url, load_settings())
         self._stack = ExitStack()
         # Vanishes with this process, however it ends: the next run sweeps what dead ones left.
         spill = self._stack.enter_context(self._work.private_folder())

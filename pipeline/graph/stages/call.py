@@ -39,7 +39,7 @@ class JobContext:
     """What every work unit of a job needs to know; no part of any key.
 
     Attributes:
-        work_root: Folder of the work store, reachable by every worker.
+        work_url: Where the work store is; every worker opens it with its own environment.
         source_folder: Folder with the source's files.
         source_commit: The source's commit, or the fingerprint of its files' digests.
         stamps: What each weights file was when its digest was taken.
@@ -47,7 +47,7 @@ class JobContext:
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
     """
 
-    work_root: str
+    work_url: str
     source_folder: str
     source_commit: str
     stamps: tuple[tuple[str, FileStamp], ...]
@@ -144,7 +144,7 @@ class Call:
         record = self.work.lookup(*need.place)
         if record is None:
             raise StorageError(
-                f"{need.title} is not in {self.work.root} any more",
+                f"{need.title} is not in {self.work.url} any more",
                 code="storage.missing_stage",
                 context=need.place._asdict(),
             )
