@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from jobs.cli.flags import default_workers, spec_from_flags, with_spec_flags
 from pipeline.errors import GateFailed, PipelineError
+
+
+class WorkAddress(click.ParamType):  # type: ignore[type-arg]  # generic only to the checker
+    """A directory, or ``s3://bucket/prefix`` as it is."""
+
+    name = "address"
+    _directory = click.Path(file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the address, refused when it is a file."""
+        return value if str(value).startswith("s3://") else self._directory.convert(value, param, ctx)
 
 
 @click.command("convert")
@@ -29,10 +39,16 @@ from pipeline.errors import GateFailed, PipelineError
 )
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Finished work of this and earlier runs; a killed run continues from it.  "
-    "[default: work/ in the cache directory]",
+    type=WorkAddress(),
+    metavar="PLACE",
+    help="Finished work of this and earlier runs: a directory that every worker reaches, or s3://bucket/prefix. A "
+    "killed run continues from it, from any machine.  [default: work/ in the cache directory]",
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Read weights block by block from the hub, through a bounded cache on each machine, instead of fetching them "
+    "to this disk first; never changes a byte.",
 )
 @click.option(
     "--device",
@@ -46,7 +62,8 @@ from pipeline.errors import GateFailed, PipelineError
 def convert_command(
     targets: tuple[str, ...],
     workers: int | None,
-    work_dir: Path | None,
+    work_dir: str | None,
+    stream: bool,
     device: str,
     address: str | None,
     as_json: bool,
@@ -72,6 +89,7 @@ def convert_command(
             work_dir=work_dir or settings.cache_dir / "work",
             workers=workers or default_workers(),
             device=resolve_device(device),
+            stream=stream,
             address=address or settings.ray_address,
         )
         outcomes = convert(spec, settings, options, with_progress)

@@ -30,6 +30,7 @@ class Kind(StrEnum):
     FORWARD = "forward"
     SCORE = "score"
     GENERATE = "generate"
+    VERIFY = "verify"
 
 
 class Stored(NamedTuple):

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import CorruptWeightsError
 from pipeline.graph.build import Inputs, JobUnits, build_units
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import Driver, Observer, Tuning
 from pipeline.graph.executor import Executor, InlineExecutor
+from pipeline.graph.stages.proof import proof_units, require_proven, weight_places
 from pipeline.graph.worker import Worker
 from pipeline.observe.events import Degraded, EventSink, JobStarted, Phase, PhaseWork, StageFinished, Warned
 from pipeline.storage.work import StageRecord, WorkStore
@@ -36,6 +38,7 @@ PHASES: dict[Kind, Phase] = {
     Kind.FORWARD: Phase.EVALUATE,
     Kind.SCORE: Phase.EVALUATE,
     Kind.GENERATE: Phase.EVALUATE,
+    Kind.VERIFY: Phase.EVALUATE,
 }
 
 
@@ -50,18 +53,44 @@ def run_job(
         PipelineError: when a unit, a worker or the cluster fails.
     """
     tuning = Tuning(spans=options.workers, solve_s=LONGEST_SOLVE_S)
-    units = build_units(inputs, tuning)
+    units, proofs = build_units(inputs, tuning), _proofs(inputs, work, context)
     observer = _Telling(inputs, sink)
     executor: Executor = _Absent()
-    goals = {unit.place for unit in units.goals}
+    goals = {unit.place for unit in (*units.goals, *proofs)}
     if len(work.lookup_all(goals)) < len(goals):
         executor = _executor(context, options)
-    with closing(executor):
-        driver = Driver(lambda cut: build_units(inputs, cut).goals, tuning, work, executor, observer)
-        records = driver.run()
+
+    def make_goals(cut: Tuning) -> Sequence[WorkUnit]:
+        return [*build_units(inputs, cut).goals, *proofs]
+
+    try:
+        with closing(executor):
+            records = Driver(make_goals, tuning, work, executor, observer).run()
+        require_proven(inputs, proofs, records, work)
+    except CorruptWeightsError:
+        # No worker is left that could still write something.
+        if proofs:
+            _discard_results(inputs, units, work)
+        raise
     for place in work.lookup_all(units.leftovers):
         work.discard(*place)
     return units, records
+
+
+def _proofs(inputs: Inputs, work: WorkStore, context: JobContext) -> list[WorkUnit]:
+    """Return the units that prove streamed weights; none when nobody streamed them."""
+    if context.streamed is None and not work.lookup_all(weight_places(inputs)):
+        return []
+    return proof_units(inputs)
+
+
+def _discard_results(inputs: Inputs, units: JobUnits, work: WorkStore) -> None:
+    """Nothing is left of what was computed from weights that turned out to be wrong, nor of what they were. What files
+    are proven to hold stays: the next run reads no tensor that is not so."""
+    computed = reachable_units(units.goals)
+    places = [*(unit.place for unit in computed if unit.is_durable), *(p for unit in computed for p in unit.saves)]
+    for place in work.lookup_all([*places, *weight_places(inputs)]):
+        work.discard(*place)
 
 
 def _executor(context: JobContext, options: RunOptions) -> Executor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pipeline.storage.disk import Temporaries, disk_errors, make_folders
+from pipeline.storage.disk import Temporaries, disk_errors, exclusive_lock, make_folders
 
 MAX_BYTES = 16_000_000_000
 """Disk for the copies of one cache."""
@@ -91,6 +91,15 @@ class FileCache:
                 folder = stack.enter_context(self._temporaries.claim())
                 folder.mkdir()
             yield folder
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Let one process or thread of this machine at a time make an entry, so that the others find it."""
+        with self.errors():
+            make_folders(self._temporaries.folder)
+        # A few locks for all names: they stay behind, and two names that share one only wait for each other.
+        with exclusive_lock(self._temporaries.folder / f"making-{name[:2]}"):
+            yield
 
     def sweep(self) -> tuple[str, ...]:
         """Remove the private folders of dead processes, and return their names."""

@@ -32,6 +32,9 @@ RECORD_NAME = "record.json"
 CACHE_FOLDER = "work-files"
 """Folder of the cache directory for what this machine has of a store that is elsewhere."""
 
+NONDETERMINISTIC = "storage.nondeterministic_stage"
+"""Code of the error for two results under one key."""
+
 S3_ATTEMPTS = 8
 """Attempts of a request to a bucket that holds work: a run outlives a minute in which the service fails."""
 
@@ -245,7 +248,7 @@ def require_same(existing: StageRecord, record: StageRecord, url: str) -> StageR
         raise StorageError(
             f"two runs of stage {record.stage} {record.key[:12]} in {url} gave different results: "
             f"{', '.join(differing)}",
-            code="storage.nondeterministic_stage",
+            code=NONDETERMINISTIC,
             hint="this is a bug or failing memory; remove the work directory and run it again",
         )
     return existing

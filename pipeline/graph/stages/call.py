@@ -20,6 +20,7 @@ from pipeline.errors import StorageError
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.outline import Source
 from pipeline.graph.shelf import Shelf, Tensors
+from pipeline.hub.source import Source as HubSource
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import Skeleton
 from pipeline.storage.work import StageWriter, WorkStore
@@ -41,6 +42,7 @@ class JobContext:
     Attributes:
         work_url: Where the work store is; every worker opens it with its own environment.
         source_folder: Folder with the source's files.
+        streamed: The source on its hub when its weights are streamed; None when they are in ``source_folder``.
         source_commit: The source's commit, or the fingerprint of its files' digests.
         stamps: What each weights file was when its digest was taken.
         device: ``cpu`` or ``cuda``.
@@ -53,6 +55,7 @@ class JobContext:
     stamps: tuple[tuple[str, FileStamp], ...]
     device: str
     shelf_bytes: int
+    streamed: HubSource | None = None
 
 
 FetchFrom = Callable[[str], Tensors]
