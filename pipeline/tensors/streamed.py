@@ -1,9 +1,9 @@
 """Tensors read by byte range from far away, block by block, through a bounded cache on this machine.
 
-A file is read in segments of ``SEGMENT_BYTES`` at multiples of that size. A segment that was read is kept, with
-a checksum, in a cache that all processes of the machine share, so several units that read one block, or one tensor
-after the other, cost one transfer. `StreamedTensors.expect` reads segments ahead in a thread of its own. Memory is one segment besides the
-tensors that are returned, disk what the cache allows, whatever the size of the model.
+A file is read in segments of ``SEGMENT_BYTES`` at multiples of that size. A segment that was read is kept, with a
+checksum, in a cache that all processes of the machine share, so several units that read one block, or one tensor after
+the other, cost one transfer. `StreamedTensors.expect` reads segments ahead in a thread of its own. Memory is one
+segment besides the tensors that are returned, disk what the cache allows, whatever the size of the model.
 
 Integrity. A hub announces the SHA-256 of whole files, against which no range can be checked. So the SHA-256 of every
 tensor is written down when it is first read by anybody, and compared each time that it is read again by anybody: all
@@ -57,6 +57,9 @@ class RangeCache(Protocol):
 
     def alone(self, name: str) -> AbstractContextManager[None]:
         """Let one process or thread at a time make an entry."""
+
+    def errors(self) -> AbstractContextManager[None]:
+        """Turn errors of this machine's disk into ours."""
 
 
 class DigestBook(Protocol):
@@ -243,7 +246,7 @@ class StreamedTensors:
             data = self._cached(file, number)
             if data is None:
                 data = self._from_source(file, number)
-                with self._cache.private_folder() as folder:
+                with self._cache.private_folder() as folder, self._cache.errors():
                     (folder / "segment").write_bytes(data + _checksum(data))
                     self._cache.add(name, folder / "segment")
         return data
@@ -253,10 +256,11 @@ class StreamedTensors:
         path = self._cache.find(self._entry(file, number))
         if path is None:
             return None
-        try:
-            found = path.read_bytes()
-        except FileNotFoundError:  # it made room for something else
-            return None
+        with self._cache.errors():
+            try:
+                found = path.read_bytes()
+            except FileNotFoundError:  # it made room for something else
+                return None
         start, end = self._bounds(file, number)
         data = found[: end - start]
         if len(data) != end - start or found[end - start :] != _checksum(data):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, environment
+from tests.loopback_hub import LoopbackHub
 from tests.s3_faults import S3Faults, Trouble
 from tests.s3_server import S3Server, find_program
 
@@ -132,3 +133,29 @@ def test_a_service_that_is_down_is_said_with_the_way_out(server: S3Server, tmp_p
     assert done.returncode == 6
     assert "bucket 'work' at" in done.stderr
     assert "run it again later" in done.stderr
+
+
+def test_a_streamed_source_and_work_in_a_bucket_leave_no_model_on_any_disk(
+    server: S3Server, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    with LoopbackHub(token="secret", cdn=True) as hub:
+        hub.add("org/tiny", {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir()})
+        command = (sys.executable, "-m", "jobs.cli", "convert", "org/tiny", "--stream", *VARIANTS, *SMALL)
+        done = subprocess.run(
+            [*command, "--to", str(target), "--work-dir", WORK],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**environment(tmp_path, **server.environment), **hub.environment(tmp_path / "here")},
+            timeout=280,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "here").rglob("*.safetensors"))
+    weights = [
+        {name.rpartition("/")[2]: data for name, data in one.items() if name.endswith(".safetensors")}
+        for one in (contents(target), undisturbed)
+    ]
+    assert weights[0] == weights[1]
