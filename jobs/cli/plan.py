@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 
     from pipeline.graph.plan import PlanReport, VariantReport
 
+UNLIMITED_COLUMNS = 100_000
+"""A width that nothing reaches; what is not a terminal has none."""
 
-@click.command("plan")
+
+@click.command("plan", short_help="Show what converting SOURCE would do.")
 @with_spec_flags
 @click.option(
     "--workers",
@@ -31,15 +35,20 @@ def plan_command(workers: int | None, matrices: bool, as_json: bool, **flags: An
     from pipeline.graph.plan import plan_conversion
     from pipeline.settings import load_settings
 
-    spec = spec_from_flags(targets=("nowhere",), **flags)
+    spec = spec_from_flags(command="plan", targets=("nowhere",), **flags)
     report = plan_conversion(spec, load_settings(), workers or default_workers())
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
         return 0
+    _render(report, console_for(sys.stdout), matrices)
+    return 0
+
+
+def console_for(stream: TextIO) -> Console:
+    """Return a console as wide as the terminal; what goes to a file or a pipe is as wide as it needs to be."""
     from rich.console import Console
 
-    _render(report, Console(highlight=False), matrices)
-    return 0
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else UNLIMITED_COLUMNS)
 
 
 def _render(report: PlanReport, console: Console, matrices: bool) -> None:
@@ -90,13 +99,16 @@ def _render_variant(report: PlanReport, variant: VariantReport, console: Console
 def _render_matrices(variant: VariantReport, console: Console) -> None:
     from rich.table import Table
 
-    table = Table("block", "linear", "shape", "bits", "group", "in", "out", "note", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("block", "linear", "shape", "bits", "group", "in", "out", "note"):
+        # A name or a note that is too long goes on in the next line, whole; numbers stay in one.
+        table.add_column(title, overflow="fold", no_wrap=title not in ("linear", "note"))
     for row in variant.matrices:
         table.add_row(
             str(row.block),
             row.name,
             f"{row.out_features} x {row.in_features}",
-            str(row.bits),
+            str(row.bits) if row.group_size else "-",
             str(row.group_size or "-"),
             format_bytes(row.bytes_in),
             format_bytes(row.bytes_out),

@@ -6,7 +6,7 @@ conditional writes costs seconds, not hours. Nothing is published for a variant 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from pipeline.graph.assemble import Measured, assemble_release, make_facts, meas
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
 from pipeline.graph.job import run_job
 from pipeline.graph.outline import make_outline, stamp_files
-from pipeline.graph.plan import remote_outline
+from pipeline.graph.plan import remote_outline, require_positions
 from pipeline.graph.stages.call import JobContext
 from pipeline.hub.fetch import FetchedSource, fetch
 from pipeline.hub.source import Source, needed_files, pin_source
@@ -27,10 +27,12 @@ from pipeline.observe.events import EventSink, Published, SourceAdvanced, Varian
 from pipeline.settings import Settings
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import ConversionSpec
+from pipeline.storage.directory import DirectoryStore
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
+from pipeline.storage.refs import DEFAULT_REF, read_ref
 from pipeline.storage.release import publish_release
-from pipeline.storage.work import WorkStore, open_work_store
+from pipeline.storage.work import S3_ATTEMPTS, WorkStore, open_work_store
 from pipeline.tensors.index import WeightIndex
 from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import FileStamp
@@ -87,12 +89,13 @@ def convert(
         PipelineError: when the source, the text, the plan, the target or the cluster cannot be used. A failed gate is
             no error: its outcome has no locations.
     """
-    stores = open_targets(spec.targets, settings)
+    stores = open_targets(spec.targets, settings, sink)
     work = open_work_store(str(options.work_dir), settings)
     work.prepare()
     source = pin_source(spec.source, settings)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
+    require_positions(spec, outline)
     texts = load_texts(spec, settings)
     require_device(options)
     for caution in dict.fromkeys(c for plan in plans for c in plan.cautions(spec.calibration)):
@@ -100,6 +103,7 @@ def convert(
     is_streamed = options.stream and not source.is_local
     fetched, stamps = fetch_source(source, settings, sink, with_weights=not is_streamed)
     namespace, prefix = release_prefix(spec, fetched)
+    seen = ref_sequences(stores, namespace, [f"{prefix}-{plan.spec.name}" for plan in plans])
     index = outline.index if is_streamed else None
     inputs = gather_inputs(spec, fetched, texts, options.device, index)
     context = JobContext(
@@ -111,14 +115,15 @@ def convert(
         shelf_bytes=options.shelf_bytes,
         streamed=source if is_streamed else None,
     )
-    units, records = run_job(inputs, work, context, options, sink)
+    jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
+    units, records = run_job(inputs, work, jobs, context, options, sink)
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:
         name = f"{prefix}-{own.plan.spec.name}"
         facts = make_facts(inputs, fetched, f"{namespace}/{name}", own, measured, units)
         _announce(own, sink)
-        locations = _publish(inputs, fetched, facts, units, work, stores, sink) if own.verdict.passed else ()
+        locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink) if own.verdict.passed else ()
         outcomes.append(VariantOutcome(facts, locations))
     return tuple(outcomes)
 
@@ -127,7 +132,7 @@ def fetch_source(
     source: Source, settings: Settings, sink: EventSink, *, with_weights: bool = True
 ) -> tuple[FetchedSource, dict[str, FileStamp]]:
     """Return a source with its needed files local and verified, and what the weights files were when they were; says
-    how far it is. On request the weights stay where they are.
+    how far it is or what it waits for. On request the weights stay where they are.
 
     Raises:
         SourceError, StorageError: as ``fetch``.
@@ -143,22 +148,39 @@ def fetch_source(
     # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from a hub
     # lies in our own cache, and is there only afterwards.
     before = stamp_files(Path(source.location), source.weight_files) if source.is_local else None
-    fetched = fetch(source, settings, advanced, with_weights=with_weights)
+    fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)), with_weights=with_weights)
     if not with_weights:
         return fetched, {}
     return fetched, before or stamp_files(fetched.folder, source.weight_files)
 
 
-def open_targets(targets: Iterable[str], settings: Settings) -> list[ObjectStore]:
+def open_targets(targets: Iterable[str], settings: Settings, sink: EventSink) -> list[ObjectStore]:
     """Return the targets' stores, each proven to be writable and to honour conditional writes.
+
+    A directory that was not there is created and told: its name may be a slip.
 
     Raises:
         StorageError: naming the target that is not.
     """
     stores = [open_store(target, settings) for target in targets]
     for store in stores:
+        is_new = isinstance(store, DirectoryStore) and not store.root.exists()
         probe(store)
+        if is_new:
+            sink.emit(Warned(f"created the directory {store.url}, which was not there"))
     return stores
+
+
+def ref_sequences(stores: Iterable[ObjectStore], namespace: str, names: Iterable[str]) -> dict[tuple[str, str], int]:
+    """Return how often the releases' refs have moved so far, by store and release: who publishes after another job that
+    began later would otherwise undo what that one published.
+
+    Raises:
+        StorageError: when a store cannot be read.
+    """
+    wanted = [(store, name) for name in names for store in stores]
+    refs = {(store.url, f"{namespace}/{name}"): read_ref(store, namespace, name, DEFAULT_REF) for store, name in wanted}
+    return {place: ref.sequence if ref is not None else 0 for place, ref in refs.items()}
 
 
 def release_prefix(spec: ConversionSpec, fetched: FetchedSource) -> tuple[str, str]:
@@ -210,12 +232,15 @@ def gather_inputs(
     """
     outline = make_outline(fetched.folder, index or read_folder_index(fetched.folder))
     variants = [make_variant_plan(variant, outline) for variant in spec.variants]
-    calibration, heldout = _tokens(spec, fetched, texts)
+    encode = TextTokenizer(fetched.folder).encode
+    require_positions(spec, outline, lambda prompt: len(encode(prompt, with_special=True)))
+    calibration, heldout = _tokens(spec, encode, texts)
     return Inputs(outline, fetched.digests, spec, variants, calibration, heldout, device)
 
 
-def _tokens(spec: ConversionSpec, fetched: FetchedSource, texts: tuple[Text, Text]) -> tuple[TokenBatch, TokenBatch]:
-    encode = TextTokenizer(fetched.folder).encode
+def _tokens(
+    spec: ConversionSpec, encode: Callable[[str], list[int]], texts: tuple[Text, Text]
+) -> tuple[TokenBatch, TokenBatch]:
     wanted, gates = spec.calibration, spec.gates
     text, other = texts
     calibration = take_tokens(text, encode, wanted.samples, wanted.length)
@@ -257,6 +282,7 @@ def _publish(
     units: JobUnits,
     work: WorkStore,
     stores: list[ObjectStore],
+    seen: Mapping[tuple[str, str], int],
     sink: EventSink,
 ) -> tuple[str, ...]:
     namespace, _, name = facts.release.partition("/")
@@ -270,9 +296,18 @@ def _publish(
     locations = []
     # Private: another run may be assembling the same release in the same work directory.
     with work.private_folder() as folder:
-        assemble_release(inputs, fetched, facts, units, work, folder)
+        names = assemble_release(inputs, fetched, facts, units, work, folder)
         for store in stores:
-            done = publish_release(store, folder, namespace, name, provenance, verdict_passed=facts.verdict.passed)
+            done = publish_release(
+                store,
+                folder,
+                namespace,
+                name,
+                provenance,
+                file_names=names,
+                verdict_passed=facts.verdict.passed,
+                seen={DEFAULT_REF: seen[store.url, facts.release]},
+            )
             sink.emit(Published(facts.variant.name, facts.release, done.revision, done.path_or_uri, facts.size_bytes))
             locations.append(done.path_or_uri)
     return tuple(locations)

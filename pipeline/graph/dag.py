@@ -21,6 +21,7 @@ class Kind(StrEnum):
 
     EMBED = "embed"
     CALIBRATE = "calibrate"
+    ADD = "add"
     MERGE = "merge"
     FACTOR = "factor"
     SCALES = "scales"

@@ -16,15 +16,16 @@ A unit that takes far longer than units of its kind do is given to a second work
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Protocol
 
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit, open_needs, reachable_units, required_units
 from pipeline.graph.executor import Executor, Finished, WorkerId, WorkerJoined, WorkerLost
 from pipeline.graph.stages.call import LOST
-from pipeline.storage.work import StageRecord, WorkStore
+from pipeline.storage.work import StageRecord
 
 UNITS_AHEAD = 2
 """Units at a worker: one that runs and one that is ready when it ends."""
@@ -61,11 +62,36 @@ class Tuning:
     solve_s: float
 
 
+StoredRecords = Mapping[Stored, StageRecord]
+"""Stored outputs known to be there."""
+
+
+class StageIndex(Protocol):
+    """What the driver asks of a work store; see ``WorkStore``."""
+
+    def lookup_all(self, places: Iterable[Stored]) -> dict[Stored, StageRecord]:
+        """Return the records of those of many stages that are finished."""
+        ...
+
+    def discard(self, stage: str, key: str) -> None:
+        """Forget a stage."""
+        ...
+
+
 class Observer:
     """Told what happens; the default says nothing."""
 
-    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit]) -> None:
-        """The units that must run are known: at the start, and again whenever they changed."""
+    def staffed(self, num_workers: int) -> None:
+        """A worker has joined or was lost: so many take units now."""
+
+    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit], records: StoredRecords) -> None:
+        """The units that must run are known: at the start, and again whenever they changed.
+
+        Args:
+            todo: The units that must run.
+            present: The units whose outputs are there, or only needed by such.
+            records: What is known of stored outputs.
+        """
 
     def finished(self, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int) -> None:
         """A unit ended well."""
@@ -138,7 +164,7 @@ class Driver:
         self,
         make_goals: MakeGoals,
         tuning: Tuning,
-        work: WorkStore,
+        work: StageIndex,
         executor: Executor,
         observer: Observer,
         *,
@@ -182,7 +208,7 @@ class Driver:
                 case WorkerLost() as lost:
                     self._lost(lost)
                 case WorkerJoined():
-                    pass
+                    self._observer.staffed(len(self._executor.workers))
                 case None:
                     self._reissue_stragglers()
         return {unit.key: self._state.records[unit.place] for unit in self._goals if unit.is_durable}
@@ -211,7 +237,8 @@ class Driver:
             for key in missing:
                 state.dependents.setdefault(key, []).append(unit)
         wanted = {unit.key for unit in todo}
-        self._observer.planned(todo, [unit for unit in reachable_units(self._goals) if unit.key not in wanted])
+        present = [unit for unit in reachable_units(self._goals) if unit.key not in wanted]
+        self._observer.planned(todo, present, state.records)
         for key in [key for key in state.holders if key not in state.readers]:
             self._drop(key)
 
@@ -381,6 +408,7 @@ class Driver:
                 if not run.workers:
                     del state.running[unit.key]
         self._observer.recovered(f"worker {lost.worker} was lost ({lost.reason}); its work is done again")
+        self._observer.staffed(len(self._executor.workers))
         if lost.units:
             # What was queued behind it is not to blame.
             blamed = lost.units[0]

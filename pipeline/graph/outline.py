@@ -26,7 +26,7 @@ from pipeline.skeleton.groups import LinearGroup, is_linear, linear_groups
 from pipeline.skeleton.model import Skeleton
 from pipeline.storage.file_cache import FileCache
 from pipeline.storage.work import NONDETERMINISTIC, WorkStore
-from pipeline.tensors.header import parse_json_object
+from pipeline.strict_json import parse_json_object
 from pipeline.tensors.index import WeightIndex, read_index
 from pipeline.tensors.local import LocalTensors, read_folder_index
 from pipeline.tensors.reader import FileStamp, check_finite

@@ -37,6 +37,7 @@ from pipeline.storage.objects import (
     changed_file,
     check_key,
     missing_object,
+    reading_errors,
     short_object,
 )
 
@@ -136,13 +137,13 @@ class DirectoryStore:
         """Copy a file to ``key``, replacing what is there.
 
         Raises:
-            StorageError: when the bytes that were read do not have the SHA-256; nothing appears then.
+            StorageError: when the file cannot be read, or its bytes do not have the SHA-256; nothing appears then.
         """
         target = self.path_of(key)
         hasher = hashlib.sha256()
 
         def chunks() -> Iterator[bytes]:
-            with path.open("rb") as handle:
+            with reading_errors(path), path.open("rb") as handle:
                 while chunk := handle.read(CHUNK_BYTES):
                     hasher.update(chunk)
                     yield chunk
@@ -213,11 +214,12 @@ class DirectoryStore:
                 folder = folder.parent
             sync_folder(folder)
 
-    def sweep_partial(self, before: datetime, *, dry_run: bool = False) -> tuple[str, ...]:
-        """Remove the temporaries of dead writers and return their names; their locks tell them, so ``before`` does
-        not matter here."""
+    def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
+        """Remove the temporaries of dead writers and return their names; their locks tell them, so neither ``prefix``
+        nor ``before`` matters here."""
+        check_key(prefix.removesuffix("/"))
         with self._errors():
-            return self._temporaries.sweep(dry_run=dry_run)
+            return self._temporaries.sweep()
 
     def _existing(self, key: str) -> Path:
         path = self.path_of(key)

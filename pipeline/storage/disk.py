@@ -98,7 +98,7 @@ def save_file(path: Path, chunks: Iterable[bytes]) -> None:
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
     """Hold the flock on a file, which is created and stays; threads and processes exclude each other alike."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _open_lock(path)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -129,25 +129,34 @@ class Temporaries:
             lock.unlink(missing_ok=True)
             os.close(descriptor)
 
-    def sweep(self, *, dry_run: bool = False) -> tuple[str, ...]:
-        """Remove what dead writers left, and return the names."""
+    def sweep(self) -> tuple[str, ...]:
+        """Remove what dead writers left, and return the names. What we may not remove waits for its owner's sweep."""
         removed = []
         for lock in sorted(self.folder.glob("*.lock")):
             try:
                 descriptor = os.open(lock, os.O_RDWR)
-            except FileNotFoundError:
+            except (FileNotFoundError, PermissionError):
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(lock.with_suffix(""))
+                lock.unlink(missing_ok=True)
                 removed.append(lock.stem)
-                if not dry_run:
-                    _remove(lock.with_suffix(""))
-                    lock.unlink(missing_ok=True)
-            except BlockingIOError:
-                continue  # its writer lives
+            except (BlockingIOError, PermissionError):
+                continue  # its writer lives, or the folder keeps users from removing each other's files
             finally:
                 os.close(descriptor)
         return tuple(removed)
+
+
+def _open_lock(path: Path) -> int:
+    """Return a descriptor of a lock file, which may be another user's: a local flock needs no right to write."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:
+        if not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY)
 
 
 def _own(lock: Path) -> int:

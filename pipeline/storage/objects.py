@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -98,7 +99,7 @@ class ObjectStore(Protocol):
         """Write a file of any size to ``key``, replacing what is there.
 
         Raises:
-            StorageError: when the bytes that were read do not have the SHA-256; nothing appears then.
+            StorageError: when the file cannot be read, or its bytes do not have the SHA-256; nothing appears then.
         """
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
@@ -120,12 +121,16 @@ class ObjectStore(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there stays so."""
 
-    def sweep_partial(self, before: datetime, *, dry_run: bool = False) -> tuple[str, ...]:
+    def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
         """Remove what interrupted writers left outside the visible objects, and return its names.
 
         Args:
+            prefix: Folder of the keys that they wrote to. Not the whole store: a bucket may hold other people's
+                uploads. A store that knows its dead writers removes what they left, wherever they wrote to.
             before: Uploads that began later are kept where a store cannot tell whether their writer still lives.
-            dry_run: Only name what would be removed.
+
+        Raises:
+            StorageError: also for an empty prefix.
         """
 
 
@@ -195,3 +200,16 @@ def changed_file(path: Path, sha256: str, found: str) -> StorageError:
         code="storage.changed_file",
         hint="run the same command again when nothing else writes to that folder",
     )
+
+
+@contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of reading ``path``, or what is in it, for a release into a StorageError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {error.filename or path} to publish it: {error.strerror or error}",
+            code="storage.unreadable_file",
+            hint="check its permissions, and run the same command again when nothing else writes to that folder",
+        ) from error

@@ -53,7 +53,7 @@ def read_tensors(
         stamps: What each file must still be after it was read; files that are not named may have changed.
 
     Raises:
-        SourceNotFoundError: when a file is not there any more.
+        SourceNotFoundError: when a file is not there any more or cannot be read.
         CorruptWeightsError: when the index has no such tensor, torch has no such dtype, a file has changed or become
             shorter, or a bool is neither 0 nor 1.
     """
@@ -63,16 +63,22 @@ def read_tensors(
         wanted = [entry for owner, entry in places.values() if owner == file]
         try:
             descriptor = os.open(folder / file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for entry in sorted(wanted, key=lambda entry: entry.start_bytes):
+                    tensors[entry.name] = _read(descriptor, folder / file, entry)
+                if stamps is not None and file in stamps:
+                    _require_unchanged(folder / file, FileStamp.of(os.fstat(descriptor)), stamps[file])
+            finally:
+                os.close(descriptor)
         except FileNotFoundError as error:
             missing = f"{folder / file} is not there any more"
             raise SourceNotFoundError(missing, hint="run the command again to fetch it") from error
-        try:
-            for entry in sorted(wanted, key=lambda entry: entry.start_bytes):
-                tensors[entry.name] = _read(descriptor, folder / file, entry)
-            if stamps is not None and file in stamps:
-                _require_unchanged(folder / file, FileStamp.of(os.fstat(descriptor)), stamps[file])
-        finally:
-            os.close(descriptor)
+        except OSError as error:
+            raise SourceNotFoundError(
+                f"{folder / file} cannot be read: {error.strerror}",
+                code="source.unreadable",
+                hint="check its permissions and the disk, then run the command again",
+            ) from error
     return {name: tensors[name] for name in places}
 
 

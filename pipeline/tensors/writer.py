@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import CorruptWeightsError, DiskFullError, StorageError
-from pipeline.tensors.header import LENGTH_BYTES, parse_header, parse_json_object
+from pipeline.strict_json import parse_json_object
+from pipeline.tensors.header import LENGTH_BYTES, parse_header
 from pipeline.units import format_bytes
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})

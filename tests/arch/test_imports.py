@@ -15,7 +15,18 @@ TIERS = [
     {"graph"},
     {"validate", "publish", "calibrate"},
     {"quantize", "formats", "tensors", "hub", "storage", "skeleton", "observe"},
-    {"spec", "facts", "settings", "errors", "fingerprint", "units"},
+    {
+        "spec",
+        "variants",
+        "strict",
+        "facts",
+        "settings",
+        "errors",
+        "fingerprint",
+        "strict_json",
+        "units",
+        "weights",
+    },
 ]
 ALLOWED_SIBLINGS = {("formats", "quantize")}
 OWNERS = {

@@ -10,12 +10,15 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConflictError
+from pipeline.errors import ConflictError, StorageError
 from pipeline.settings import load_settings
+from pipeline.storage.directory import DirectoryStore
+from pipeline.storage.disk import exclusive_lock
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.release import publish_release
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.work import open_work_store
+from pipeline.storage.work_directory import DirectoryWorkStore
 from pipeline.storage.work_objects import ObjectWorkStore
 
 PROVENANCE = {"source": "org/model", "commit": "c" * 40, "settings": {"bits": 4, "damping": 0.01}}
@@ -35,6 +38,11 @@ def open_for_test(url: str) -> ObjectStore:
     if isinstance(store, S3Store):
         store.part_bytes = PART_BYTES
     return store
+
+
+def file_names(folder: Path) -> frozenset[str]:
+    """Return the files of a folder, relative to it, as the converter that wrote them would name them."""
+    return frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def race_to_put(url: str, key: str, writer: int, condition: dict[str, Any], barrier: Any, answers: Any) -> None:
@@ -58,7 +66,15 @@ def publish_and_die(url: str, folder: str, environment: dict[str, str], step: in
         fuse.burn_with_requests(store)
     else:
         fuse.burn_with_disk(url)
-    publish_release(store, Path(folder), "org", "model-GPTQ", PROVENANCE, verdict_passed=True)
+    publish_release(
+        store,
+        Path(folder),
+        "org",
+        "model-GPTQ",
+        PROVENANCE,
+        file_names=file_names(Path(folder)),
+        verdict_passed=True,
+    )
 
 
 def finish_and_die(url: str, cache: str, environment: dict[str, str], stage: str, key: str, step: int) -> None:
@@ -85,6 +101,33 @@ def race_to_finish(
         writer.path("codes.bin").write_bytes(b"codes" * 1000)
         barrier.wait()
         answers.put(writer.finish({"loss": 0.5}).model_dump())
+
+
+def write_as_another_user(user: int, root: str, answers: Any) -> None:
+    """Without rights of our own, put an object and finish a stage; report the error or an empty text."""
+    _become(user)
+    try:
+        DirectoryStore(Path(root)).put("releases/second", b"y")
+        with DirectoryWorkStore(Path(root, "work")).writing("solve", "ef" * 32) as writer:
+            writer.finish({})
+    except StorageError as error:
+        answers.put(str(error))
+    else:
+        answers.put("")
+
+
+def hold_as_another_user(user: int, lock: str, is_held: Any, may_end: Any) -> None:
+    """Hold a lock file that somebody else made, until we are told to let go of it."""
+    _become(user)
+    with exclusive_lock(Path(lock)):
+        is_held.set()
+        may_end.wait(60)
+
+
+def _become(user: int) -> None:
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
 
 
 class Fuse:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pipeline.errors import CorruptWeightsError
-from pipeline.graph import cost
 from pipeline.graph.build import Inputs
+from pipeline.graph.cost import cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.outline import WEIGHTS_STAGE, proof_place, weight_groups
 from pipeline.storage.work import StageRecord, WorkStore
@@ -28,12 +28,12 @@ def weight_places(inputs: Inputs) -> list[Stored]:
 def proof_units(inputs: Inputs) -> list[WorkUnit]:
     """Return the units that read each weights file once from end to end; they run when nothing else can."""
     index, last = inputs.outline.index, inputs.outline.skeleton.num_blocks + 2
-    units = []
+    costs, units = cost_model(inputs.device), []
     for file in index.files:
         size = sum(entry.num_bytes for owner, entry in index.entries.values() if owner == file)
-        params = {"file": file, "sha256": inputs.digests[file]}
+        params = {"file": file, "sha256": inputs.digests[file], "size_bytes": size}
         key = proof_place(inputs.digests[file]).key
-        units.append(WorkUnit(Kind.VERIFY, key, params, rank=last, cost=cost.copy_s(size), label=file))
+        units.append(WorkUnit(Kind.VERIFY, key, params, rank=last, cost=costs.copy_s(size), label=file))
     return units
 
 
