@@ -18,7 +18,7 @@ from pipeline.facts import ReleaseFacts
 from pipeline.graph.assemble import Measured, assemble_release, make_facts, measure_variant
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
 from pipeline.graph.job import run_job
-from pipeline.graph.outline import open_folder, stamp_files
+from pipeline.graph.outline import make_outline, stamp_files
 from pipeline.graph.plan import remote_outline, require_positions
 from pipeline.graph.stages.call import JobContext
 from pipeline.hub.fetch import FetchedSource, fetch
@@ -32,7 +32,9 @@ from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
 from pipeline.storage.refs import DEFAULT_REF, read_ref
 from pipeline.storage.release import publish_release
-from pipeline.storage.work import WorkStore
+from pipeline.storage.work import S3_ATTEMPTS, WorkStore, open_work_store
+from pipeline.tensors.index import WeightIndex
+from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import FileStamp
 
 SHELF_BYTES = 500_000_000
@@ -44,19 +46,21 @@ class RunOptions:
     """Where a conversion runs; none of it affects a byte.
 
     Attributes:
-        work_dir: Folder of the work store.
+        work_dir: The work store: a directory that every worker reaches, or ``s3://bucket/prefix``.
         workers: Work units at a time.
         device: ``cpu`` or ``cuda``.
         address: Ray cluster to join, or None to start one here.
         inline: Run every unit in this process, without Ray.
+        stream: Read the weights of a hub source block by block where they are, instead of fetching them first.
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
     """
 
-    work_dir: Path
+    work_dir: str | Path
     workers: int
     device: str = "cpu"
     address: str | None = None
     inline: bool = False
+    stream: bool = False
     shelf_bytes: int = SHELF_BYTES
 
 
@@ -86,6 +90,8 @@ def convert(
             no error: its outcome has no locations.
     """
     stores = open_targets(spec.targets, settings, sink)
+    work = open_work_store(str(options.work_dir), settings)
+    work.prepare()
     source = pin_source(spec.source, settings)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
@@ -94,21 +100,22 @@ def convert(
     require_device(options)
     for caution in dict.fromkeys(c for plan in plans for c in plan.cautions(spec.calibration)):
         sink.emit(Warned(caution))
-    fetched, stamps = fetch_source(source, settings, sink)
+    is_streamed = options.stream and not source.is_local
+    fetched, stamps = fetch_source(source, settings, sink, with_weights=not is_streamed)
     namespace, prefix = release_prefix(spec, fetched)
     seen = ref_sequences(stores, namespace, [f"{prefix}-{plan.spec.name}" for plan in plans])
-    inputs = gather_inputs(spec, fetched, texts, options.device)
-    work = WorkStore(options.work_dir)
-    work.sweep()
+    index = outline.index if is_streamed else None
+    inputs = gather_inputs(spec, fetched, texts, options.device, index)
     context = JobContext(
-        work_root=str(work.root),
+        work_url=work.url,
         source_folder=str(fetched.folder),
         source_commit=fetched.commit,
         stamps=tuple(sorted(stamps.items())),
         device=options.device,
         shelf_bytes=options.shelf_bytes,
+        streamed=source if is_streamed else None,
     )
-    jobs = open_store(str(work.root), settings)
+    jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
     units, records = run_job(inputs, work, jobs, context, options, sink)
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
@@ -121,14 +128,17 @@ def convert(
     return tuple(outcomes)
 
 
-def fetch_source(source: Source, settings: Settings, sink: EventSink) -> tuple[FetchedSource, dict[str, FileStamp]]:
+def fetch_source(
+    source: Source, settings: Settings, sink: EventSink, *, with_weights: bool = True
+) -> tuple[FetchedSource, dict[str, FileStamp]]:
     """Return a source with its needed files local and verified, and what the weights files were when they were; says
-    how far it is or what it waits for.
+    how far it is or what it waits for. On request the weights stay where they are.
 
     Raises:
         SourceError, StorageError: as ``fetch``.
     """
-    total_bytes = sum(file.size_bytes for file in needed_files(source))
+    left = () if with_weights else source.weight_files
+    total_bytes = sum(file.size_bytes for file in needed_files(source) if file.path not in left)
     done: dict[str, int] = {}
 
     def advanced(path: str, done_bytes: int, _: int) -> None:
@@ -138,7 +148,9 @@ def fetch_source(source: Source, settings: Settings, sink: EventSink) -> tuple[F
     # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from a hub
     # lies in our own cache, and is there only afterwards.
     before = stamp_files(Path(source.location), source.weight_files) if source.is_local else None
-    fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)))
+    fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)), with_weights=with_weights)
+    if not with_weights:
+        return fetched, {}
     return fetched, before or stamp_files(fetched.folder, source.weight_files)
 
 
@@ -197,15 +209,28 @@ def load_texts(spec: ConversionSpec, settings: Settings) -> tuple[Text, Text]:
     return calibration, load_text(spec.gates.heldout, "heldout", seed, settings)
 
 
-def gather_inputs(spec: ConversionSpec, fetched: FetchedSource, texts: tuple[Text, Text], device: str) -> Inputs:
+def gather_inputs(
+    spec: ConversionSpec,
+    fetched: FetchedSource,
+    texts: tuple[Text, Text],
+    device: str,
+    index: WeightIndex | None = None,
+) -> Inputs:
     """Return everything that the conversion's bytes depend on.
+
+    Args:
+        spec: What to make.
+        fetched: The source; of one that is streamed, all but its weights.
+        texts: Calibration text and held-out text.
+        device: ``cpu`` or ``cuda``.
+        index: Where the tensors are; None to read the headers in the folder.
 
     Raises:
         SourceError: when the source cannot be converted.
         PlanError: when a variant cannot be made from it.
         CalibrationError: when a text is too short.
     """
-    outline = open_folder(fetched.folder).outline
+    outline = make_outline(fetched.folder, index or read_folder_index(fetched.folder))
     variants = [make_variant_plan(variant, outline) for variant in spec.variants]
     encode = TextTokenizer(fetched.folder).encode
     require_positions(spec, outline, lambda prompt: len(encode(prompt, with_special=True)))

@@ -31,6 +31,7 @@ class Kind(StrEnum):
     FORWARD = "forward"
     SCORE = "score"
     GENERATE = "generate"
+    VERIFY = "verify"
 
 
 class Stored(NamedTuple):

@@ -16,8 +16,9 @@ A unit that takes far longer than units of its kind do is given to a second work
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 from pipeline.errors import GraphError, PipelineError
@@ -68,8 +69,8 @@ StoredRecords = Mapping[Stored, StageRecord]
 class StageIndex(Protocol):
     """What the driver asks of a work store; see ``WorkStore``."""
 
-    def lookup(self, stage: str, key: str) -> StageRecord | None:
-        """Return the record of a finished stage, or None."""
+    def lookup_all(self, places: Iterable[Stored]) -> dict[Stored, StageRecord]:
+        """Return the records of those of many stages that are finished."""
         ...
 
     def discard(self, stage: str, key: str) -> None:
@@ -218,6 +219,7 @@ class Driver:
         """Ask anew which units must run. Those that run already stay."""
         state = self._state
         self._goals = self._make_goals(self._tuning)
+        self._ask_what_is_stored()
         todo = required_units(self._goals, self._is_there, self._is_stored)
         state.readers, state.waiting, state.dependents, state.ready, state.chains = {}, {}, {}, {}, {}
         for unit in todo:
@@ -244,12 +246,17 @@ class Driver:
         return self._is_stored(unit.place) if unit.is_durable else unit.key in self._state.holders
 
     def _is_stored(self, place: Stored) -> bool:
-        if place not in self._state.records:
-            record = self._work.lookup(*place)
-            if record is None:
-                return False
-            self._state.records[place] = record
-        return True
+        return place in self._state.records
+
+    def _ask_what_is_stored(self) -> None:
+        """Learn of every place that a plan may look at, all at once: a store may be far away."""
+        places = [
+            place
+            for unit in reachable_units(self._goals)
+            for place in (*((unit.place,) if unit.is_durable else ()), *chain.from_iterable(unit.stand_ins.values()))
+            if place not in self._state.records
+        ]
+        self._state.records |= self._work.lookup_all(places)
 
     # Who does it.
 

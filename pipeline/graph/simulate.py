@@ -22,7 +22,7 @@ from enum import StrEnum
 
 from pipeline.graph.build import UnitInputs, build_units, make_tuning
 from pipeline.graph.cost import CostModel, cost_model
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import Event, Finished, WorkerId
 from pipeline.graph.traffic import Route, Traffic
@@ -56,6 +56,7 @@ LIMIT_OF: dict[Kind, Limit] = {
     Kind.OUTER: Limit.PACKING,
     Kind.SCORE: Limit.GENERATION,
     Kind.GENERATE: Limit.GENERATION,
+    Kind.VERIFY: Limit.WEIGHTS,
 }
 
 
@@ -310,9 +311,9 @@ class SimulatedExecutor:
 class EmptyStore:
     """Stands in for a work store that holds nothing but what the driver was told of."""
 
-    def lookup(self, stage: str, key: str) -> StageRecord | None:
+    def lookup_all(self, places: Iterable[Stored]) -> dict[Stored, StageRecord]:
         """Nothing is there from earlier runs."""
-        return None
+        return {}
 
     def discard(self, stage: str, key: str) -> None:
         """Nothing is kept."""

@@ -64,6 +64,8 @@ class Traffic:
                     yield Read("outer", self._outer_bytes, Route.WEIGHTS)
                     for block in range(self._outline.skeleton.num_blocks):
                         yield self._block(block)
+            case Kind.VERIFY:
+                yield Read(unit.label, unit.params["size_bytes"], Route.WEIGHTS)
             case Kind.ADD | Kind.MERGE | Kind.FACTOR:
                 pass
 

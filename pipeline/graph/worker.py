@@ -17,15 +17,19 @@ import torch
 
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, WorkUnit
-from pipeline.graph.outline import Source, open_folder
+from pipeline.graph.outline import Source, open_folder, open_streamed
 from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
 from pipeline.graph.stages.call import LOST, Call, FetchFrom, JobContext
-from pipeline.storage.work import DamagedStage, StageRecord, WorkStore
+from pipeline.settings import load_settings
+from pipeline.storage.work import DamagedStage, StageRecord, open_work_store
 from pipeline.tensors.reader import FileStamp
 
 THREADS_PER_UNIT = 1
 """Threads of one work unit. More would change the order of summation inside BLAS, hence the bytes."""
+
+WALKS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.FORWARD})
+"""Units that are followed by one of the next block, whose weights are read ahead while they run."""
 
 KEPT_COPIES = frozenset({Kind.MERGE, Kind.SCALES})
 """Durable outputs that are read again soon, so that the shelf keeps a copy as long as there is room."""
@@ -70,8 +74,9 @@ class Worker:
         whoever watches is told of workers once they can work.
         """
         self._context, self._clock = context, clock
-        self._work = WorkStore(Path(context.work_root))
+        self._work = open_work_store(context.work_url, load_settings())
         self._stack = ExitStack()
+        self._streamed: Source | None = None
         # Vanishes with this process, however it ends: the next run sweeps what dead ones left.
         spill = self._stack.enter_context(self._work.private_folder())
         self.shelf = Shelf(context.shelf_bytes, spill, context.device)
@@ -112,12 +117,18 @@ class Worker:
         self.shelf.drop(keys)
 
     def close(self) -> None:
-        """Remove what was spilled."""
+        """Remove what was spilled, and stop reading ahead."""
         self._stack.close()
 
     def _source(self) -> Source:
+        """Return the source; one that is streamed is this worker's own, as it writes to its work store."""
         context = self._context
-        return open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+        if context.streamed is None:
+            return open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+        if self._streamed is None:
+            self._streamed = open_streamed(context.streamed, load_settings(), self._work, context.device)
+            self._stack.callback(self._streamed.weights.close)
+        return self._streamed
 
     def _run(self, unit: WorkUnit, fetch: FetchFrom) -> StageRecord | None:
         torch.set_num_threads(THREADS_PER_UNIT)
@@ -125,6 +136,8 @@ class Worker:
         if unit.is_durable and (known := self._work.lookup(*place)) is not None:
             return known
         source = self._source()
+        if unit.kind in WALKS:
+            source.expect_block(unit.block + 1)
         with ExitStack() as stack:
             writer = stack.enter_context(self._work.writing(*place)) if unit.is_durable else None
             call = Call(context, unit, self._work, source, self.shelf, fetch, writer)
