@@ -23,18 +23,12 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline.disk import disk_errors, make_folders, sync, write_file
 from pipeline.errors import StorageError
 from pipeline.fingerprint import digest_file
-from pipeline.storage.disk import (
-    Temporaries,
-    disk_errors,
-    exclusive_lock,
-    make_folders,
-    sync_folder,
-    write_file,
-)
 from pipeline.storage.manifest import Sha256
 from pipeline.storage.objects import check_key
+from pipeline.storage.temporaries import Temporaries, exclusive_lock
 
 RECORD_NAME = "record.json"
 _PRIVATE_FOLDER = ".tmp"
@@ -106,7 +100,7 @@ class StageWriter:
         with self._store.errors():
             files = {}
             for path in sorted(path for path in self._folder.rglob("*") if path.is_file()):
-                _sync_file(path)
+                sync(path)
                 name = path.relative_to(self._folder).as_posix()
                 files[name] = StageFile(path.stat().st_size, digest_file(path))
             record = StageRecord(stage=self._stage, key=self._key, files=files, summary=summary)
@@ -115,7 +109,7 @@ class StageWriter:
             record = StageRecord.model_validate_json(text)
             write_file(self._folder / RECORD_NAME, (text.encode(),))
             for path in [self._folder, *(path for path in self._folder.rglob("*") if path.is_dir())]:
-                sync_folder(path)
+                sync(path)
             self.record = self._store.place(self._folder, record)
         return self.record
 
@@ -164,11 +158,6 @@ class WorkStore:
                     self._note_damage(stage, key, reason)
                     folder.rename(aside)
             return record
-
-    def take_damaged(self) -> list[DamagedStage]:
-        """Return what was found damaged since the last call, oldest first; `damaged` is empty then."""
-        found, self.damaged = self.damaged, []
-        return found
 
     @contextmanager
     def writing(self, stage: str, key: str) -> Iterator[StageWriter]:
@@ -227,6 +216,11 @@ class WorkStore:
                     if folder.exists():
                         folder.rename(aside)
 
+    def take_damaged(self) -> list[DamagedStage]:
+        """Return the stages found damaged since the last call, oldest first; `damaged` is empty then."""
+        taken, self.damaged = self.damaged, []
+        return taken
+
     def sweep(self) -> tuple[str, ...]:
         """Remove the temporaries of dead processes, and return their names."""
         with self.errors():
@@ -243,7 +237,7 @@ class WorkStore:
             if existing is None:
                 make_folders(target.parent)
                 folder.rename(target)
-                sync_folder(target.parent)
+                sync(target.parent)
                 return record
         differing = _differences(existing, record)
         if differing:
@@ -306,11 +300,3 @@ def _inspect(folder: Path, stage: str, key: str) -> tuple[StageRecord | None, st
         if size_bytes != file.size_bytes:
             return None, f"{name} has {size_bytes} bytes, its record says {file.size_bytes}"
     return record, ""
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
