@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.disk import disk_errors, make_folders
 from pipeline.errors import CorruptReleaseError, StorageError
 from pipeline.fingerprint import digest_bytes, digest_file
 from pipeline.settings import Settings
 from pipeline.storage.directory import DirectoryStore
-from pipeline.storage.disk import disk_errors, make_folders
 from pipeline.storage.manifest import (
     MANIFEST_NAME,
     NAME_PATTERN,
