@@ -77,7 +77,7 @@ def _render(report: PlanReport, console: Console, matrices: bool) -> None:
 
 
 def _render_variant(report: PlanReport, variant: VariantReport, console: Console) -> None:
-    console.print(f"\n[bold]{variant.name}[/bold] ({variant.format})")
+    console.print(f"\n[bold]{variant.name}[/bold] ({variant.format}), to be released as {variant.release}")
     console.print(
         f"  {format_bytes(report.size_bytes)} -> {format_bytes(variant.size_bytes)}, "
         f"{report.size_bytes / variant.size_bytes:.2f} times smaller; "

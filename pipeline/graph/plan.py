@@ -23,6 +23,7 @@ from pipeline.formats.codec import codec_for
 from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan, make_variant_plan
 from pipeline.graph.chains import shape_of
+from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
 from pipeline.graph.schemes import quantized_part
 from pipeline.hub.source import Source, pin_source, range_reader, read_bytes
@@ -79,6 +80,7 @@ class VariantReport:
     """One variant: its size, its work, what it fits on.
 
     Attributes:
+        release: ``namespace/name`` that it would be published under.
         solve_flops: Scale search and solves.
         notes: Each deviation from the variant's scheme, and what engines refuse, with the number of linears concerned.
         cautions: What weakens the result without being a fault.
@@ -86,6 +88,7 @@ class VariantReport:
     """
 
     name: str
+    release: str
     format: str
     size_bytes: int
     num_quantized: int
@@ -139,13 +142,15 @@ def plan_conversion(spec: ConversionSpec, settings: Settings, workers: int) -> P
 
     Raises:
         SourceError: when the source cannot be converted.
+        SpecError: when a release cannot be called as it would be.
         PlanError: when a variant cannot be made from it, or its sequences are longer than the model's.
     """
     source = pin_source(spec.source, settings)
+    names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     require_positions(spec, outline)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
-    return report_plan(source, outline, plans, spec, workers, measure_rate())
+    return report_plan(source, names, outline, plans, spec, workers, measure_rate())
 
 
 def remote_outline(source: Source, settings: Settings) -> Outline:
@@ -208,7 +213,13 @@ def measure_rate() -> float:
 
 
 def report_plan(
-    source: Source, outline: Outline, plans: list[VariantPlan], spec: ConversionSpec, workers: int, rate: float
+    source: Source,
+    names: ReleaseNames,
+    outline: Outline,
+    plans: list[VariantPlan],
+    spec: ConversionSpec,
+    workers: int,
+    rate: float,
 ) -> PlanReport:
     """Return the report of a plan; a pure function of its arguments."""
     tokens = spec.calibration.samples * spec.calibration.length
@@ -219,7 +230,7 @@ def report_plan(
     moments = 2.0 * sum(group.in_features**2 for block in outline.groups for group in block)
     cache_tokens, cache_bytes = kv_cache(outline.skeleton, KV_CACHE_TOKENS)
     evaluate = heldout * (forward + 4.0 * head)
-    variants = tuple(_report_variant(outline, plan, spec.calibration, evaluate, cache_bytes) for plan in plans)
+    variants = tuple(_report_variant(outline, plan, names, spec.calibration, evaluate, cache_bytes) for plan in plans)
     calibrate = tokens * (forward + moments) + heldout * forward
     flops = calibrate + sum(v.solve_flops + v.evaluate_flops for v in variants)
     return PlanReport(
@@ -248,7 +259,12 @@ def _block_elements(outline: Outline, block: int) -> int:
 
 
 def _report_variant(
-    outline: Outline, plan: VariantPlan, calibration: CalibrationSpec, evaluate: float, cache_bytes: int
+    outline: Outline,
+    plan: VariantPlan,
+    names: ReleaseNames,
+    calibration: CalibrationSpec,
+    evaluate: float,
+    cache_bytes: int,
 ) -> VariantReport:
     rows = tuple(_row(outline, plan.spec, name, plan) for name in plan.matrices)
     quantized = [row for row in rows if row.group_size]
@@ -262,6 +278,7 @@ def _report_variant(
     needed = size + cache_bytes + RUNTIME_BYTES
     return VariantReport(
         name=plan.spec.name,
+        release=names.address(plan.spec.name),
         format=plan.spec.format.value,
         size_bytes=size,
         num_quantized=len(quantized),

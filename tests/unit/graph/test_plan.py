@@ -11,6 +11,7 @@ import pytest
 from pipeline.errors import PlanError
 from pipeline.graph.build import make_variant_plan
 from pipeline.graph.chains import shape_of
+from pipeline.graph.naming import name_releases
 from pipeline.graph.outline import open_folder
 from pipeline.graph.plan import PlanReport, plan_conversion, report_plan, require_positions
 from pipeline.hub.source import pin_source
@@ -31,7 +32,8 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(folder: Path, spec: ConversionSpec, settings: Settings, workers: int = 1) -> PlanReport:
     outline = open_folder(folder).outline
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
-    return report_plan(pin_source(str(folder), settings), outline, plans, spec, workers, rate=1e9)
+    source = pin_source(str(folder), settings)
+    return report_plan(source, name_releases(spec, source), outline, plans, spec, workers, rate=1e9)
 
 
 def test_the_cache_of_a_vision_model_is_its_language_model_s(
