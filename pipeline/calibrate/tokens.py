@@ -28,6 +28,9 @@ BUILTIN_FILES = {"calibration": "calibration.txt", "heldout": "heldout.txt"}
 CHARS_PER_READ = 4_000_000
 """Text is tokenized in pieces of this many characters until there are enough tokens; pieces end at a line break."""
 
+MAX_NAMED = 8
+"""Columns that a message spells out; the rest is counted."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -96,18 +99,35 @@ def _documents(file: Path) -> list[str]:
         from pyarrow import ArrowException, parquet
 
         try:
+            names = parquet.read_schema(file).names
+            if "text" not in names:
+                raise _no_text_column(file, f"it has {_listed(names)}")
             column = parquet.read_table(file, columns=["text"])["text"].to_pylist()
-        except (ArrowException, KeyError) as error:
-            raise _no_text_column(file, str(error)) from error
+        except ArrowException as error:
+            raise _no_text_column(file, f"it cannot be read as Parquet: {_first_line(error)}") from error
         return [text for text in column if text]
     found = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
-                found.append(str(json.loads(line)["text"]))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise _no_text_column(file, f"line {number}: {error!r}") from error
+                document = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise _no_text_column(file, f"line {number} is not JSON: {error.msg}") from error
+            if not isinstance(document, dict):
+                raise _no_text_column(file, f"line {number} is not a JSON object")
+            if "text" not in document:
+                raise _no_text_column(file, f"line {number} has {_listed(list(document))}")
+            found.append(str(document["text"]))
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return "only " + ", ".join(f"`{name}`" for name in names[:MAX_NAMED]) + more if names else "nothing"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _no_text_column(file: Path, reason: str) -> CalibrationError:

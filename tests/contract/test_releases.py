@@ -15,7 +15,12 @@ import pytest
 from pipeline.errors import ConflictError, CorruptReleaseError, SpecError, StorageError
 from pipeline.fingerprint import digest_bytes
 from pipeline.settings import Settings
-from pipeline.storage.locate import download_release, locate_release, verify_release_files
+from pipeline.storage.locate import (
+    download_release,
+    locate_release,
+    require_own_files,
+    verify_release_files,
+)
 from pipeline.storage.manifest import MANIFEST_NAME, Manifest, release_prefix
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.refs import MAX_HISTORY, Ref, move_ref, read_ref
@@ -258,6 +263,27 @@ def test_a_downloaded_release_is_a_release(
         "manifest.json",
         "model.safetensors",
     ]
+
+
+def test_only_a_folder_of_the_release_s_own_files_is_downloaded_to(
+    store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    located = locate_release(publish(store, folder).path_or_uri, settings)
+    copy = tmp_path / "copy"
+    require_own_files(located, copy)
+    (copy / "assets").mkdir(parents=True)
+    half_written = copy / "assets" / f".size.png.{'a' * 32}.part"
+    half_written.write_bytes(b"pn")
+    (copy / "config.json").write_text("interrupted")
+    require_own_files(located, copy)
+    assert not half_written.exists()
+    assert (copy / "config.json").exists()
+    others = f".other.png.{'a' * 32}.part"
+    (copy / "assets" / others).write_bytes(b"not ours")
+    with pytest.raises(StorageError, match=rf"not of org/model-GPTQ: assets/{others}") as caught:
+        require_own_files(located, copy)
+    assert caught.value.code == "storage.folder_in_use"
+    assert (copy / "assets" / others).exists()
 
 
 def test_a_damaged_file_is_not_downloaded(store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path) -> None:
