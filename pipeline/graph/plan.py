@@ -8,7 +8,6 @@ Per linear [r, n] and T tokens: forward 2 r n T; second moment 2 n^2 T. Solves c
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -156,12 +155,12 @@ def plan_conversion(spec: ConversionSpec, settings: Settings, workers: int) -> P
 def remote_outline(source: Source, settings: Settings) -> Outline:
     """Return the outline of a source of which only config.json and headers are read."""
     index = read_index(source.file_sizes, range_reader(source, settings))
-    folder = Path(tempfile.mkdtemp(prefix="bitmill-plan-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as temporary:
+        # Messages name the folder that config.json is in.
+        folder = Path(temporary, source.name.rpartition("/")[2] or "source")
+        folder.mkdir()
         (folder / "config.json").write_bytes(read_bytes(source, settings, "config.json"))
         return make_outline(folder, index)
-    finally:
-        shutil.rmtree(folder)
 
 
 def require_positions(spec: ConversionSpec, outline: Outline, count: Callable[[str], int] | None = None) -> None:

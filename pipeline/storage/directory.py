@@ -49,14 +49,15 @@ class DirectoryStore:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        self._given = root.expanduser()
+        self.root = self._given.absolute()
         self._temporaries = Temporaries(self.root / PRIVATE_FOLDER)
         self._is_ready = False
 
     @property
     def url(self) -> str:
-        """The directory's absolute path."""
-        return str(self.root)
+        """The directory's path as it was given, so that what is printed can be typed again where it was typed."""
+        return str(self._given)
 
     def path_of(self, key: str) -> Path:
         """Return where the object's file is or would be."""
