@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.errors import SourceError, SourceNotFoundError, UnsupportedArchitectureError
 from pipeline.skeleton.groups import LinearGroup, is_linear, linear_groups
+from pipeline.skeleton.limits import vocabulary_size
 from pipeline.skeleton.model import Skeleton
 from pipeline.strict_json import parse_json_object
 from pipeline.tensors.index import WeightIndex
@@ -54,6 +55,11 @@ class Outline:
             if is_linear(module) and stored not in known:
                 found += [name, stored]
         return tuple(dict.fromkeys(found))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits of one position."""
+        return vocabulary_size(self.skeleton)
 
     def tensor_bytes(self, name: str) -> int:
         """Return the stored size of one tensor."""
