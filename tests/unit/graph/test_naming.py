@@ -102,5 +102,5 @@ def test_a_variant_that_leaves_no_room_for_a_name_is_refused(make_spec: MakeSpec
 def test_a_plan_refuses_and_states_the_same_names(make_spec: MakeSpec, settings: Settings, llama: Path) -> None:
     with pytest.raises(SpecError, match="'my team' cannot be the namespace"):
         plan_conversion(make_spec(release="my team/model"), settings, 1)
-    report = plan_conversion(make_spec(release="team/model"), settings, 1)
+    report, _ = plan_conversion(make_spec(release="team/model"), settings, 1)
     assert [variant.release for variant in report.variants] == ["team/model-gptq-w4-g64", "team/model-awq-w4-g64"]

@@ -31,9 +31,8 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report(folder: Path, spec: ConversionSpec, settings: Settings, workers: int = 1) -> PlanReport:
     outline = open_folder(folder).outline
-    plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     source = pin_source(str(folder), settings)
-    return report_plan(source, name_releases(spec, source), outline, plans, spec, workers, rate=1e9)
+    return report_plan(source, name_releases(spec, source), outline, spec, workers)
 
 
 def test_the_cache_of_a_vision_model_is_its_language_model_s(
@@ -66,9 +65,7 @@ def test_a_report_adds_up(llama: Path, make_spec: MakeSpec, settings: Settings) 
         entry.num_elements for _, entry in open_folder(llama).outline.index.entries.values()
     )
     assert (one.calibration_tokens, one.heldout_tokens) == (6 * 32, 2 * 32)
-    work = one.calibrate_flops + sum(v.solve_flops + v.evaluate_flops for v in one.variants)
-    assert one.seconds == work / 1e9
-    assert report(llama, make_spec(), settings, workers=4).seconds == one.seconds / 4
+    assert report(llama, make_spec(), settings, workers=4).seconds < one.seconds
     for variant in one.variants:
         saved = sum(row.bytes_in - row.bytes_out for row in variant.matrices)
         assert variant.size_bytes == one.size_bytes - saved < one.size_bytes
