@@ -64,7 +64,7 @@ def make_spec(folder: Path, **changes: Any) -> ConversionSpec:
             "heldout": str(folder / "heldout.txt"),
             "heldout_samples": 2,
             "heldout_length": 32,
-            "generated_tokens": 2,
+            "generated_tokens": 8,
             **{f"max_{name}": None for name in ("relative_error", "kl", "perplexity_ratio", "degradations")},
         },
     }
