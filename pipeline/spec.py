@@ -32,6 +32,7 @@ __all__ = [
     "PER_CHANNEL",
     "Budgets",
     "CalibrationSpec",
+    "ClusterSpec",
     "ConversionSpec",
     "Format",
     "GateSpec",
@@ -114,6 +115,14 @@ BUDGETS_BY_BITS: dict[int, dict[str, float]] = {
 should set its own."""
 
 
+class ClusterSpec(Strict):
+    """What is known of the workers; it affects plans only, no byte of a release."""
+
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """Price of one worker (a GPU, or a processor) for an hour, in any currency: `bitmill plan --simulate` says what a
+    conversion would cost."""
+
+
 class ConversionSpec(Strict):
     """A whole conversion: one source, its variants, one calibration, the gates, the targets."""
 
@@ -125,6 +134,8 @@ class ConversionSpec(Strict):
     """Tokens for the statistics."""
     gates: GateSpec = GateSpec()
     """Budgets and smoke prompts."""
+    cluster: ClusterSpec = ClusterSpec()
+    """Prices, for plans."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     """Directories or `s3://bucket/prefix` addresses that releases are published to."""
     release: str = ""

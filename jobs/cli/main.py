@@ -18,6 +18,7 @@ import click
 
 from jobs.cli.cancel import cancel_command
 from jobs.cli.convert import convert_command
+from jobs.cli.download import download_command
 from jobs.cli.inspect import inspect_command
 from jobs.cli.plan import plan_command
 from jobs.cli.verify import verify_command
@@ -61,6 +62,7 @@ cli.add_command(convert_command)
 cli.add_command(plan_command)
 cli.add_command(verify_command)
 cli.add_command(inspect_command)
+cli.add_command(download_command)
 cli.add_command(cancel_command)
 
 

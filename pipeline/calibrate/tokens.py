@@ -33,6 +33,9 @@ HASH_BASE = 0x5DEECE66D
 CHARS_PER_READ = 4_000_000
 """Text is tokenized in pieces of this many characters until there are enough tokens; pieces end at a line break."""
 
+MAX_NAMED = 8
+"""Columns that a message spells out; the rest is counted."""
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -102,9 +105,12 @@ def _documents(file: Path) -> list[str]:
         from pyarrow import ArrowException, parquet
 
         try:
+            names = parquet.read_schema(file).names
+            if "text" not in names:
+                raise _no_text_column(file, f"it has {_listed(names)}")
             column = parquet.read_table(file, columns=["text"])["text"]
-        except (ArrowException, KeyError) as error:
-            raise _no_text_column(file, str(error)) from error
+        except ArrowException as error:
+            raise _no_text_column(file, f"it cannot be read as Parquet: {_first_line(error)}") from error
         texts = [text for text in column.to_pylist() if text is not None]
         if not all(isinstance(text, str) for text in texts):
             raise _no_text_column(file, f"it holds {column.type}")
@@ -117,12 +123,27 @@ def _documents(file: Path) -> list[str]:
 def _document(line: str, file: Path, number: int) -> str:
     """Return the text of one line of a .jsonl file."""
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _no_text_column(file, f"line {number}: {error!r}") from error
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
+        raise _no_text_column(file, f"line {number} is not JSON: {reason}") from error
+    if not isinstance(document, dict):
+        raise _no_text_column(file, f"line {number} is not a JSON object")
+    if "text" not in document:
+        raise _no_text_column(file, f"line {number} has {_listed(list(document))}")
+    text = document["text"]
     if not isinstance(text, str):
         raise _no_text_column(file, f"line {number}: its text is {json.dumps(text):.60}")
     return text
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return "only " + ", ".join(f"`{name}`" for name in names[:MAX_NAMED]) + more if names else "nothing"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _no_text_column(file: Path, reason: str) -> CalibrationError:

@@ -237,11 +237,13 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
         bytes_by_dtype[entry.dtype] = bytes_by_dtype.get(entry.dtype, 0) + entry.num_bytes
     most = max(bytes_by_dtype, key=lambda dtype: bytes_by_dtype[dtype])
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    card = read_card(fetched.folder)
     return SourceFacts(
         name=fetched.source.name,
         is_local=fetched.source.is_local,
         commit=fetched.commit,
-        license=read_card(fetched.folder).license,
+        license=card.license,
+        base_models=card.base_models if fetched.source.is_local else (),
         architecture=inputs.outline.skeleton.architecture,
         num_parameters=index.num_parameters,
         size_bytes=index.total_bytes,

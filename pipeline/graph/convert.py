@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from pipeline.calibrate.tokens import Text, TokenBatch, load_text, take_tokens
-from pipeline.errors import GraphError, SpecError
+from pipeline.errors import GraphError
 from pipeline.facts import ReleaseFacts
 from pipeline.graph.assemble import Measured, assemble_release, make_facts, measure_variant
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
 from pipeline.graph.job import run_job
+from pipeline.graph.naming import name_releases
 from pipeline.graph.outline import make_outline, stamp_files
 from pipeline.graph.plan import remote_outline, require_positions
 from pipeline.graph.stages.call import JobContext
@@ -93,17 +94,19 @@ def convert(
     work = open_work_store(str(options.work_dir), settings)
     work.prepare()
     source = pin_source(spec.source, settings)
+    names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
     texts = load_texts(spec, settings)
     require_device(options)
-    for caution in dict.fromkeys(c for plan in plans for c in plan.cautions(spec.calibration)):
+    cautions = [names.caution] if names.caution else []
+    cautions += [caution for plan in plans for caution in plan.cautions(spec.calibration)]
+    for caution in dict.fromkeys(cautions):
         sink.emit(Warned(caution))
     is_streamed = options.stream and not source.is_local
     fetched, stamps = fetch_source(source, settings, sink, with_weights=not is_streamed)
-    namespace, prefix = release_prefix(spec, fetched)
-    seen = ref_sequences(stores, namespace, [f"{prefix}-{plan.spec.name}" for plan in plans])
+    seen = ref_sequences(stores, names.namespace, names.by_variant.values())
     index = outline.index if is_streamed else None
     inputs = gather_inputs(spec, fetched, texts, options.device, index)
     context = JobContext(
@@ -120,8 +123,7 @@ def convert(
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:
-        name = f"{prefix}-{own.plan.spec.name}"
-        facts = make_facts(inputs, fetched, f"{namespace}/{name}", own, measured, units)
+        facts = make_facts(inputs, fetched, names.address(own.plan.spec.name), own, measured, units)
         _announce(own, sink)
         locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink) if own.verdict.passed else ()
         outcomes.append(VariantOutcome(facts, locations))
@@ -181,21 +183,6 @@ def ref_sequences(stores: Iterable[ObjectStore], namespace: str, names: Iterable
     wanted = [(store, name) for name in names for store in stores]
     refs = {(store.url, f"{namespace}/{name}"): read_ref(store, namespace, name, DEFAULT_REF) for store, name in wanted}
     return {place: ref.sequence if ref is not None else 0 for place, ref in refs.items()}
-
-
-def release_prefix(spec: ConversionSpec, fetched: FetchedSource) -> tuple[str, str]:
-    """Return namespace and name prefix of the releases: the spec's, else the source's.
-
-    Raises:
-        SpecError: when the spec's ``release`` is not ``namespace/name``.
-    """
-    if spec.release:
-        namespace, slash, name = spec.release.partition("/")
-        if not slash or not namespace or not name or "/" in name:
-            raise SpecError(f"release {spec.release!r} is not namespace/name", hint="for example --release team/model")
-        return namespace, name
-    namespace, slash, name = fetched.source.name.rpartition("/")
-    return (namespace if slash else "local"), name
 
 
 def load_texts(spec: ConversionSpec, settings: Settings) -> tuple[Text, Text]:

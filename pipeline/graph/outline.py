@@ -23,6 +23,7 @@ from pipeline.hub.source import Source as HubSource
 from pipeline.hub.source import range_reader
 from pipeline.settings import Settings
 from pipeline.skeleton.groups import LinearGroup, is_linear, linear_groups
+from pipeline.skeleton.limits import vocabulary_size
 from pipeline.skeleton.model import Skeleton
 from pipeline.storage.file_cache import FileCache
 from pipeline.storage.work import NONDETERMINISTIC, WorkStore
@@ -81,6 +82,11 @@ class Outline:
             if is_linear(module) and stored not in known:
                 found += [name, stored]
         return tuple(dict.fromkeys(found))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits of one position."""
+        return vocabulary_size(self.skeleton)
 
     def tensor_bytes(self, name: str) -> int:
         """Return the stored size of one tensor."""

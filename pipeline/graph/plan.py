@@ -1,34 +1,35 @@
 """What a conversion would do, from config and safetensors headers alone: no weights are read, nothing is written.
 
 Sizes are exact: they follow from shapes. FLOPs follow from the formulas below. Memory is an upper estimate for one
-worker. Time is FLOPs over a rate that is measured for a moment on this machine, so it holds for workers like it.
+worker. Time is that of the real work units in the order in which the driver would run them, at the costs of a reference
+worker (``cost.CPU_RATES``).
 
 Per linear [r, n] and T tokens: forward 2 r n T; second moment 2 n^2 T. Solves cost what ``build`` says of their units.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.errors import PlanError
 from pipeline.formats.codec import codec_for
 from pipeline.graph import cost
-from pipeline.graph.build import VariantPlan, make_variant_plan
+from pipeline.graph.build import VariantPlan
 from pipeline.graph.chains import shape_of
+from pipeline.graph.forecast import ClusterRequest, Forecast, forecast, planned_inputs
+from pipeline.graph.memory import worker_memory
+from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
 from pipeline.graph.schemes import quantized_part
+from pipeline.graph.simulate import Cluster, simulate
 from pipeline.hub.source import Source, pin_source, range_reader, read_bytes
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
-from pipeline.skeleton.limits import kv_cache, position_limit, vocabulary_size
+from pipeline.skeleton.limits import kv_cache, position_limit
 from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
 from pipeline.tensors.index import read_index
 
@@ -50,12 +51,6 @@ DEVICES = {
     "8 x 80 GB GPUs": 640,
 }
 """Common memory sizes in GiB."""
-
-WORKER_BASE_BYTES = 650_000_000
-"""A worker process with torch and transformers imported (measured: 2 cores, torch 2.13.0, `ps -o rss`)."""
-
-PROBE_SIZE = 768
-"""Side of the square float32 product that measures this machine's rate."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +74,7 @@ class VariantReport:
     """One variant: its size, its work, what it fits on.
 
     Attributes:
+        release: ``namespace/name`` that it would be published under.
         solve_flops: Scale search and solves.
         notes: Each deviation from the variant's scheme, and what engines refuse, with the number of linears concerned.
         cautions: What weakens the result without being a fault.
@@ -86,6 +82,7 @@ class VariantReport:
     """
 
     name: str
+    release: str
     format: str
     size_bytes: int
     num_quantized: int
@@ -105,10 +102,12 @@ class PlanReport:
     Attributes:
         commit: Hub commit, or empty for a folder, whose digest is only known when its weights are read.
         kv_cache_bytes: For one sequence of ``kv_cache_tokens`` at 16 bit.
-        worker_bytes: Upper estimate of one worker's memory.
+        worker_bytes: Upper estimate of one worker's memory, passing outputs not included.
+        held_bytes: Most bytes of passing outputs that one worker has; what does not fit into its memory goes to disk.
         work_bytes: Upper estimate of the disk that the work directory needs.
-        rate: float32 FLOP/s of one thread, measured just now.
+        hardware: What one worker is taken to be.
         seconds: Estimate of the whole conversion with ``workers`` workers.
+        bottleneck: What its end waits for longest.
     """
 
     source: str
@@ -123,10 +122,12 @@ class PlanReport:
     kv_cache_tokens: int
     kv_cache_bytes: int
     worker_bytes: int
+    held_bytes: float
     work_bytes: int
     workers: int
-    rate: float
+    hardware: str
     seconds: float
+    bottleneck: str
     variants: tuple[VariantReport, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,29 +135,46 @@ class PlanReport:
         return asdict(self)
 
 
-def plan_conversion(spec: ConversionSpec, settings: Settings, workers: int) -> PlanReport:
-    """Return what a conversion would do.
+def plan_conversion(
+    spec: ConversionSpec,
+    settings: Settings,
+    workers: int,
+    max_memory_bytes: int | None = None,
+    requests: Sequence[ClusterRequest] = (),
+) -> tuple[PlanReport, tuple[Forecast, ...]]:
+    """Return what a conversion would do on this machine, and how it would go on other clusters.
+
+    Args:
+        spec: What to make.
+        settings: Where hubs are.
+        workers: Workers of this machine.
+        max_memory_bytes: Memory of each; None for as much as it takes.
+        requests: Other clusters.
 
     Raises:
         SourceError: when the source cannot be converted.
-        PlanError: when a variant cannot be made from it, or its sequences are longer than the model's.
+        SpecError: when a release cannot be called as it would be.
+        PlanError: when a variant cannot be made from it, its sequences are longer than the model's, or a worker cannot
+            do with its memory.
     """
     source = pin_source(spec.source, settings)
+    names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     require_positions(spec, outline)
-    plans = [make_variant_plan(variant, outline) for variant in spec.variants]
-    return report_plan(source, outline, plans, spec, workers, measure_rate())
+    if max_memory_bytes is not None:
+        worker_memory(outline, spec).require(max_memory_bytes)
+    return report_plan(source, names, outline, spec, workers), forecast(outline, spec, requests)
 
 
 def remote_outline(source: Source, settings: Settings) -> Outline:
     """Return the outline of a source of which only config.json and headers are read."""
     index = read_index(source.file_sizes, range_reader(source, settings))
-    folder = Path(tempfile.mkdtemp(prefix="bitmill-plan-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as temporary:
+        # Messages name the folder that config.json is in.
+        folder = Path(temporary, source.name.rpartition("/")[2] or "source")
+        folder.mkdir()
         (folder / "config.json").write_bytes(read_bytes(source, settings, "config.json"))
         return make_outline(folder, index)
-    finally:
-        shutil.rmtree(folder)
 
 
 def require_positions(spec: ConversionSpec, outline: Outline, count: Callable[[str], int] | None = None) -> None:
@@ -193,24 +211,16 @@ def require_positions(spec: ConversionSpec, outline: Outline, count: Callable[[s
         )
 
 
-def measure_rate() -> float:
-    """Return float32 FLOP/s of a matrix product on one thread of this machine, best of three."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    matrix = torch.ones(PROBE_SIZE, PROBE_SIZE)
-    best = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        matrix @ matrix
-        best = max(best, 2 * PROBE_SIZE**3 / (time.perf_counter() - start))
-    torch.set_num_threads(threads)
-    return best
-
-
 def report_plan(
-    source: Source, outline: Outline, plans: list[VariantPlan], spec: ConversionSpec, workers: int, rate: float
+    source: Source, names: ReleaseNames, outline: Outline, spec: ConversionSpec, workers: int
 ) -> PlanReport:
-    """Return the report of a plan; a pure function of its arguments."""
+    """Return the report of a plan; a pure function of its arguments.
+
+    Raises:
+        PlanError: when a variant cannot be made from the source.
+    """
+    inputs = planned_inputs(outline, spec, "cpu")
+    predicted = simulate(inputs, Cluster(1, workers))
     tokens = spec.calibration.samples * spec.calibration.length
     heldout = spec.gates.heldout_samples * spec.gates.heldout_length
     blocks = [_block_elements(outline, block) for block in range(outline.skeleton.num_blocks)]
@@ -219,9 +229,10 @@ def report_plan(
     moments = 2.0 * sum(group.in_features**2 for block in outline.groups for group in block)
     cache_tokens, cache_bytes = kv_cache(outline.skeleton, KV_CACHE_TOKENS)
     evaluate = heldout * (forward + 4.0 * head)
-    variants = tuple(_report_variant(outline, plan, spec.calibration, evaluate, cache_bytes) for plan in plans)
+    variants = tuple(
+        _report_variant(outline, plan, names, spec.calibration, evaluate, cache_bytes) for plan in inputs.variants
+    )
     calibrate = tokens * (forward + moments) + heldout * forward
-    flops = calibrate + sum(v.solve_flops + v.evaluate_flops for v in variants)
     return PlanReport(
         source=source.name,
         commit=source.commit or "",
@@ -234,11 +245,13 @@ def report_plan(
         calibrate_flops=calibrate,
         kv_cache_tokens=cache_tokens,
         kv_cache_bytes=cache_bytes,
-        worker_bytes=_worker_bytes(outline, spec, max(blocks)),
+        worker_bytes=worker_memory(outline, spec).total,
+        held_bytes=predicted.held_bytes,
         work_bytes=_work_bytes(outline, spec, variants),
         workers=workers,
-        rate=rate,
-        seconds=flops / rate / workers,
+        hardware=predicted.hardware,
+        seconds=predicted.seconds,
+        bottleneck=predicted.bottleneck,
         variants=variants,
     )
 
@@ -248,7 +261,12 @@ def _block_elements(outline: Outline, block: int) -> int:
 
 
 def _report_variant(
-    outline: Outline, plan: VariantPlan, calibration: CalibrationSpec, evaluate: float, cache_bytes: int
+    outline: Outline,
+    plan: VariantPlan,
+    names: ReleaseNames,
+    calibration: CalibrationSpec,
+    evaluate: float,
+    cache_bytes: int,
 ) -> VariantReport:
     rows = tuple(_row(outline, plan.spec, name, plan) for name in plan.matrices)
     quantized = [row for row in rows if row.group_size]
@@ -262,6 +280,7 @@ def _report_variant(
     needed = size + cache_bytes + RUNTIME_BYTES
     return VariantReport(
         name=plan.spec.name,
+        release=names.address(plan.spec.name),
         format=plan.spec.format.value,
         size_bytes=size,
         num_quantized=len(quantized),
@@ -302,17 +321,6 @@ def _variant_flops(outline: Outline, plan: VariantPlan) -> float:
             case Method.RTN:
                 pass
     return total
-
-
-def _worker_bytes(outline: Outline, spec: ConversionSpec, block_elements: int) -> int:
-    """Weights of one block in float32 with their stored copy, its statistics twice, a token slice with its logits."""
-    moments = max(4 * sum(group.in_features**2 for group in block) for block in outline.groups)
-    widest = max(group.in_features for block in outline.groups for group in block)
-    tokens = max(spec.calibration.slice_sequences * spec.calibration.length, 8 * spec.gates.heldout_length)
-    vocabulary = vocabulary_size(outline.skeleton)
-    outer = sum(outline.tensor_elements(name) for name in outline.skeleton.outer_tensors().values())
-    activations = 4 * (3 * tokens * widest + 4 * spec.gates.heldout_length * vocabulary)
-    return WORKER_BASE_BYTES + 6 * block_elements + 4 * outer + 2 * moments + activations
 
 
 def _work_bytes(outline: Outline, spec: ConversionSpec, variants: tuple[VariantReport, ...]) -> int:

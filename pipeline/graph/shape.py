@@ -67,6 +67,11 @@ class ModelShape(Protocol):
         """Names of linears that no variant quantizes."""
         ...
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits of one position."""
+        ...
+
     def tensor_bytes(self, name: str) -> int:
         """Return the stored size of one tensor."""
         ...

@@ -14,7 +14,6 @@ from functools import cached_property
 from math import prod
 
 from pipeline.errors import PlanError
-from pipeline.fingerprint import fingerprint
 from pipeline.skeleton.groups import LinearGroup, LinearRef
 from pipeline.tensors.header import TensorEntry
 from pipeline.tensors.index import WeightIndex
@@ -180,14 +179,14 @@ class ShapeOutline:
         return WeightIndex(dict(sorted(entries.items())), tuple(sorted(files)), total, total // _BFLOAT16_BYTES)
 
     @property
-    def digests(self) -> dict[str, str]:
-        """Stand-ins for the digests of the files."""
-        return {path: fingerprint([self.name, path]) for path in (*self.index.files, "config.json")}
-
-    @property
     def other_linears(self) -> tuple[str, ...]:
         """Names of linears that no variant quantizes."""
         return ("lm_head",)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of logits of one position."""
+        return self.config["vocab_size"]
 
     def tensor_bytes(self, name: str) -> int:
         """Return the stored size of one tensor."""

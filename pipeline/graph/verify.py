@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.disk import disk_errors, make_folders
 from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
 from pipeline.settings import Settings
-from pipeline.storage.disk import Temporaries, disk_errors, make_folders
 from pipeline.storage.locate import (
     LocatedRelease,
     copy_release,
@@ -17,6 +17,7 @@ from pipeline.storage.locate import (
     read_release_file,
     verify_release_files,
 )
+from pipeline.storage.temporaries import Temporaries
 from pipeline.validate.engines.environment import check_engine
 from pipeline.validate.release import ReleaseModel, check_release, parse_facts, read_facts
 

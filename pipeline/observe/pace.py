@@ -11,8 +11,9 @@ by factors, so ratios are averaged as such::
     left             = sum over phases of (cost_left * ratio_phase) / (workers * utilization)
 
 where utilization is the share of the workers' time in which they were seen at work since the first unit ended; before
-that, workers start and nothing can be learnt. A unit that took absurdly long for its cost (the first of its kind loads
-a library) counts as ``OVERRUN`` times what was to be expected: what happens once says nothing about the rest.
+that, workers start and nothing can be learnt. What ran long ago counts less (``MEMORY``): a machine slows down, or
+others come to share it. A unit that took absurdly long for its cost (the first of its kind loads a library) counts as
+``OVERRUN`` times what was to be expected: what happens once says nothing about the rest.
 
 Nothing is said before ``SHARE_KNOWN`` of the cost, or ``BUSY_KNOWN_S`` of work, has run in ``UNITS_KNOWN`` units. What
 is said is counted down between units and moves towards the new estimate within a tenth of the time since the first one,
@@ -33,10 +34,13 @@ PRIOR = 0.005
 PHASE_PRIOR = 0.1
 """Share of a phase's cost that the common ratio counts for in it."""
 
+MEMORY = 0.25
+"""Share of the job's cost after which what ran before counts for a third."""
+
 OVERRUN = 10.0
 """Most that a unit counts for, as a multiple of what was to be expected of it."""
 
-UTILIZATION_PRIOR_S = 2.0
+UTILIZATION_PRIOR_S = 1.0
 """Seconds of every worker that are taken to have been busy at the start."""
 
 UNITS_KNOWN = 5
@@ -52,15 +56,12 @@ estimate."""
 
 @dataclass
 class _PhasePace:
-    """Cost of one phase, and what ran of it: cost and seconds."""
+    """One phase: its cost, what is left of it, and what is remembered of what ran, in cost and in seconds."""
 
+    cost: float
     cost_left: float
     cost_run: float = 0.0
     busy_s: float = 0.0
-
-    @property
-    def cost(self) -> float:
-        return self.cost_left + self.cost_run
 
 
 class Pace:
@@ -71,8 +72,9 @@ class Pace:
     """
 
     def __init__(self, work: Iterable[PhaseWork]) -> None:
-        self._phases = {item.phase: _PhasePace(item.cost) for item in work}
+        self._phases = {item.phase: _PhasePace(item.cost, item.cost) for item in work}
         self._num_run = 0
+        self._cost_run = 0.0
         self._workers = 1
         self._first_s: float | None = None
         self._staffed_until_s = 0.0
@@ -88,13 +90,16 @@ class Pace:
 
     def add(self, event: StageFinished, now_s: float) -> None:
         """Take a unit that ended at a reading of the clock."""
-        phase = self._phases.setdefault(event.phase, _PhasePace(0.0))
+        phase = self._phases.setdefault(event.phase, _PhasePace(0.0, 0.0))
         phase.cost_left = max(0.0, phase.cost_left - event.cost)
         if event.reused:
+            phase.cost = max(0.0, phase.cost - event.cost)
             return
         self._clock_in(now_s)
+        self._fade(event.cost)
         phase.busy_s += min(event.seconds, OVERRUN * event.cost * max(1.0, self._ratio()))
         phase.cost_run += event.cost
+        self._cost_run += event.cost
         self._num_run += 1
         if self._first_s is None:
             self._first_s = self._staffed_until_s = now_s
@@ -113,18 +118,22 @@ class Pace:
             self._staffed_s += self._workers * (now_s - self._staffed_until_s)
             self._staffed_until_s = now_s
 
+    def _fade(self, cost: float) -> None:
+        """Let what ran before a unit of some cost count a little less."""
+        if self._cost > 0:
+            kept = math.exp(-cost / (MEMORY * self._cost))
+            for phase in self._phases.values():
+                phase.cost_run, phase.busy_s = kept * phase.cost_run, kept * phase.busy_s
+            self._staffed_s, self._busy_s = kept * self._staffed_s, kept * self._busy_s
+
+    @property
+    def _cost(self) -> float:
+        return sum(phase.cost for phase in self._phases.values())
+
     def _ratio(self) -> float:
         """Return the seconds per second of cost over all phases."""
         busy_s = sum(phase.busy_s for phase in self._phases.values())
-        return _shrunk(busy_s, self._cost_run, 1.0, PRIOR * (self._cost_run + self._cost_left))
-
-    @property
-    def _cost_run(self) -> float:
-        return sum(phase.cost_run for phase in self._phases.values())
-
-    @property
-    def _cost_left(self) -> float:
-        return sum(phase.cost_left for phase in self._phases.values())
+        return _shrunk(busy_s, sum(phase.cost_run for phase in self._phases.values()), 1.0, PRIOR * self._cost)
 
     def _estimate(self) -> float:
         ratio = self._ratio()
@@ -137,8 +146,8 @@ class Pace:
         return left_s / (self._workers * min(1.0, utilization))
 
     def _is_known(self) -> bool:
-        has_share = self._cost_run >= SHARE_KNOWN * (self._cost_run + self._cost_left)
-        return self._num_run >= UNITS_KNOWN and (has_share or self._busy_s >= BUSY_KNOWN_S)
+        has_share = self._cost_run >= SHARE_KNOWN * self._cost or self._busy_s >= BUSY_KNOWN_S
+        return self._num_run >= UNITS_KNOWN and has_share
 
     def _show(self, now_s: float) -> None:
         if not self._is_known():

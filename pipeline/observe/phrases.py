@@ -23,7 +23,7 @@ from pipeline.units import format_bytes
 LEAST_LEFT_S = 0.5
 """Least time left that is worth saying: shorter ones would read as 0 s."""
 
-_FIGURE_NAMES = {"kl": "KL"}
+_FIGURE_NAMES = {"kl": "KL", "top1_agreement": "top-1 agreement"}
 
 
 @dataclass(frozen=True)

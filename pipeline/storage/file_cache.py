@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pipeline.storage.disk import Temporaries, disk_errors, exclusive_lock, make_folders
+from pipeline.disk import disk_errors, make_folders
+from pipeline.storage.temporaries import Temporaries, exclusive_lock
 
 MAX_BYTES = 16_000_000_000
 """Disk for the copies of one cache."""

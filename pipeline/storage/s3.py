@@ -23,9 +23,9 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
+from pipeline.disk import disk_errors, save_file
 from pipeline.errors import StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes
-from pipeline.storage.disk import disk_errors, save_file
 from pipeline.storage.objects import (
     Blob,
     ObjectInfo,

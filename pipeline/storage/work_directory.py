@@ -14,15 +14,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import disk_errors, make_folders, sync, write_file
 from pipeline.fingerprint import digest_file
-from pipeline.storage.disk import (
-    Temporaries,
-    disk_errors,
-    exclusive_lock,
-    make_folders,
-    sync_folder,
-    write_file,
-)
+from pipeline.storage.temporaries import Temporaries, exclusive_lock
 from pipeline.storage.work import (
     RECORD_NAME,
     DamageLog,
@@ -162,11 +156,11 @@ class DirectoryWorkStore(DamageLog):
         with self._errors():
             for path in folder.rglob("*"):
                 if path.is_file():
-                    _sync_file(path)
+                    sync(path)
             record, text = make_record(stage, key, folder, summary)
             write_file(folder / RECORD_NAME, (text,))
             for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
-                sync_folder(path)
+                sync(path)
             target = self.stage_dir(stage, key)
             with self._claim() as aside, self._lock():
                 existing, reason = _inspect(target, stage, key)
@@ -176,7 +170,7 @@ class DirectoryWorkStore(DamageLog):
                 if existing is None:
                     make_folders(target.parent)
                     folder.rename(target)
-                    sync_folder(target.parent)
+                    sync(target.parent)
                     return record
         return require_same(existing, record, self.url)
 
@@ -212,11 +206,3 @@ def _inspect(folder: Path, stage: str, key: str) -> tuple[StageRecord | None, st
         if reason := check_size(name, file, found_bytes):
             return None, reason
     return record, ""
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -91,6 +91,7 @@ def test_damaged_source_is_refused(
         (["SOURCE", "--variant", "gptq-w4-g128", "--calibration", "./absent.txt"], 4, ["absent.txt"]),
         (["SOURCE", "--spec", "SPEC"], 2, ["spec.yaml", "smaples", "samples"]),
         (["SOURCE"], 2, ["--variant"]),
+        (["SOURCE", "--variant", "gptq-w4-g128", "--release", "my team/model"], 2, ["'my team'", "--release"]),
     ],
 )
 def test_wrong_words_are_explained(

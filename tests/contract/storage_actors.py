@@ -13,10 +13,10 @@ from typing import Any
 from pipeline.errors import ConflictError, StorageError
 from pipeline.settings import load_settings
 from pipeline.storage.directory import DirectoryStore
-from pipeline.storage.disk import exclusive_lock
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.release import publish_release
 from pipeline.storage.s3 import S3Store
+from pipeline.storage.temporaries import exclusive_lock
 from pipeline.storage.work import open_work_store
 from pipeline.storage.work_directory import DirectoryWorkStore
 from pipeline.storage.work_objects import ObjectWorkStore

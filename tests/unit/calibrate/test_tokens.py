@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -44,13 +45,32 @@ def test_documents_are_drawn_in_the_seed_s_order(tmp_path: Path) -> None:
     assert first.content == load_text(str(tmp_path / "d.parquet"), "calibration", 0, SETTINGS).content
 
 
-def test_a_missing_text_column_is_named(tmp_path: Path) -> None:
-    (tmp_path / "d.jsonl").write_text('{"body": "x"}')
-    with pytest.raises(CalibrationError, match=r"d\.jsonl has no readable `text` column: line 1"):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"text": "a"}\n{"body": "x", "id": 3}\n', "line 2 has only `body`, `id`"),
+        ('{"text": "a"}\n\n{}\n', "line 3 has nothing"),
+        ('["text"]', "line 1 is not a JSON object"),
+        ('{"text": ', "line 1 is not JSON: Expecting value"),
+        (json.dumps({f"c{i}": 0 for i in range(10)}), "line 1 has only `c0`.*`c7` and 2 more"),
+    ],
+)
+def test_a_jsonl_file_without_text_is_refused_in_plain_words(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(CalibrationError) as caught:
         load_text(str(tmp_path / "d.jsonl"), "calibration", 0, SETTINGS)
-    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "d.parquet")
-    with pytest.raises(CalibrationError, match=r"d\.parquet has no readable `text` column"):
+    assert re.fullmatch(rf"d\.jsonl has no readable `text` column: {reason}", caught.value.message)
+
+
+def test_a_parquet_file_without_text_is_refused_with_its_columns_and_not_with_its_schema(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"body": ["x"], "id": [3]}), tmp_path / "d.parquet")
+    with pytest.raises(CalibrationError) as caught:
         load_text(str(tmp_path / "d.parquet"), "calibration", 0, SETTINGS)
+    assert caught.value.message == "d.parquet has no readable `text` column: it has only `body`, `id`"
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet at all")
+    with pytest.raises(CalibrationError, match=r"broken\.parquet .* it cannot be read as Parquet: ") as caught:
+        load_text(str(tmp_path / "broken.parquet"), "calibration", 0, SETTINGS)
+    assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize("separator", ["\n", "\r\n"])

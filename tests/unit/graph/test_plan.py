@@ -11,6 +11,7 @@ import pytest
 from pipeline.errors import PlanError
 from pipeline.graph.build import make_variant_plan
 from pipeline.graph.chains import shape_of
+from pipeline.graph.naming import name_releases
 from pipeline.graph.outline import open_folder
 from pipeline.graph.plan import PlanReport, plan_conversion, report_plan, require_positions
 from pipeline.hub.source import pin_source
@@ -30,8 +31,8 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report(folder: Path, spec: ConversionSpec, settings: Settings, workers: int = 1) -> PlanReport:
     outline = open_folder(folder).outline
-    plans = [make_variant_plan(variant, outline) for variant in spec.variants]
-    return report_plan(pin_source(str(folder), settings), outline, plans, spec, workers, rate=1e9)
+    source = pin_source(str(folder), settings)
+    return report_plan(source, name_releases(spec, source), outline, spec, workers)
 
 
 def test_the_cache_of_a_vision_model_is_its_language_model_s(
@@ -64,9 +65,7 @@ def test_a_report_adds_up(llama: Path, make_spec: MakeSpec, settings: Settings) 
         entry.num_elements for _, entry in open_folder(llama).outline.index.entries.values()
     )
     assert (one.calibration_tokens, one.heldout_tokens) == (6 * 32, 2 * 32)
-    work = one.calibrate_flops + sum(v.solve_flops + v.evaluate_flops for v in one.variants)
-    assert one.seconds == work / 1e9
-    assert report(llama, make_spec(), settings, workers=4).seconds == one.seconds / 4
+    assert report(llama, make_spec(), settings, workers=4).seconds < one.seconds
     for variant in one.variants:
         saved = sum(row.bytes_in - row.bytes_out for row in variant.matrices)
         assert variant.size_bytes == one.size_bytes - saved < one.size_bytes

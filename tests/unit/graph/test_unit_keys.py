@@ -95,13 +95,14 @@ def test_all_keys_differ_from_each_other(make_spec: MakeSpec, gather: Gather) ->
         Kind.FORWARD: 2 + 2 * 2,
         Kind.SCORE: 2,
         Kind.GENERATE: 1 + 2,
-        Kind.VERIFY: 0,  # made by the job, where weights are streamed
+        Kind.VERIFY: 0,
     }
 
 
 def test_what_others_can_use_again_is_durable(make_spec: MakeSpec, gather: Gather) -> None:
     units = every(gather(make_spec()))
     assert {unit.kind for unit in units if not unit.is_durable} == PASSING - {Kind.ADD}
+    # Files are only verified at the end where weights were streamed.
     assert {unit.kind for unit in units if unit.is_durable} == set(Kind) - PASSING - {Kind.VERIFY}
 
 
