@@ -11,7 +11,7 @@ import click
 POLL_S = 0.5
 
 
-@click.command("cancel")
+@click.command("cancel", short_help="Stop a running JOB, or list the running ones.")
 @click.argument("job", required=False)
 @click.option(
     "--work-dir",

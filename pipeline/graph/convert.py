@@ -11,11 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from pipeline.calibrate.tokens import Text, TokenBatch, load_text, take_tokens
 from pipeline.errors import GraphError
-from pipeline.facts import ReleaseFacts
-from pipeline.graph.assemble import Measured, assemble_release, make_facts, measure_variant
+from pipeline.facts import FACTS_FILE, ReleaseFacts, SiblingFacts
+from pipeline.graph.assemble import (
+    Measured,
+    assemble_release,
+    make_facts,
+    measure_variant,
+    weights_fingerprint,
+)
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
 from pipeline.graph.job import run_job
 from pipeline.graph.naming import name_releases
@@ -29,6 +36,7 @@ from pipeline.settings import Settings
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import ConversionSpec
 from pipeline.storage.directory import DirectoryStore
+from pipeline.storage.manifest import release_prefix as revision_prefix
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
 from pipeline.storage.refs import DEFAULT_REF, read_ref
@@ -123,7 +131,9 @@ def convert(
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:
-        facts = make_facts(inputs, fetched, names.address(own.plan.spec.name), own, measured, units)
+        address = names.address(own.plan.spec.name)
+        known = published_siblings(stores[0], address, weights_fingerprint(fetched, own.plan.spec, units))
+        facts = make_facts(inputs, fetched, address, own, measured, units, known)
         _announce(own, sink)
         locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink) if own.verdict.passed else ()
         outcomes.append(VariantOutcome(facts, locations))
@@ -171,6 +181,27 @@ def open_targets(targets: Iterable[str], settings: Settings, sink: EventSink) ->
         if is_new:
             sink.emit(Warned(f"created the directory {store.url}, which was not there"))
     return stores
+
+
+def published_siblings(store: ObjectStore, address: str, fingerprint: str) -> tuple[SiblingFacts, ...]:
+    """Return the siblings that a release with the same weights was published with last, so that making one variant
+    again makes the same release again, and loses no comparison.
+
+    Args:
+        store: Where it would be.
+        address: ``namespace/name``.
+        fingerprint: Of the weights.
+    """
+    namespace, _, name = address.partition("/")
+    ref = read_ref(store, namespace, name, DEFAULT_REF)
+    blob = store.read(f"{revision_prefix(namespace, name, ref.revision)}{FACTS_FILE}") if ref is not None else None
+    if blob is None:
+        return ()
+    try:
+        facts = ReleaseFacts.model_validate_json(blob.data)
+    except ValidationError:
+        return ()  # made by another version, whose comparisons are not ours
+    return facts.siblings if facts.spec_fingerprint == fingerprint else ()
 
 
 def ref_sequences(stores: Iterable[ObjectStore], namespace: str, names: Iterable[str]) -> dict[tuple[str, str], int]:

@@ -53,10 +53,12 @@ def report() -> PlanReport:
         kv_cache_tokens=8192,
         kv_cache_bytes=1_070_000_000,
         worker_bytes=6_000_000_000,
+        held_bytes=1e9,
         work_bytes=60_000_000_000,
         workers=2,
-        rate=60e9,
+        hardware="one thread",
         seconds=9000.0,
+        bottleneck="solves",
         variants=(variant,),
     )
 

@@ -303,11 +303,12 @@ def reproduced(facts: ReleaseFacts, folder: Path) -> ConversionSpec:
     text = reproduce_spec(facts)
     assert ("--spec" in words) is (text is not None)
     with convert_command.make_context("convert", words[2:]) as context:
-        flags = {name: context.params[name] for name in inspect.signature(spec_from_flags).parameters}
+        names = inspect.signature(spec_from_flags).parameters.keys() - {"command"}
+        flags = {name: context.params[name] for name in names}
     if text is not None:
         (folder / "spec.yaml").write_text(text, encoding="utf-8")
         flags["spec_file"] = folder / flags["spec_file"]
-    return spec_from_flags(**flags)
+    return spec_from_flags(command="convert", **flags)
 
 
 GATES: list[dict[str, Any]] = [
