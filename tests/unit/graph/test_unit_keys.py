@@ -276,7 +276,8 @@ def downstream(units: JobUnits, kind: Kind) -> set[str]:
 
     def reads(unit: WorkUnit) -> bool:
         if unit.key not in found:
-            found[unit.key] = any([reads(need) for need in unit.needs]) or unit.kind is kind
+            readers = [reads(need) for need in unit.needs]
+            found[unit.key] = any(readers) or unit.kind is kind
         return found[unit.key]
 
     for goal in units.goals:
