@@ -112,11 +112,11 @@ class ScriptedExecutor:
     def run(self, name: WorkerId, unit: WorkUnit, holders: Mapping[str, WorkerId]) -> Outcome:
         """Run a unit on a worker, whoever waits for it."""
 
-        def fetch(key: str) -> Tensors:
+        def fetch(key: str, prefix: str) -> Tensors:
             holder = self.alive.get(holders.get(key, ""))
             if holder is None or holders[key] in self.stalled:
                 raise lost_output(key)
-            return {name: tensor.clone() for name, tensor in holder.hand_over(key).items()}
+            return {name: tensor.clone() for name, tensor in holder.hand_over(key, prefix).items()}
 
         return self.alive[name].run(unit, fetch)
 

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.calibrate.tokens import overlap
 from pipeline.facts import (
     FACTS_FILE,
     CalibrationFacts,
@@ -165,7 +166,10 @@ def _quality(inputs: Inputs, own: VariantUnits, records: Records) -> Quality:
     total = add_up(Divergence(**records[unit.key].summary["divergence"]) for unit in own.scores)
     return Quality(
         heldout_text=inputs.heldout.provenance,
+        heldout_samples=inputs.heldout.tokens_NL.shape[0],
+        heldout_length=inputs.heldout.tokens_NL.shape[1],
         heldout_tokens=total.num_tokens,
+        heldout_overlap=overlap(inputs.calibration, inputs.heldout),
         source_perplexity=total.source_perplexity,
         perplexity=total.perplexity,
         kl=total.mean_kl,
@@ -206,7 +210,11 @@ def make_facts(
         size_bytes=own.size_bytes,
         siblings=tuple(
             SiblingFacts(
-                variant=o.plan.spec.name, size_bytes=o.size_bytes, kl=o.quality.kl, perplexity=o.quality.perplexity
+                variant=o.plan.spec.name,
+                passed=o.verdict.passed,
+                size_bytes=o.size_bytes,
+                kl=o.quality.kl,
+                perplexity=o.quality.perplexity,
             )
             for o in siblings
         ),
@@ -229,11 +237,13 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
         bytes_by_dtype[entry.dtype] = bytes_by_dtype.get(entry.dtype, 0) + entry.num_bytes
     most = max(bytes_by_dtype, key=lambda dtype: bytes_by_dtype[dtype])
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    card = read_card(fetched.folder)
     return SourceFacts(
         name=fetched.source.name,
         is_local=fetched.source.is_local,
         commit=fetched.commit,
-        license=read_card(fetched.folder).license,
+        license=card.license,
+        base_models=card.base_models if fetched.source.is_local else (),
         architecture=inputs.outline.skeleton.architecture,
         num_parameters=index.num_parameters,
         size_bytes=index.total_bytes,
@@ -244,12 +254,24 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
 
 def assemble_release(
     inputs: Inputs, fetched: FetchedSource, facts: ReleaseFacts, units: JobUnits, work: WorkStore, folder: Path
-) -> None:
-    """Make an empty folder the release: weights, index, config, companions, facts, card, plots."""
+) -> frozenset[str]:
+    """Make an empty folder the release: weights, index, config, companions, facts, card, plots.
+
+    Returns the names of the files that were written.
+    """
     sources = (units.outer, *units.variants[facts.variant.name].packs)
     weight_map: dict[str, str] = {}
+    written = {
+        "model.safetensors.index.json",
+        "config.json",
+        FACTS_FILE,
+        "README.md",
+        "layer_error.png",
+        "size_quality.png",
+    }
     for number, unit in enumerate(sources, 1):
         name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
+        written.add(name)
         _link(work.open_checked(*unit.place, OUTPUT), folder / name)
         record = work.lookup(*unit.place)
         weight_map.update(dict.fromkeys(record.summary["tensors"] if record else (), name))
@@ -260,10 +282,12 @@ def assemble_release(
         if _is_companion(path, inputs):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched.folder / path, folder / path)
+            written.add(path)
     (folder / FACTS_FILE).write_text(facts_as_json(facts), encoding="utf-8")
     (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
     (folder / "layer_error.png").write_bytes(plot_layer_error(facts))
     (folder / "size_quality.png").write_bytes(plot_size_quality(facts))
+    return frozenset(written)
 
 
 def _is_companion(path: str, inputs: Inputs) -> bool:

@@ -17,15 +17,17 @@ move; whoever is first wins. The first is given nothing more until it has told o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Protocol
 
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit, open_needs, reachable_units, required_units
 from pipeline.graph.executor import Executor, Finished, WorkerId, WorkerJoined, WorkerLost
 from pipeline.graph.stages.call import LOST
 from pipeline.graph.worker import Outcome
-from pipeline.storage.work import StageRecord, WorkStore
+from pipeline.storage.work import StageRecord
 
 UNITS_AHEAD = 2
 """Units at a worker: one that runs and one that is ready when it ends."""
@@ -63,11 +65,36 @@ class Tuning:
     solve_s: float
 
 
+StoredRecords = Mapping[Stored, StageRecord]
+"""Stored outputs known to be there."""
+
+
+class StageIndex(Protocol):
+    """What the driver asks of a work store; see ``WorkStore``."""
+
+    def lookup_all(self, places: Iterable[Stored]) -> dict[Stored, StageRecord]:
+        """Return the records of those of many stages that are finished."""
+        ...
+
+    def discard(self, stage: str, key: str) -> None:
+        """Forget a stage."""
+        ...
+
+
 class Observer:
     """Told what happens; the default says nothing."""
 
-    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit]) -> None:
-        """The units that must run are known: at the start, and again whenever they changed."""
+    def staffed(self, num_workers: int) -> None:
+        """A worker has joined or was lost: so many take units now."""
+
+    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit], records: StoredRecords) -> None:
+        """The units that must run are known: at the start, and again whenever they changed.
+
+        Args:
+            todo: The units that must run.
+            present: The units whose outputs are there, or only needed by such.
+            records: What is known of stored outputs.
+        """
 
     def finished(self, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int) -> None:
         """A unit ended well."""
@@ -114,6 +141,7 @@ class _State:
         holders: Which worker holds each passing output.
         running: Units on their way, by key.
         queues: Keys of the units that each worker has, those that were done elsewhere meanwhile included.
+        overtaken: Of these, the keys of the units that were given to another worker since.
         homes: Which worker each home is at.
         losses: Workers that died under a unit, by its key.
         recoveries: Times that a unit failed for the want of an output, by the keys of both.
@@ -130,6 +158,7 @@ class _State:
     holders: dict[str, WorkerId] = field(default_factory=dict)
     running: dict[str, _Run] = field(default_factory=dict)
     queues: dict[WorkerId, set[str]] = field(default_factory=dict)
+    overtaken: dict[WorkerId, set[str]] = field(default_factory=dict)
     homes: dict[str, WorkerId] = field(default_factory=dict)
     losses: dict[str, int] = field(default_factory=dict)
     recoveries: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -149,7 +178,7 @@ class Driver:
         self,
         make_goals: MakeGoals,
         tuning: Tuning,
-        work: WorkStore,
+        work: StageIndex,
         executor: Executor,
         observer: Observer,
         *,
@@ -187,7 +216,9 @@ class Driver:
                     self._ended(worker, unit, outcome)
                 case WorkerLost() as lost:
                     self._lost(lost)
-                case WorkerJoined() | None:
+                case WorkerJoined():
+                    self._observer.staffed(len(self._executor.workers))
+                case None:
                     pass
             if self._clock() - self._looked_s >= POLL_S:
                 self._looked_s = self._clock()
@@ -200,6 +231,7 @@ class Driver:
         """Ask anew which units must run. Those that run already stay."""
         state = self._state
         self._goals = self._make_goals(self._tuning)
+        self._ask_what_is_stored()
         todo = required_units(self._goals, self._is_there, self._is_stored)
         state.readers, state.waiting, state.dependents, state.ready, state.chains = {}, {}, {}, {}, {}
         for unit in todo:
@@ -217,7 +249,8 @@ class Driver:
             for key in missing:
                 state.dependents.setdefault(key, []).append(unit)
         state.planned = {unit.key for unit in todo}
-        self._observer.planned(todo, [unit for unit in reachable_units(self._goals) if unit.key not in state.planned])
+        present = [unit for unit in reachable_units(self._goals) if unit.key not in state.planned]
+        self._observer.planned(todo, present, state.records)
         for key in [key for key in state.holders if key not in state.readers]:
             self._drop(key)
 
@@ -225,22 +258,25 @@ class Driver:
         return self._is_stored(unit.place) if unit.is_durable else unit.key in self._state.holders
 
     def _is_stored(self, place: Stored) -> bool:
-        if place not in self._state.records:
-            record = self._work.lookup(*place)
-            if record is None:
-                return False
-            self._state.records[place] = record
-        return True
+        return place in self._state.records
+
+    def _ask_what_is_stored(self) -> None:
+        """Learn of every place that a plan may look at, all at once: a store may be far away."""
+        places = [
+            place
+            for unit in reachable_units(self._goals)
+            for place in (*((unit.place,) if unit.is_durable else ()), *chain.from_iterable(unit.stand_ins.values()))
+            if place not in self._state.records
+        ]
+        self._state.records |= self._work.lookup_all(places)
 
     # Who does it.
 
     def _dispatch(self) -> None:
         """Give units to workers until each has enough or nothing is ready."""
-        load = {
-            worker: len(self._state.queues.get(worker, ()))
-            for worker in self._executor.workers
-            if not self._is_behind(worker)
-        }
+        queues, overtaken = self._state.queues, self._state.overtaken
+        workers = [worker for worker in self._executor.workers if not overtaken.get(worker)]
+        load = {worker: len(queues.get(worker, ())) for worker in workers}
         while free := [worker for worker, units in load.items() if units < UNITS_AHEAD]:
             # The idlest worker first; when there is nothing for it, others may hold a home that has work.
             choices = ((name, self._choose(name, len(load))) for name in sorted(free, key=lambda name: load[name]))
@@ -250,11 +286,6 @@ class Driver:
             worker, unit = found
             self._start(unit, worker)
             load[worker] += 1
-
-    def _is_behind(self, worker: WorkerId) -> bool:
-        """Return whether a worker has a unit that was given to another one since: it may hang."""
-        runs = (self._state.running.get(key) for key in self._state.queues.get(worker, ()))
-        return any(run is None or run.workers[-1] != worker for run in runs)
 
     def _choose(self, worker: WorkerId, num_workers: int) -> WorkUnit | None:
         """Return the most urgent unit that can run on a worker."""
@@ -281,6 +312,8 @@ class Driver:
         if unit.home:
             state.homes.setdefault(unit.home, worker)
         run = state.running.setdefault(unit.key, _Run(unit, [], 0.0))
+        for slower in run.workers:
+            state.overtaken.setdefault(slower, set()).add(unit.key)
         run.workers.append(worker)
         run.started_s = self._clock()
         run.sources = {need.key: state.holders[need.key] for need in unit.needs if need.key in state.holders}
@@ -290,7 +323,8 @@ class Driver:
     # What became of it.
 
     def _ended(self, worker: WorkerId, unit: WorkUnit, outcome: Outcome) -> None:
-        self._state.queues.get(worker, set()).discard(unit.key)
+        for keys in (self._state.queues, self._state.overtaken):
+            keys.get(worker, set()).discard(unit.key)
         for stage in outcome.damaged:
             self._forget_record(Stored(stage.stage, stage.key))
             self._observer.recovered(f"{stage.stage} {stage.key[:12]} was damaged: {stage.reason}")
@@ -411,6 +445,7 @@ class Driver:
     def _lost(self, lost: WorkerLost) -> None:
         state = self._state
         state.queues.pop(lost.worker, None)
+        state.overtaken.pop(lost.worker, None)
         for key in [key for key, holder in state.holders.items() if holder == lost.worker]:
             del state.holders[key]
         self._move_homes(lost.worker)
@@ -421,6 +456,7 @@ class Driver:
                 if not run.workers:
                     del state.running[unit.key]
         self._observer.recovered(f"worker {lost.worker} was lost ({lost.reason}); its work is done again")
+        self._observer.staffed(len(self._executor.workers))
         if lost.units:
             # What was queued behind it is not to blame.
             blamed = lost.units[0]
@@ -453,6 +489,8 @@ class Driver:
     def _reissue_stragglers(self) -> None:
         """Start units that take far too long once more, on a worker that has nothing to do."""
         idle = [worker for worker in self._executor.workers if not self._state.queues.get(worker)]
+        if not idle:
+            return
         for run in list(self._state.running.values()):
             patience_s = max(STRAGGLER_FLOOR_S, STRAGGLER_FACTOR * self._expected_s(run.unit))
             if idle and self._clock() - run.started_s > patience_s:

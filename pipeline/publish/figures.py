@@ -11,6 +11,8 @@ from pipeline.facts import ModuleFacts, ReleaseFacts
 from pipeline.spec import PER_CHANNEL, Format, Method, VariantSpec
 
 UNQUANTIZED_BITS = 16
+"""What facts state as the bits of a linear that was left unquantized."""
+
 _SCALE_BITS = 16
 _METHOD_NAMES = {Method.RTN: "round to nearest", Method.GPTQ: "GPTQ", Method.AWQ: "AWQ"}
 
@@ -49,9 +51,10 @@ class Folded:
 
 @dataclass(frozen=True)
 class FamilyMember:
-    """One variant of a conversion; ``is_this`` marks the release that the facts are of."""
+    """One variant of a conversion, published if it ``passed``; ``is_this`` marks the release that the facts are of."""
 
     variant: str
+    passed: bool
     size_bytes: int
     kl: float
     perplexity: float
@@ -60,8 +63,14 @@ class FamilyMember:
 
 def family(facts: ReleaseFacts) -> tuple[FamilyMember, ...]:
     """Return this variant and its siblings, smallest first."""
-    own = FamilyMember(facts.variant.name, facts.size_bytes, facts.quality.kl, facts.quality.perplexity, is_this=True)
-    others = [FamilyMember(item.variant, item.size_bytes, item.kl, item.perplexity, False) for item in facts.siblings]
+    quality = facts.quality
+    own = FamilyMember(
+        facts.variant.name, facts.verdict.passed, facts.size_bytes, quality.kl, quality.perplexity, is_this=True
+    )
+    others = [
+        FamilyMember(item.variant, item.passed, item.size_bytes, item.kl, item.perplexity, is_this=False)
+        for item in facts.siblings
+    ]
     return tuple(sorted([own, *others], key=lambda member: (member.size_bytes, member.variant)))
 
 
@@ -82,9 +91,15 @@ def kind_of(module_name: str) -> str:
     return f"experts.{parts[-1]}" if "experts" in parts[:-1] else parts[-1]
 
 
-def describe_scheme(variant: VariantSpec) -> str:
-    """Return for example ``4-bit GPTQ, symmetric, groups of 128``."""
-    group = "one scale per row" if variant.group_size == PER_CHANNEL else f"groups of {variant.group_size}"
+def describe_scheme(variant: VariantSpec, modules: Iterable[ModuleFacts]) -> str:
+    """Return for example ``4-bit GPTQ, symmetric, groups of 128``: what the linears have, and what was asked for where
+    none has it."""
+    sizes = sorted({module.group_size for module in modules if module.bits < UNQUANTIZED_BITS}, reverse=True)
+    group = f"groups of {' and '.join(map(str, sizes or [variant.group_size]))}"
+    if variant.group_size == PER_CHANNEL:
+        group = "one scale per row"
+    elif sizes and variant.group_size not in sizes:
+        group += f" ({variant.group_size} asked)"
     symmetry = "symmetric" if variant.symmetric else "asymmetric"
     return f"{variant.bits}-bit {_METHOD_NAMES[variant.method]}, {symmetry}, {group}"
 
@@ -185,6 +200,6 @@ def list_exceptions(facts: ReleaseFacts) -> tuple[Folded, ...]:
 
 def _exception(module: ModuleFacts) -> str:
     if module.bits >= UNQUANTIZED_BITS:
-        return f"left in 16 bit: {module.note}"
+        return module.note
     group = "one scale per row" if module.group_size == PER_CHANNEL else f"groups of {module.group_size}"
     return f"{module.bits} bit, {group}: {module.note}"

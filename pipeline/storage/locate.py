@@ -13,15 +13,17 @@ where TARGET is a directory or ``s3://bucket/prefix``.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.disk import disk_errors, make_folders, save_file
 from pipeline.errors import CorruptReleaseError, StorageError
-from pipeline.fingerprint import digest_file
+from pipeline.fingerprint import digest_bytes, digest_file
 from pipeline.settings import Settings
 from pipeline.storage.directory import DirectoryStore
-from pipeline.storage.disk import disk_errors, make_folders, save_file
 from pipeline.storage.manifest import (
     MANIFEST_NAME,
     NAME_PATTERN,
@@ -33,15 +35,18 @@ from pipeline.storage.manifest import (
     release_prefix,
 )
 from pipeline.storage.objects import ObjectStore, open_store
-from pipeline.storage.refs import read_ref
+from pipeline.storage.refs import DEFAULT_REF, read_ref
 from pipeline.storage.release import list_releases
 
-DEFAULT_REF = "main"
 _ADDRESS = re.compile(
     rf"(?:(?P<target>.*)/)?{RELEASES}/(?P<namespace>{NAME_PATTERN})/(?P<name>{NAME_PATTERN})"
     rf"(?:/(?P<revision>{REVISION_PATTERN})|@(?P<ref>{NAME_PATTERN}))?"
 )
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.part")
+"""What ``save_file`` writes to before a file is whole."""
+
 _MAX_LISTED = 8
+_MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,48 @@ def verify_release_files(located: LocatedRelease) -> list[str]:
 
     Every file is read to its end, in chunks.
     """
-    store, prefix = located.store, located.prefix
-    found = {info.key.removeprefix(prefix): info.size_bytes for info in store.list(prefix)}
+    return _problems(located, lambda file: _digest_object(located.store, located.prefix + file.path))
+
+
+def copy_release(located: LocatedRelease, folder: Path) -> list[str]:
+    """``folder`` holds the files of a release as its store gives them now; return what is wrong with them.
+
+    Every file is transferred once, and the copy checked; the problems are those of `verify_release_files`.
+
+    Raises:
+        DiskFullError: when the disk is full.
+    """
+
+    def digest_copy(file: ReleaseFile) -> str:
+        path = folder / file.path
+        make_folders(path.parent)
+        located.store.download(located.prefix + file.path, path)
+        return digest_file(path)
+
+    with disk_errors(str(folder), hint="free some space there, or set BITMILL_CACHE to a larger disk"):
+        make_folders(folder)
+        return _problems(located, digest_copy)
+
+
+def read_release_file(located: LocatedRelease, path: str) -> bytes:
+    """Return the content of one small file of a release, which is the one that its manifest states.
+
+    Raises:
+        CorruptReleaseError: when the release has no such file, or its content is another one.
+    """
+    stated = {file.path: file.sha256 for file in located.manifest.files}
+    blob = located.store.read(located.prefix + path)
+    if blob is None or path not in stated:
+        raise CorruptReleaseError(f"{located.uri} has no {path}", hint="is this a release made by bitmill?")
+    if digest_bytes(blob.data) != stated[path]:
+        raise CorruptReleaseError(
+            f"{located.uri}/{path} does not match the release's manifest", hint="publish the release again"
+        )
+    return blob.data
+
+
+def _problems(located: LocatedRelease, digest: Callable[[ReleaseFile], str]) -> list[str]:
+    found = {info.key.removeprefix(located.prefix): info.size_bytes for info in located.store.list(located.prefix)}
     expected = {file.path for file in located.manifest.files}
     problems = []
     for file in located.manifest.files:
@@ -131,16 +176,52 @@ def verify_release_files(located: LocatedRelease) -> list[str]:
             problems.append(f"{file.path} is missing")
         elif found[file.path] != file.size_bytes:
             problems.append(f"{file.path} has {found[file.path]} bytes, the manifest says {file.size_bytes}")
-        elif (sha256 := _digest_object(store, prefix + file.path)) != file.sha256:
+        elif (sha256 := digest(file)) != file.sha256:
             problems.append(f"{file.path} has SHA-256 {sha256}, the manifest says {file.sha256}")
     extra = sorted(set(found) - expected - {MANIFEST_NAME})
     return problems + [f"{path} is not in the manifest" for path in extra]
 
 
-def download_release(located: LocatedRelease, folder: Path) -> Path:
+def require_own_files(located: LocatedRelease, folder: Path) -> None:
+    """``folder`` is absent, or holds nothing but files of the release; what a killed download left of one is removed.
+
+    Raises:
+        StorageError: naming files that do not belong to the release.
+    """
+    own = {file.path for file in located.manifest.files} | {MANIFEST_NAME}
+    foreign, partial = [], []
+    with disk_errors(str(folder), hint="choose another folder"):
+        # Not to the end: a mistyped folder may be a whole disk.
+        for path in (Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
+            relative = path.relative_to(folder)
+            match = _PARTIAL.fullmatch(path.name)
+            if match and relative.with_name(match["name"]).as_posix() in own:
+                partial.append(path)
+            elif relative.as_posix() not in own:
+                foreign.append(relative.as_posix())
+                if len(foreign) == _MAX_NAMED:
+                    break
+        if foreign:
+            raise StorageError(
+                f"{folder} holds files that are not of {located.namespace}/{located.name}: {', '.join(foreign)}",
+                code="storage.folder_in_use",
+                hint="choose an empty folder, or one that is not there yet",
+            )
+        for path in partial:
+            path.unlink(missing_ok=True)
+
+
+def download_release(
+    located: LocatedRelease, folder: Path, on_file: Callable[[ReleaseFile], None] = lambda file: None
+) -> Path:
     """``folder`` is a copy of the release, manifest last; returns it.
 
     Files that are there with the right digest are kept, so an interrupted download goes on.
+
+    Args:
+        located: What to copy.
+        folder: Where to; it is created where needed.
+        on_file: Told each file before it is copied.
 
     Raises:
         CorruptReleaseError: when a downloaded file does not match the manifest.
@@ -152,6 +233,7 @@ def download_release(located: LocatedRelease, folder: Path) -> Path:
             path = folder / file.path
             if path.is_file() and _matches(path, file):
                 continue
+            on_file(file)
             make_folders(path.parent)
             located.store.download(located.prefix + file.path, path)
             if not _matches(path, file):
@@ -161,6 +243,10 @@ def download_release(located: LocatedRelease, folder: Path) -> Path:
                 )
         save_file(folder / MANIFEST_NAME, (located.manifest.to_bytes(),))
     return folder
+
+
+def _matches(path: Path, file: ReleaseFile) -> bool:
+    return path.stat().st_size == file.size_bytes and digest_file(path) == file.sha256
 
 
 def _address(location: str) -> re.Match[str] | None:
@@ -215,7 +301,3 @@ def _digest_object(store: ObjectStore, key: str) -> str:
     for chunk in store.stream(key):
         hasher.update(chunk)
     return hasher.hexdigest()
-
-
-def _matches(path: Path, file: ReleaseFile) -> bool:
-    return path.stat().st_size == file.size_bytes and digest_file(path) == file.sha256

@@ -104,11 +104,27 @@ def test_flags_override_a_file_key_by_key(tmp_path: Path) -> None:
         ({"calibration": {"samples": 0}}, r"calibration.samples: .*greater than or equal to 1 \(got 0\)"),
         ({"gates": {"prompts": [{"promt": "x"}]}}, "gates.prompts.0.promt: unknown key; legal here: expect, prompt"),
         ({"surprise": 1}, "surprise: unknown key; legal here: .*source"),
+        ({"gates": {"prompt": []}}, "gates.prompt: unknown key; legal here: .*prompts"),
+        ({"variants": [{"method": "gptq", "ignore": ["a", "re:("]}]}, r"variants.0.ignore.1: '\(' is no regular"),
+        ({"gates": {"prompts": [{"prompt": "x", "expect": "("}]}}, r"gates.prompts.0.expect: '\(' is no regular"),
+        ({"gates": {"prompts": [{"prompt": ""}]}}, "gates.prompts.0.prompt: .*nothing to continue"),
+        ({"gates": {"prompts": [{"prompt": " \n"}]}}, "gates.prompts.0.prompt: .*nothing to continue"),
+        ({"gates": {"prompts": []}}, "gates.prompts: .*at least 1 item"),
+        ({"gates": {"generated_tokens": 7}}, "gates.generated_tokens: .*greater than or equal to 8"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         build_spec(MINIMAL | change, "spec test.yaml")
+
+
+@pytest.mark.parametrize(
+    "change", [{"variants": [{"method": "gptq", "ignore": ["re:("]}]}, {"gates": {"prompts": [{"prompt": " "}]}}]
+)
+def test_a_list_whose_only_entry_is_wrong_is_not_called_empty_too(change: dict[str, Any]) -> None:
+    with pytest.raises(SpecError) as caught:
+        build_spec(MINIMAL | change, "spec test.yaml")
+    assert len(caught.value.message.splitlines()) == 2
 
 
 @pytest.mark.parametrize(("text", "words"), [("a: [", "not YAML"), ("- 1", "not a mapping"), ("\x00", "not YAML")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.fingerprint import fingerprint
 from pipeline.graph.chains import SAVE_EVERY, Chain, ChainBuilder, Span, Tokens, cut
+from pipeline.graph.cost import CPU_RATES, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import HIDDEN_STAGE, Keyring
 from pipeline.graph.outline import open_folder
@@ -106,7 +108,10 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> ChainBuilder:
     folder: Path = make_model("llama", tmp_path_factory.mktemp("deep") / "llama", num_hidden_layers=NUM_BLOCKS)
     outline = open_folder(folder).outline
     digests = dict.fromkeys(("config.json", *outline.index.files), "d" * 64)
-    return ChainBuilder(Keyring(outline, digests, "cpu"))
+    # No cost keeps the chain from being cut as asked, or saved as often as can be.
+    free = replace(CPU_RATES, weight_bytes=1e18, peer_bytes=1e18, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9)
+    costs = replace(cost_model("cpu"), rates=free)
+    return ChainBuilder(Keyring(outline, digests, "cpu"), costs)
 
 
 def tokens(name: str, slices: int = NUM_SLICES) -> Tokens:

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,8 @@ from pipeline.graph.driver import (
 from pipeline.graph.executor import InlineExecutor, WorkerId
 from pipeline.graph.stages.call import JobContext
 from pipeline.graph.worker import Worker, lost_output
-from pipeline.storage.work import StageRecord, WorkStore
+from pipeline.storage.work import StageRecord
+from pipeline.storage.work_directory import DirectoryWorkStore
 from tests.scripted_executor import Clock, Fault, ScriptedExecutor
 from tests.unit.graph.toys import expected, hidden, passing, random_goals, run_toy, unit
 
@@ -40,7 +42,8 @@ TUNING = Tuning(spans=1, solve_s=1.0)
 
 @pytest.fixture(autouse=True)
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "open_source", lambda *arguments: None)
+    source = SimpleNamespace(expect_block=lambda index: None)
+    monkeypatch.setattr(worker_module, "open_source", lambda *arguments: source)
     monkeypatch.setattr(worker_module, "STAGES", dict.fromkeys(Kind, run_toy))
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # power cuts are not tried here
 
@@ -74,7 +77,7 @@ class Bench:
         **options: Any,
     ) -> None:
         self.goals, self.clock, self.noted = goals, Clock(), Noted()
-        self.work = WorkStore(folder)
+        self.work = DirectoryWorkStore(folder)
         context = JobContext(str(folder), "", "", (), "cpu", shelf_bytes=200)
         self.executor = ScriptedExecutor(context, workers, seed, fault)
         self.driver = Driver(
@@ -678,7 +681,7 @@ def test_an_inline_executor_gives_what_many_workers_do(tmp_path: Path) -> None:
     goals = random_goals(7)
     context = JobContext(str(tmp_path), "", "", (), "cpu", shelf_bytes=0)
     executor = InlineExecutor(Worker(context))
-    records = Driver(lambda tuning: goals, TUNING, WorkStore(tmp_path), executor, Observer()).run()
+    records = Driver(lambda tuning: goals, TUNING, DirectoryWorkStore(tmp_path), executor, Observer()).run()
     assert {key: record.summary["digest"] for key, record in records.items()} == expected(goals)
     executor.close()
     assert not [path for path in tmp_path.glob(".tmp/*") if path.is_dir()], "what was spilled is gone"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CalibrationError
-from pipeline.graph import cost, identity
+from pipeline.graph import build, identity
 from pipeline.graph.build import Inputs, JobUnits, build_units
+from pipeline.graph.cost import CPU_RATES, CostModel
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import Tuning
 from pipeline.graph.stages import ALGORITHM_VERSIONS
@@ -26,7 +28,9 @@ Gather = Callable[..., Inputs]
 UP = "model.layers.1.mlp.up_proj.weight"
 TUNING = Tuning(spans=2, solve_s=20.0)
 GPTQ, AWQ = "gptq-w4-g64", "awq-w4-g64"
-PASSING = {Kind.EMBED, Kind.CALIBRATE, Kind.FACTOR, Kind.FORWARD}
+PASSING = {Kind.EMBED, Kind.CALIBRATE, Kind.ADD, Kind.FACTOR, Kind.FORWARD}
+FREE = replace(CPU_RATES, weight_bytes=1e18, peer_bytes=1e18, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9)
+"""Rates at which nothing keeps a chain from being cut into as many spans as asked for."""
 
 Place = tuple[Kind, int, str]
 Keys = dict[tuple[Kind, int, str, str], list[str]]
@@ -81,6 +85,7 @@ def test_all_keys_differ_from_each_other(make_spec: MakeSpec, gather: Gather) ->
     assert counts == {
         Kind.EMBED: 2 + 1,
         Kind.CALIBRATE: 2 * 2,
+        Kind.ADD: 0,
         Kind.MERGE: 8,
         Kind.FACTOR: 8,
         Kind.SCALES: 8,
@@ -95,7 +100,7 @@ def test_all_keys_differ_from_each_other(make_spec: MakeSpec, gather: Gather) ->
 
 def test_what_others_can_use_again_is_durable(make_spec: MakeSpec, gather: Gather) -> None:
     units = every(gather(make_spec()))
-    assert {unit.kind for unit in units if not unit.is_durable} == PASSING
+    assert {unit.kind for unit in units if not unit.is_durable} == PASSING - {Kind.ADD}
     assert {unit.kind for unit in units if unit.is_durable} == set(Kind) - PASSING
 
 
@@ -106,8 +111,8 @@ def test_keys_do_not_know_paths_targets_names_or_costs(
     moved = shutil.copytree(llama, tmp_path / "elsewhere" / "other-name")
     text = tmp_path / "same text elsewhere.txt"
     shutil.copyfile(tmp_path / "calibration.txt", text)
-    for rate in ("FORWARD_FLOPS", "SOLVE_FLOPS", "FACTOR_FLOPS", "BYTES"):
-        monkeypatch.setattr(cost, rate, 1.0)
+    slow = replace(FREE, forward_flops=1.0, column_flops=1.0, factor_flops=1.0, touched_bytes=1.0)
+    monkeypatch.setattr(build, "cost_model", lambda device: CostModel(slow, 1024))
     spec = make_spec(
         source=str(moved), targets=[str(tmp_path / "a")], release="team/name", calibration={"text": str(text)}
     )
@@ -200,7 +205,7 @@ def test_budgets_change_no_key(make_spec: MakeSpec, gather: Gather) -> None:
 
 def test_prompts_change_continuations_only(make_spec: MakeSpec, gather: Gather) -> None:
     before = keys(gather(make_spec()))
-    for gates in ({"generated_tokens": 5}, {"prompts": [{"prompt": "Once"}]}):
+    for gates in ({"generated_tokens": 9}, {"prompts": [{"prompt": "Once"}]}):
         touched = changed(before, keys(gather(make_spec(gates=gates))))
         assert touched == places(before, lambda place: place[0] is Kind.GENERATE)
 
@@ -276,7 +281,7 @@ def downstream(units: JobUnits, kind: Kind) -> set[str]:
 
     def reads(unit: WorkUnit) -> bool:
         if unit.key not in found:
-            readers = [reads(need) for need in unit.needs]
+            readers = [reads(need) for need in unit.needs]  # all of them: each one is remembered
             found[unit.key] = any(readers) or unit.kind is kind
         return found[unit.key]
 

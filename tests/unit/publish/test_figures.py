@@ -19,7 +19,7 @@ from pipeline.publish.figures import (
     quantized_share,
     worst_modules,
 )
-from pipeline.spec import parse_variant
+from pipeline.spec import VariantSpec, parse_variant
 from tests.factories import make_facts, make_module
 
 
@@ -58,7 +58,7 @@ def test_the_quantized_share_counts_weights() -> None:
     assert quantized_share(facts) == pytest.approx(1024 * 1024 / facts.source.num_parameters)
 
 
-def test_worst_modules_come_in_falling_order_without_those_in_16_bit() -> None:
+def test_worst_modules_come_in_falling_order_without_unquantized_ones() -> None:
     errors = {"b": 0.1, "a": 0.1, "c": 0.3, "d": 0.2}
     modules = [make_module(name, relative_error=error) for name, error in errors.items()]
     modules.append(make_module("e", bits=16, relative_error=0.9))
@@ -97,12 +97,12 @@ def test_exceptions_say_how_and_why() -> None:
     note = "group size 128 does not divide 576"
     modules = (
         make_module("m.0.q", group_size=64, note=note),
-        make_module("m.0.o", bits=16, group_size=0, note="ignored by the spec"),
+        make_module("m.0.o", bits=16, group_size=0, note="left unquantized: the spec ignores it"),
         make_module("m.0.v"),
     )
     assert list_exceptions(make_facts(modules=modules)) == (
         Folded("m.0.q", 1, f"4 bit, groups of 64: {note}"),
-        Folded("m.0.o", 1, "left in 16 bit: ignored by the spec"),
+        Folded("m.0.o", 1, "left unquantized: the spec ignores it"),
     )
 
 
@@ -128,7 +128,25 @@ def test_kinds_are_the_same_in_every_block(name: str, kind: str) -> None:
 
 
 def test_schemes_are_described_in_words() -> None:
-    assert describe_scheme(parse_variant("gptq-w4-g128")) == "4-bit GPTQ, symmetric, groups of 128"
-    assert describe_scheme(parse_variant("rtn-w8-channel-asym")) == (
+    assert describe_scheme(parse_variant("gptq-w4-g128"), [make_module()]) == "4-bit GPTQ, symmetric, groups of 128"
+    rows = make_module(bits=8, group_size=-1)
+    assert describe_scheme(parse_variant("rtn-w8-channel-asym"), [rows]) == (
         "8-bit round to nearest, asymmetric, one scale per row"
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((96, 96), "groups of 96"),
+        ((64, 64), "groups of 64 (96 asked)"),
+        ((32, 96), "groups of 96 and 32"),
+        ((32, 64), "groups of 64 and 32 (96 asked)"),
+        ((), "groups of 96"),
+    ],
+)
+def test_a_scheme_states_the_groups_that_the_linears_have(sizes: tuple[int, ...], expected: str) -> None:
+    modules = [make_module(group_size=size) for size in sizes]
+    modules.append(make_module(bits=16, group_size=0, note="ignored by the spec"))
+    spec = VariantSpec.model_validate({"method": "gptq", "format": "gptq", "group_size": 96})
+    assert describe_scheme(spec, modules).endswith(f"symmetric, {expected}")
