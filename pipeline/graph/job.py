@@ -122,6 +122,7 @@ class _Absent:
     """Stands in when everything is finished already, so that no cluster is started for nothing."""
 
     workers: Sequence[str] = ()
+    is_expecting = False
 
     def submit(self, *arguments: Any) -> None:
         """Never called."""

@@ -168,10 +168,13 @@ class SimulatedExecutor:
     """Workers on a virtual clock.
 
     Attributes:
+        is_expecting: All workers are there from the start.
         now_s: The time.
         ran: Units that ran, by key, in the order in which they ended.
         moved: Bytes by the kind of the unit that moved them and how they went.
     """
+
+    is_expecting = False
 
     def __init__(self, cluster: Cluster, model: CostModel, traffic: Traffic) -> None:
         """Start with idle workers, those of a node one after the other."""
