@@ -16,7 +16,7 @@ others come to share it. A unit that took absurdly long for its cost (the first 
 ``OVERRUN`` times what was to be expected: what happens once says nothing about the rest.
 
 Nothing is said before ``SHARE_KNOWN`` of the cost, or ``BUSY_KNOWN_S`` of work, has run in ``UNITS_KNOWN`` units. What
-is said is counted down between units and moves towards the new estimate within a tenth of the time since the first one,
+is said is counted down and moves towards the newest estimate within a tenth of the time since the first unit,
 ``SETTLING_S`` at most, so that it neither jumps nor turns back at every unit. Cost: a few additions per event.
 """
 
@@ -80,8 +80,9 @@ class Pace:
         self._staffed_until_s = 0.0
         self._staffed_s = 0.0
         self._busy_s = 0.0
-        self._shown_s: float | None = None
-        self._shown_at_s = 0.0
+        self._estimate_s: float | None = None
+        self._estimated_at_s = 0.0
+        self._offset_s = 0.0
 
     def staff(self, num_workers: int, now_s: float) -> None:
         """Take note of how many workers there are from now on."""
@@ -105,13 +106,17 @@ class Pace:
             self._first_s = self._staffed_until_s = now_s
         else:
             self._busy_s += min(event.seconds, now_s - self._first_s)
-        self._show(now_s)
+        if self._is_known():
+            self._settle(now_s)
 
     def left_s(self, now_s: float) -> float | None:
         """Return the seconds until all units are done; None while too little is known."""
-        if self._shown_s is None:
+        if self._estimate_s is None or self._first_s is None:
             return None
-        return max(0.0, self._shown_s - (now_s - self._shown_at_s))
+        since_s = now_s - self._estimated_at_s
+        settling_s = min(SETTLING_S, SETTLING_SHARE * (self._estimated_at_s - self._first_s))
+        offset_s = self._offset_s * math.exp(-since_s / settling_s) if settling_s > 0 else 0.0
+        return max(0.0, self._estimate_s + offset_s - since_s)
 
     def _clock_in(self, now_s: float) -> None:
         if self._first_s is not None:
@@ -149,15 +154,11 @@ class Pace:
         has_share = self._cost_run >= SHARE_KNOWN * self._cost or self._busy_s >= BUSY_KNOWN_S
         return self._num_run >= UNITS_KNOWN and has_share
 
-    def _show(self, now_s: float) -> None:
-        if not self._is_known():
-            return
-        estimate_s, shown_s = self._estimate(), self.left_s(now_s)
-        if shown_s is not None and self._first_s is not None:
-            settling_s = min(SETTLING_S, SETTLING_SHARE * (now_s - self._first_s))
-            share = 1.0 - math.exp(-(now_s - self._shown_at_s) / settling_s) if settling_s > 0 else 1.0
-            estimate_s = shown_s + share * (estimate_s - shown_s)
-        self._shown_s, self._shown_at_s = estimate_s, now_s
+    def _settle(self, now_s: float) -> None:
+        """Aim at a new estimate, from what is shown now."""
+        shown_s = self.left_s(now_s)
+        self._estimate_s, self._estimated_at_s = self._estimate(), now_s
+        self._offset_s = 0.0 if shown_s is None else shown_s - self._estimate_s
 
 
 def _shrunk(busy_s: float, cost: float, start: float, weight: float) -> float:
