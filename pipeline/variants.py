@@ -119,8 +119,8 @@ class VariantSpec(Strict):
         return self
 
     def _own_name(self) -> str:
-        """Return the short name, with a digest of what it does not say where there is such a thing: another variant must
-        not be published under the name of the plain one."""
+        """Return the short name, with a digest of what it does not say, if anything: another variant must not be
+        published under the name of the plain one."""
         unsaid = ("ignore", "group_fallback", "damping", "act_order", "clip_search")
         rest = {key: getattr(self, key) for key in unsaid if getattr(self, key) != type(self).model_fields[key].default}
         return f"{self.short_name()}-x{fingerprint(rest)[:6]}" if rest else self.short_name()
