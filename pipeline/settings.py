@@ -120,10 +120,21 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
 
 
-def quiet_ray() -> None:
-    """Switch off Ray's usage reports and start-up notices for this process and the ones that it starts."""
+def quiet_ray(*, on_loopback: bool) -> None:
+    """Switch off Ray's usage reports and start-up notices for this process and the ones that it starts.
+
+    To be called before ``ray`` is imported, which reads the environment once.
+
+    Args:
+        on_loopback: Whether what this process starts of Ray listens on the loopback interface only. Ray's own default
+            are all interfaces, with ports through which anybody can have code run.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if on_loopback:
+        # Whether machines may form a cluster, on any system despite the name; if not, this one is called 127.0.0.1,
+        # and Ray's servers listen where their machine's name points to.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
 def engine_environment(hub_home: Path) -> dict[str, str]:
