@@ -12,6 +12,9 @@ from pipeline.spec import Budgets, VariantSpec
 
 FACTS_FILE = "bitmill.json"
 
+OVERLAP_TOKENS = 32
+"""Tokens in a row that held-out and calibration text share only when one was copied from the other."""
+
 
 class Facts(BaseModel):
     """Base of every fact: frozen and closed."""
@@ -68,7 +71,7 @@ class ModuleFacts(Facts):
     out_features: int
     in_features: int
     bits: int
-    """Width of its codes; 16 when it was left unquantized."""
+    """Width of its codes; 16 stands for left unquantized, whatever dtype the source stores it in."""
     group_size: int
     """Group size used; 0 when it was left unquantized."""
     note: str
@@ -102,7 +105,11 @@ class Sample(Facts):
     """A smoke prompt and what the release made of it."""
 
     prompt: str
+    expect: str
+    """The regular expression that the continuation had to match; empty when any text would do."""
     continuation: str
+    ids: tuple[int, ...]
+    """The continuation as it was generated: token ids without an end token."""
 
 
 class Verdict(Facts):
@@ -127,8 +134,12 @@ class Quality(Facts):
     """How close a variant is to its source on held-out text."""
 
     heldout_text: str
+    heldout_samples: int
+    heldout_length: int
     heldout_tokens: int
     """Tokens whose prediction was scored."""
+    heldout_overlap: float
+    """Share of the held-out tokens that lie in a run of 32 tokens that the calibration tokens hold too."""
     source_perplexity: float
     perplexity: float
     kl: float
@@ -141,6 +152,8 @@ class SiblingFacts(Facts):
     """Another variant of the same conversion, for comparison on the card."""
 
     variant: str
+    passed: bool
+    """Whether its Verdict passed; it was not published otherwise."""
     size_bytes: int
     kl: float
     perplexity: float

@@ -1,189 +1,51 @@
-"""What to make: the conversion spec, its variants, its calibration, its gates.
+"""What to make: the conversion spec, its calibration, its gates; its variants come from ``variants.py``.
 
 A spec is closed (unknown keys are refused), frozen and complete: together with the source's digests it determines
-every byte of the releases. Short variant names (``gptq-w4-g128``) are one way to write a ``VariantSpec``; a YAML file
-is the other.
+every byte of the releases. All of its vocabulary can be imported from here.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import SpecError
-
-PER_CHANNEL = -1
-"""The group size that means one scale for a whole row."""
-
-ENGINE_GROUP_SIZES = (128, 64, 32)
-"""Group sizes that the common GPU kernels accept, in the order in which a fallback tries them."""
-
-
-class Method(StrEnum):
-    """How codes are found."""
-
-    RTN = "rtn"
-    GPTQ = "gptq"
-    AWQ = "awq"
-
-
-class Format(StrEnum):
-    """How codes are stored."""
-
-    GPTQ = "gptq"
-    AWQ = "awq"
-    COMPRESSED_TENSORS = "compressed-tensors"
-
-
-FORMAT_BITS: dict[Format, tuple[int, ...]] = {
-    Format.GPTQ: (4, 8),
-    Format.AWQ: (4,),
-    Format.COMPRESSED_TENSORS: (4, 8),
-}
-"""The bit widths that each format can hold here."""
-
-
-class GroupFallback(StrEnum):
-    """What to do with a matrix whose in_features the group size does not divide."""
-
-    DIVISOR = "divisor"
-    SKIP = "skip"
-    REFUSE = "refuse"
-
-
-class Strict(BaseModel):
-    """Base of every spec: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True)
-
-
-class VariantSpec(Strict):
-    """One quantized form of the source."""
-
-    name: str = ""
-    """Name of the variant in paths and on the card; made from the other fields when empty."""
-    method: Method
-    """How codes are found: `rtn`, `gptq` or `awq`."""
-    bits: Literal[4, 8] = 4
-    """Width of a code."""
-    group_size: int = 128
-    """Consecutive input channels that share one scale; -1 means one scale per output channel."""
-    symmetric: bool = True
-    """Symmetric grids have no zero point; asymmetric ones store one per group."""
-    format: Format = Format.COMPRESSED_TENSORS
-    """Checkpoint format: `gptq`, `awq` or `compressed-tensors`."""
-    ignore: tuple[str, ...] = ()
-    """Linears left in 16 bit: names, or regular expressions after `re:`. The output head is never quantized."""
-    group_fallback: GroupFallback = GroupFallback.DIVISOR
-    """For in_features that the group size does not divide: `divisor` takes the largest of 128, 64, 32 that does (and
-    16 bit where none does), `skip` leaves the matrix in 16 bit, `refuse` is an error."""
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """GPTQ: first rung of the damping ladder, as a fraction of the mean diagonal of the second moment."""
-    act_order: bool = True
-    """GPTQ: solve columns in falling order of their second moment (groups stay static: no `desc_act` needed)."""
-    clip_search: bool = True
-    """Search each group's range for the least output error (AWQ: with the group's second moment; others: diagonal)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_short_name(cls, value: Any) -> Any:
-        return parse_variant(value).model_dump() if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> VariantSpec:
-        if self.bits not in FORMAT_BITS[self.format]:
-            legal = ", ".join(map(str, FORMAT_BITS[self.format]))
-            raise ValueError(f"format {self.format} holds {legal} bits, not {self.bits}")
-        if self.group_size != PER_CHANNEL and (self.group_size < 16 or self.group_size % 8):
-            raise ValueError(
-                f"group_size {self.group_size} is neither -1 (per channel) nor a multiple of 8 of at least 16"
-            )
-        if self.format is Format.AWQ and self.symmetric:
-            raise ValueError("format awq stores zero points: symmetric must be false")
-        if self.format is Format.GPTQ and not self.symmetric:
-            raise ValueError("format gptq holds symmetric grids only: a zero point of 0 cannot be stored in its layout")
-        if not self.name:
-            object.__setattr__(self, "name", self.short_name())
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"name {self.name!r} must be letters, digits, '.', '_' and '-'")
-        return self
-
-    def short_name(self) -> str:
-        """Return the shortest name that ``parse_variant`` reads back as these method, bits, group, symmetry, format."""
-        group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
-        parts = [self.method.value, f"w{self.bits}", group]
-        if self.format is not _default_format(self.method, self.bits):
-            parts.append("ct" if self.format is Format.COMPRESSED_TENSORS else self.format.value)
-        if self.symmetric != _default_symmetry(self.method, self.format):
-            parts.append("sym" if self.symmetric else "asym")
-        return "-".join(parts)
-
-    def ignores(self, linear_name: str) -> bool:
-        """Return whether ``ignore`` names this linear."""
-        return any(
-            re.search(pattern[3:], linear_name) is not None if pattern.startswith("re:") else pattern == linear_name
-            for pattern in self.ignore
-        )
-
-
-_VARIANT_NAME = re.compile(
-    r"(?P<method>rtn|gptq|awq)-w(?P<bits>\d+)-(?P<group>g\d+|channel)"
-    r"(?:-(?P<format>gptq|awq|ct))?(?:-(?P<symmetry>sym|asym))?"
+from pipeline.strict import Strict, problems, regular_expression
+from pipeline.variants import (
+    ENGINE_GROUP_SIZES,
+    FORMAT_BITS,
+    PER_CHANNEL,
+    Format,
+    GroupFallback,
+    Method,
+    VariantSpec,
+    parse_variant,
 )
 
-
-def _default_format(method: Method, bits: int) -> Format:
-    """Return the format that a short name means when it does not say."""
-    match method:
-        case Method.GPTQ:
-            return Format.GPTQ
-        case Method.AWQ:
-            return Format.AWQ if bits in FORMAT_BITS[Format.AWQ] else Format.COMPRESSED_TENSORS
-        case Method.RTN:
-            return Format.COMPRESSED_TENSORS
-
-
-def _default_symmetry(method: Method, format_: Format) -> bool:
-    """Return the symmetry that a short name means when it does not say: the only one of the format, else the one that
-    the method is known for."""
-    match format_:
-        case Format.GPTQ:
-            return True
-        case Format.AWQ:
-            return False
-        case Format.COMPRESSED_TENSORS:
-            return method is not Method.AWQ
-
-
-def parse_variant(name: str) -> VariantSpec:
-    """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym]``.
-
-    Raises:
-        SpecError: when the name cannot be read or means a combination that no format holds.
-    """
-    hint = "try gptq-w4-g128, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct; or describe it in a file with --spec"
-    match = _VARIANT_NAME.fullmatch(name)
-    if match is None:
-        raise SpecError(f"variant {name!r} is not of the form method-wBITS-gGROUP", code="spec.variant", hint=hint)
-    method, bits = Method(match["method"]), int(match["bits"])
-    format_ = _default_format(method, bits)
-    if match["format"]:
-        format_ = Format.COMPRESSED_TENSORS if match["format"] == "ct" else Format(match["format"])
-    symmetric = match["symmetry"] == "sym" if match["symmetry"] else _default_symmetry(method, format_)
-    group = PER_CHANNEL if match["group"] == "channel" else int(match["group"][1:])
-    try:
-        return VariantSpec.model_validate(
-            {"method": method, "bits": bits, "group_size": group, "symmetric": symmetric, "format": format_}
-        )
-    except ValidationError as error:
-        reason = "; ".join(_problems(error))
-        raise SpecError(f"variant {name!r}: {reason}", code="spec.variant", hint=hint) from error
+__all__ = [
+    "BUDGETS_BY_BITS",
+    "ENGINE_GROUP_SIZES",
+    "FORMAT_BITS",
+    "PER_CHANNEL",
+    "Budgets",
+    "CalibrationSpec",
+    "ClusterSpec",
+    "ConversionSpec",
+    "Format",
+    "GateSpec",
+    "GroupFallback",
+    "Method",
+    "PromptSpec",
+    "Strict",
+    "VariantSpec",
+    "build_spec",
+    "load_spec",
+    "parse_variant",
+    "resolve_budgets",
+]
 
 
 class CalibrationSpec(Strict):
@@ -202,12 +64,18 @@ class CalibrationSpec(Strict):
     """Sequences in a token slice, the unit of work and of summation: part of the result, not of the machine."""
 
 
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a blank prompt leaves nothing to continue")
+    return text
+
+
 class PromptSpec(Strict):
     """A smoke prompt and what its continuation must look like."""
 
-    prompt: str
+    prompt: Annotated[str, AfterValidator(_not_blank)]
     """Text that generation starts from."""
-    expect: str = ""
+    expect: Annotated[str, AfterValidator(regular_expression)] = ""
     """A regular expression that the continuation must match somewhere; empty accepts any text not degenerate."""
 
 
@@ -221,21 +89,22 @@ class GateSpec(Strict):
     max_perplexity_ratio: float | Literal["auto"] | None = "auto"
     """Perplexity on held-out text over the source's."""
     max_degradations: Annotated[int, Field(ge=0)] | None = 0
-    """Fallbacks inside solvers (for example a damping rung above the first) that are accepted; each is on the card."""
+    """Fallbacks inside solvers that are accepted, each on the card: a linear whose damping had to be raised, a linear
+    with groups whose scale is too small or too large to be stored."""
     heldout: str = "builtin"
     """Held-out text: `builtin`, a file, or a file of a dataset repository, as for calibration."""
     heldout_samples: Annotated[int, Field(ge=1)] = 16
     """Number of held-out sequences."""
     heldout_length: Annotated[int, Field(ge=8)] = 512
     """Tokens in a held-out sequence."""
-    prompts: tuple[PromptSpec, ...] = (
+    prompts: Annotated[tuple[PromptSpec, ...], Field(min_length=1)] = (
         PromptSpec(prompt="The people of the United States"),
         PromptSpec(prompt="In the beginning of the year"),
         PromptSpec(prompt="It was a cold morning, and the ship"),
     )
     """Smoke prompts, continued greedily."""
-    generated_tokens: Annotated[int, Field(ge=1)] = 32
-    """Tokens to generate for each prompt."""
+    generated_tokens: Annotated[int, Field(ge=8)] = 32
+    """Tokens to generate for each prompt; with fewer than 8, degenerate text could not be told from other text."""
 
 
 BUDGETS_BY_BITS: dict[int, dict[str, float]] = {
@@ -244,6 +113,14 @@ BUDGETS_BY_BITS: dict[int, dict[str, float]] = {
 }
 """What `auto` means. Wide enough for small models, whose weights are harder to quantize; a job for a known model
 should set its own."""
+
+
+class ClusterSpec(Strict):
+    """What is known of the workers; it affects plans only, no byte of a release."""
+
+    price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """Price of one worker (a GPU, or a processor) for an hour, in any currency: `bitmill plan --simulate` says what a
+    conversion would cost."""
 
 
 class ConversionSpec(Strict):
@@ -257,6 +134,8 @@ class ConversionSpec(Strict):
     """Tokens for the statistics."""
     gates: GateSpec = GateSpec()
     """Budgets and smoke prompts."""
+    cluster: ClusterSpec = ClusterSpec()
+    """Prices, for plans."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     """Directories or `s3://bucket/prefix` addresses that releases are published to."""
     release: str = ""
@@ -297,7 +176,7 @@ def build_spec(data: dict[str, Any], where: str) -> ConversionSpec:
     try:
         return ConversionSpec.model_validate(data)
     except ValidationError as error:
-        lines = "\n  ".join(_problems(error))
+        lines = "\n  ".join(problems(error, ConversionSpec))
         hint = "docs/reference/spec.md lists every key"
         raise SpecError(f"{where}:\n  {lines}", hint=hint) from error
 
@@ -308,31 +187,6 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if nested else value
     return merged
-
-
-def _problems(error: ValidationError) -> Iterator[str]:
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            yield f"{where}: unknown key; legal here: {', '.join(_legal_keys(item['loc'][:-1]))}"
-        elif item["type"] == "missing":
-            yield f"{where}: missing"
-        else:
-            reason = item["msg"].removeprefix("Value error, ")
-            # Of a whole mapping that contradicts itself, the reason names the keys.
-            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r:.80})"
-            yield f"{where}: {reason}{got}" if where else f"{reason}{got}"
-
-
-def _legal_keys(location: tuple[int | str, ...]) -> list[str]:
-    named: dict[str, type[Strict]] = {
-        "variants": VariantSpec,
-        "calibration": CalibrationSpec,
-        "gates": GateSpec,
-        "prompts": PromptSpec,
-    }
-    owners = [named[part] for part in location if isinstance(part, str) and part in named]
-    return sorted((owners[-1] if owners else ConversionSpec).model_fields)
 
 
 class Budgets(Strict):

@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
+from pipeline.errors import SpecError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?)B?", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that for example ``"1.5GB"``, ``"800 MB"`` or ``"2GiB"`` mean.
+
+    Raises:
+        SpecError: when it is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise SpecError(f"{text!r} is no size", code="spec.size", hint="for example 1.5GB, 800MB or 2GiB")
+    prefix = match[2].lower()
+    step = 1024 if prefix.endswith("i") else 1000
+    return round(float(match[1]) * float(step ** " kmgt".index(prefix[:1] or " ")))
+
 
 def format_bytes(num_bytes: float) -> str:
     """Return for example ``"4.07 GB"``: decimal units, three significant digits."""

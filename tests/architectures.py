@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 TOKENIZER_FOLDER = Path(__file__).parent.parent / "jobs" / "demo" / "model"
 VOCABULARY = 4096
@@ -58,11 +59,34 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "gpt2": lambda: t.GPT2Config(
             n_embd=128, n_inner=256, n_layer=2, n_head=4, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1
         ),
+        "gemma3_vlm": lambda: t.Gemma3Config(
+            text_config=t.Gemma3TextConfig(
+                **_GROUPED, head_dim=32, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+            ).to_dict(),
+            vision_config={
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+            mm_tokens_per_image=1,
+        ),
+        "phi": lambda: t.PhiConfig(**_COMMON),
         "mixtral": lambda: t.MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
     }
 
 
 DENSE = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "opt", "gpt2")
+
+
+def tiny_config(name: str, **changes: Any) -> Any:
+    """Return the config of a tiny instance, with fields replaced."""
+    config = _configs()[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
 
 
 def make_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
@@ -72,10 +96,7 @@ def make_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **c
     t.utils.logging.set_verbosity_error()
     t.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    config = _configs()[name]()
-    for key, value in changes.items():
-        setattr(config, key, value)
-    net = t.AutoModelForCausalLM.from_config(config)
+    net = t.AutoModelForCausalLM.from_config(tiny_config(name, **changes))
     with torch.no_grad():
         for path, parameter in net.named_parameters():
             noise = torch.randn_like(parameter)
@@ -89,4 +110,12 @@ def make_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **c
     net.to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER_FOLDER / file, folder / file)
+    return folder
+
+
+def drop_prefix(folder: Path, prefix: str) -> Path:
+    """Take a prefix off the names of a checkpoint's tensors, as many uploads have them, and return the folder."""
+    file = folder / "model.safetensors"
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
     return folder

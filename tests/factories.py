@@ -74,6 +74,12 @@ def make_modules(num_blocks: int, bits: int = 4, group_size: int = 128) -> tuple
     return tuple(modules)
 
 
+def make_sample(prompt: str, continuation: str, **changes: Any) -> Sample:
+    """Return a sample whose tokens are words, with fields replaced."""
+    ids = tuple(range(len(continuation.split())))
+    return Sample(**({"prompt": prompt, "expect": "", "continuation": continuation, "ids": ids} | changes))
+
+
 def make_verdict(variant: VariantSpec, **changes: Any) -> Verdict:
     """Return a verdict that passed, with fields replaced."""
     fields: dict[str, Any] = {
@@ -85,8 +91,9 @@ def make_verdict(variant: VariantSpec, **changes: Any) -> Verdict:
         ),
         "budgets": resolve_budgets(GateSpec(), variant),
         "samples": (
-            Sample(prompt="The people of the United States", continuation=" are the only people in the world who"),
-            Sample(prompt="In the beginning of the year", continuation=", the company had a total of 12 million"),
+            make_sample("The people of the United States", " are the only people in the world who"),
+            make_sample("In the beginning of the year", ", the company had a total of 12 million"),
+            make_sample("It was a cold morning, and the ship", " was still in the harbour, waiting for"),
         ),
     }
     return Verdict(**(fields | changes))
@@ -120,8 +127,11 @@ def make_facts(variant: str | VariantSpec = "gptq-w4-g128", num_blocks: int = 12
         "dropped": {},
         "cautions": (),
         "quality": Quality(
-            heldout_text="builtin",
+            heldout_text="builtin:heldout",
+            heldout_samples=16,
+            heldout_length=512,
             heldout_tokens=8176,
+            heldout_overlap=0.0,
             source_perplexity=22.61,
             perplexity=23.94,
             kl=0.0612,
@@ -131,8 +141,8 @@ def make_facts(variant: str | VariantSpec = "gptq-w4-g128", num_blocks: int = 12
         "generated_tokens": 32,
         "size_bytes": round(quantized * (spec.bits + 20 / 128) / 8) + 2 * kept,
         "siblings": (
-            SiblingFacts(variant="awq-w4-g128", size_bytes=152_000_000, kl=0.0533, perplexity=23.71),
-            SiblingFacts(variant="rtn-w8-g128", size_bytes=229_000_000, kl=0.00121, perplexity=22.63),
+            SiblingFacts(variant="awq-w4-g128", passed=True, size_bytes=152_000_000, kl=0.0533, perplexity=23.71),
+            SiblingFacts(variant="rtn-w8-g128", passed=True, size_bytes=229_000_000, kl=0.00121, perplexity=22.63),
         ),
         "versions": {"bitmill": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "compressed-tensors": "0.20.0"},
         "compute": "cpu float32",

@@ -92,7 +92,8 @@ class Fault:
 
     The first ``skip`` of them go well. API requests know ``status`` only; of files, only GET is affected. One of:
     answer ``status``; drop the connection after ``drop_after`` bytes of the reply; stall after ``stall_after`` bytes
-    until the hub closes; flip the bits of the content; ignore the range.
+    until the hub closes; flip the bits of the content; ignore the range. Without a length said first when ``chunked``.
+    With ``range`` only requests with that Range header are affected.
     """
 
     path: str
@@ -104,6 +105,8 @@ class Fault:
     stall_after: int | None = None
     flip: bool = False
     ignore_range: bool = False
+    range: str = ""
+    chunked: bool = False
 
 
 class _Server(ThreadingHTTPServer):
@@ -219,11 +222,11 @@ class LoopbackHub:
         with self._lock:
             self.requests.append(request)
 
-    def take_fault(self, path: str) -> Fault | None:
+    def take_fault(self, path: str, asked: str = "") -> Fault | None:
         """Return the fault that is due for a content request, counting it down."""
         with self._lock:
             for fault in self.faults:
-                if not path.endswith(fault.path) or fault.times == 0:
+                if not path.endswith(fault.path) or fault.times == 0 or (fault.range and fault.range != asked):
                     continue
                 if fault.skip:
                     fault.skip -= 1
@@ -270,6 +273,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def chunks(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Transfer-Encoding": "chunked"}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+
     def json(self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self.reply(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
@@ -279,7 +289,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def content(self, path: str, blob: Blob, headers: Mapping[str, str]) -> None:
         """Serve a file's content or a range of it, with the fault that is due."""
-        fault = (self.server.hub.take_fault(path) if self.command == "GET" else None) or Fault(path)
+        fault = (
+            self.server.hub.take_fault(path, self.headers.get("Range", "")) if self.command == "GET" else None
+        ) or Fault(path)
         if fault.status:
             return self.error(fault.status, "", "as the test asked", fault.headers)
         data = bytes(byte ^ 0xFF for byte in blob.content) if fault.flip else blob.content
@@ -292,6 +304,8 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= len(data):
                 return self.reply(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             status, headers["Content-Range"] = 206, f"bytes {start}-{end - 1}/{len(data)}"
+        if fault.chunked:
+            return self.chunks(status, data[start:end], headers)
         body, cut = data[start:end], fault.drop_after if fault.stall_after is None else fault.stall_after
         self.reply(status, body if cut is None else body[:cut], headers, length=len(body))
         if fault.stall_after is not None:
@@ -323,8 +337,6 @@ class HubHandler(_Handler):
         repo = hub.repos.get((kind, "/".join(parts[:2]))) or hub.repos.get((kind, "/".join(parts[:1])))
         if repo is None:
             return self.error(404, "RepoNotFound", "Repository not found")
-        if repo.gated:
-            return self.error(403, "GatedRepo", f"Access to {kind} {repo.name} is restricted")
         rest = parts[repo.name.count("/") + 1 :]
         return self._api(repo, rest, query) if is_api else self._resolve(repo, rest)
 
@@ -354,7 +366,8 @@ class HubHandler(_Handler):
     def _info(self, repo: Repo, revision: str, with_blobs: bool) -> dict[str, Any]:
         commit = repo.resolve(revision) or ""
         siblings = [blob.sibling(path, with_blobs) for path, blob in repo.commits.get(commit, {}).items()]
-        about = {"_id": "0" * 24, "id": repo.name, "modelId": repo.name, "private": False, "gated": False}
+        gated = "manual" if repo.gated else False
+        about = {"_id": "0" * 24, "id": repo.name, "modelId": repo.name, "private": False, "gated": gated}
         return {**about, "sha": commit, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}
 
     def _tree(self, files: Mapping[str, Blob], under: str, recursive: bool) -> None:
@@ -373,6 +386,9 @@ class HubHandler(_Handler):
     def _resolve(self, repo: Repo, rest: list[str]) -> None:
         if len(rest) < 3 or rest[0] != "resolve":
             return self.error(404, "", "no such route")
+        if repo.gated:
+            # As on the public hub: everybody may list a gated repository, few may read what is in it.
+            return self.error(403, "GatedRepo", f"Access to {repo.kind} {repo.name} is restricted")
         commit, path = repo.resolve(unquote(rest[1])), "/".join(unquote(part) for part in rest[2:])
         if commit is None:
             return self.error(404, "RevisionNotFound", f"Invalid rev id: {unquote(rest[1])}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +16,17 @@ if TYPE_CHECKING:
     from pipeline.graph.convert import VariantOutcome
     from pipeline.settings import Settings
     from pipeline.spec import ConversionSpec
+
+
+class WorkAddress(click.ParamType):  # type: ignore[type-arg]  # generic only to the checker
+    """A directory, or ``s3://bucket/prefix`` as it is."""
+
+    name = "address"
+    _directory = click.Path(file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the address, refused when it is a file."""
+        return value if str(value).startswith("s3://") else self._directory.convert(value, param, ctx)
 
 
 @click.command("convert", short_help="Convert SOURCE and publish what passes its gates.")
@@ -36,10 +46,16 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Finished work of this and earlier runs; a killed run continues from it.  "
-    "[default: work/ in the cache directory]",
+    type=WorkAddress(),
+    metavar="PLACE",
+    help="Finished work of this and earlier runs: a directory that every worker reaches, or s3://bucket/prefix. A "
+    "killed run continues from it, from any machine.  [default: work/ in the cache directory]",
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Read weights block by block from the hub, through a bounded cache on each machine, instead of fetching them "
+    "to this disk first; never changes a byte.",
 )
 @click.option(
     "--device",
@@ -49,11 +65,12 @@ if TYPE_CHECKING:
     help="Where tensors are computed.",
 )
 @click.option("--address", metavar="ADDRESS", help="Ray cluster to run on.  [default: RAY_ADDRESS, else this machine]")
-@click.option("--json", "as_json", is_flag=True, help="Progress as JSON lines on standard error.")
+@click.option("--json", "as_json", is_flag=True, help="Events as JSON lines, and nothing else, on standard error.")
 def convert_command(
     targets: tuple[str, ...],
     workers: int | None,
-    work_dir: Path | None,
+    work_dir: str | None,
+    stream: bool,
     device: str,
     address: str | None,
     as_json: bool,
@@ -73,7 +90,12 @@ def convert_command(
     with_progress = _Locations(make_sink(ProgressMode.JSON if as_json else ProgressMode.AUTO, sys.stderr))
     try:
         with with_progress:
-            outcomes = _convert(spec, settings, with_progress, workers, work_dir, device, address)
+            try:
+                outcomes = _convert(spec, settings, with_progress, workers, work_dir, device, address, stream)
+            except PipelineError as error:
+                if not as_json:  # there the command line says every failure, as the last event
+                    with_progress.emit(Failed(error.code, error.message, error.hint))
+                raise
         if not as_json:
             _summarize(outcomes)
     finally:
@@ -95,24 +117,22 @@ def _convert(
     settings: Settings,
     sink: EventSink,
     workers: int | None,
-    work_dir: Path | None,
+    work_dir: str | None,
     device: str,
     address: str | None,
+    stream: bool,
 ) -> tuple[VariantOutcome, ...]:
-    """Run the conversion with what the flags leave open decided; the last event of one that fails says so."""
+    """Run the conversion with what the flags leave open decided."""
     from pipeline.graph.convert import RunOptions, convert, resolve_device
 
-    try:
-        options = RunOptions(
-            work_dir=work_dir or settings.cache_dir / "work",
-            workers=workers or default_workers(),
-            device=resolve_device(device),
-            address=address or settings.ray_address,
-        )
-        return convert(spec, settings, options, sink)
-    except PipelineError as error:
-        sink.emit(Failed(error.code, error.message, error.hint))
-        raise
+    options = RunOptions(
+        work_dir=work_dir or settings.cache_dir / "work",
+        workers=workers or default_workers(),
+        device=resolve_device(device),
+        stream=stream,
+        address=address or settings.ray_address,
+    )
+    return convert(spec, settings, options, sink)
 
 
 class _Locations(ClosingSink):

@@ -17,16 +17,16 @@ def inspect_command(release: str, modules: bool, card: bool, as_json: bool) -> i
     """
     from rich.console import Console
 
-    from pipeline.graph.verify import inspect
-    from pipeline.publish.card import render_card
+    from pipeline.graph.verify import inspect, read_card
     from pipeline.publish.report import facts_as_json, render_modules, render_summary
     from pipeline.settings import load_settings
 
+    if card and not as_json:
+        click.echo(read_card(release, load_settings()), nl=False)
+        return 0
     located, facts = inspect(release, load_settings())
     if as_json:
         click.echo(facts_as_json(facts), nl=False)
-    elif card:
-        click.echo(render_card(facts), nl=False)
     else:
         console = Console()
         console.print(located.uri, soft_wrap=True, highlight=False)

@@ -2,6 +2,9 @@
 
 Exit statuses: 0 done; 1 a bug of ours; 2 the command or spec; 3 the source; 4 text or plan; 5 a gate; 6 storage;
 7 workers or cluster; 8 an engine; 130 interrupted, 143 terminated. ``pipeline/errors.py`` maps errors to them.
+
+``bitmill convert --json`` promises events and nothing else on standard error, so its failures are said here as events,
+whatever they are: words that click refuses, a spec that cannot be read, a gate, a signal.
 """
 
 from __future__ import annotations
@@ -13,18 +16,40 @@ from typing import Any, NoReturn
 
 import click
 
+from jobs.cli.cancel import cancel_command
 from jobs.cli.convert import convert_command
 from jobs.cli.download import download_command
 from jobs.cli.inspect import inspect_command
 from jobs.cli.plan import plan_command
 from jobs.cli.verify import verify_command
 from pipeline.errors import PipelineError
+from pipeline.observe.events import Failed, to_json
 
+CONTINUES = "the same command continues where this one stopped"
 TERMINATED_STATUS = 143
 INTERRUPTED_STATUS = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_received: list[int] = []
+"""The signals that have asked this process to stop, besides an interrupt from the keyboard."""
+
+
+class _Stopped(BaseException):
+    """An interrupt that has left the command, its clusters and locks behind it."""
+
+
+class _Commands(click.Group):
+    """The commands, with interrupts of our own: click would put an empty line on standard error."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that the words name."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Stopped from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="bitmill", prog_name="bitmill")
 def cli() -> None:
     """Turn open-weight language models into verified, quantized releases.
@@ -38,14 +63,18 @@ cli.add_command(plan_command)
 cli.add_command(verify_command)
 cli.add_command(inspect_command)
 cli.add_command(download_command)
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived; unwinds like an interrupt, so that clusters and locks are left properly."""
+cli.add_command(cancel_command)
 
 
 def _on_terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+    """Unwind as for an interrupt, so that clusters and locks are left properly.
+
+    Raises:
+        KeyboardInterrupt: the one exception that Ray lets through its own waits, and not as the object that was raised.
+            Hence the list, which says what it was.
+    """
+    _received.append(number)
+    raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -56,22 +85,38 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status; messages go to standard error."""
+    words = sys.argv[1:] if arguments is None else arguments
+    # Looked for by hand, because click may refuse the words before it has read the flag.
+    as_json = words[:1] == ["convert"] and "--json" in words
     try:
-        status: Any = cli.main(args=arguments, prog_name="bitmill", standalone_mode=False)
-    except click.exceptions.Abort:
-        return _say("interrupted; the same command continues where this one stopped", INTERRUPTED_STATUS)
-    except KeyboardInterrupt:
-        return _say("interrupted; the same command continues where this one stopped", INTERRUPTED_STATUS)
-    except _Terminated:
-        return _say("terminated; the same command continues where this one stopped", TERMINATED_STATUS)
+        status: Any = cli.main(args=words, prog_name="bitmill", standalone_mode=False)
+    except (_Stopped, click.exceptions.Abort, KeyboardInterrupt):
+        if signal.SIGTERM in _received:
+            return _stop("terminated", TERMINATED_STATUS, as_json)
+        return _stop("interrupted", INTERRUPTED_STATUS, as_json)
     except click.ClickException as error:
-        error.show()
+        if as_json:
+            _say_event("usage", error.format_message(), "see bitmill convert --help")
+        else:
+            error.show()
         return error.exit_code
     except PipelineError as error:
-        return _say(f"error [{error.code}]: {error}", error.exit_status)
+        if as_json:
+            _say_event(error.code, error.message, error.hint)
+        else:
+            click.echo(f"error [{error.code}]: {error}", err=True)
+        return error.exit_status
     return status if isinstance(status, int) else 0
 
 
-def _say(message: str, status: int) -> int:
-    click.echo(message, err=True)
+def _stop(word: str, status: int, as_json: bool) -> int:
+    """Say that a signal ends the command, and return the status to end with."""
+    if as_json:
+        _say_event(word, word, CONTINUES)
+    else:
+        click.echo(f"{word}; {CONTINUES}", err=True)
     return status
+
+
+def _say_event(code: str, message: str, hint: str) -> None:
+    click.echo(to_json(Failed(code, message, hint)), err=True)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from jobs.cli.flags import default_workers, spec_from_flags, with_spec_flags
-from pipeline.units import format_bytes, format_count, format_duration
+from jobs.cli.forecast import render_forecast
+from pipeline.errors import SpecError
+from pipeline.units import format_bytes, format_count, format_duration, parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,19 +30,68 @@ UNLIMITED_COLUMNS = 100_000
     metavar="K",
     help="Workers to estimate the time for.  [default: processors]",
 )
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Memory of a worker, for example 1.5GB; a plan that needs more is refused.  [default: as much as it takes]",
+)
+@click.option(
+    "--simulate",
+    "clusters",
+    multiple=True,
+    metavar="nodes=N,gpus=G",
+    help="Also predict the conversion on N machines of G GPUs each (or cpus=C); with samples=S, length=L and slice=Q "
+    "other calibration sequences than the spec's. Repeatable.",
+)
+@click.option(
+    "--shape",
+    metavar="NAME",
+    help="Instead of SOURCE, a well-known model of which nothing is read: llama-3.1-8b, llama-3.1-70b, "
+    "llama-3.1-405b or deepseek-v3. Needs --simulate.",
+)
 @click.option("--matrices", is_flag=True, help="Also list every matrix of every block.")
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
-def plan_command(workers: int | None, matrices: bool, as_json: bool, **flags: Any) -> int:
-    """Show what converting SOURCE would do. Reads config and safetensors headers only; writes nothing."""
+def plan_command(
+    workers: int | None,
+    max_memory: str | None,
+    clusters: tuple[str, ...],
+    shape: str | None,
+    matrices: bool,
+    as_json: bool,
+    source: str | None,
+    **flags: Any,
+) -> int:
+    """Show what converting SOURCE would do. Reads config and safetensors headers only; writes nothing.
+
+    Times are predicted by running the real driver over the real work units on a simulated clock.
+    """
+    from pipeline.graph.forecast import forecast_shape, parse_cluster
     from pipeline.graph.plan import plan_conversion
     from pipeline.settings import load_settings
 
-    spec = spec_from_flags(command="plan", targets=("nowhere",), **flags)
-    report = plan_conversion(spec, load_settings(), workers or default_workers())
+    if shape and (source or not clusters):
+        raise SpecError(
+            "--shape stands for a SOURCE of which nothing is read, and needs --simulate",
+            code="spec.shape",
+            hint="for example: bitmill plan --shape llama-3.1-8b --variant gptq-w4-g128 --simulate nodes=1,gpus=8",
+        )
+    spec = spec_from_flags(command="plan", source=shape or source, targets=("nowhere",), **flags)
+    requests = [parse_cluster(text) for text in clusters]
+    max_bytes = parse_bytes(max_memory) if max_memory else None
+    report = None
+    if shape:
+        forecasts = forecast_shape(shape, spec, requests)
+    else:
+        report, forecasts = plan_conversion(spec, load_settings(), workers or default_workers(), max_bytes, requests)
     if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
+        plan = report.as_dict() if report else {"source": shape}
+        click.echo(json.dumps({**plan, "simulated": [item.as_dict() for item in forecasts]}, indent=2))
         return 0
-    _render(report, console_for(sys.stdout), matrices)
+    console = console_for(sys.stdout)
+    if report:
+        _render(report, console, matrices)
+    for item in forecasts:
+        render_forecast(item, console)
     return 0
 
 
@@ -63,12 +114,13 @@ def _render(report: PlanReport, console: Console, matrices: bool) -> None:
         f"{report.calibrate_flops:.3g} FLOPs, once for all variants"
     )
     console.print(
-        f"  memory per worker up to {format_bytes(report.worker_bytes)}; work directory up to "
+        f"  memory per worker up to {format_bytes(report.worker_bytes)}, and {format_bytes(report.held_bytes)} of "
+        f"passing outputs there or on its disk; work directory up to "
         f"{format_bytes(report.work_bytes)}"
     )
     console.print(
-        f"  about {format_duration(report.seconds)} with {report.workers} workers of "
-        f"{report.rate / 1e9:.0f} GFLOP/s (one thread of this machine, measured now)"
+        f"  about {format_duration(report.seconds)} with {report.workers} workers (each {report.hardware}); "
+        f"longest waited for: {report.bottleneck}"
     )
     for variant in report.variants:
         _render_variant(report, variant, console)
@@ -77,7 +129,7 @@ def _render(report: PlanReport, console: Console, matrices: bool) -> None:
 
 
 def _render_variant(report: PlanReport, variant: VariantReport, console: Console) -> None:
-    console.print(f"\n[bold]{variant.name}[/bold] ({variant.format})")
+    console.print(f"\n[bold]{variant.name}[/bold] ({variant.format}), to be released as {variant.release}")
     console.print(
         f"  {format_bytes(report.size_bytes)} -> {format_bytes(variant.size_bytes)}, "
         f"{report.size_bytes / variant.size_bytes:.2f} times smaller; "
@@ -108,7 +160,7 @@ def _render_matrices(variant: VariantReport, console: Console) -> None:
             str(row.block),
             row.name,
             f"{row.out_features} x {row.in_features}",
-            str(row.bits),
+            str(row.bits) if row.group_size else "-",
             str(row.group_size or "-"),
             format_bytes(row.bytes_in),
             format_bytes(row.bytes_out),

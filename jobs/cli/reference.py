@@ -13,13 +13,14 @@ import click
 
 from jobs.cli.main import cli
 from pipeline import errors
-from pipeline.spec import CalibrationSpec, ConversionSpec, GateSpec, PromptSpec, Strict, VariantSpec
+from pipeline.spec import CalibrationSpec, ClusterSpec, ConversionSpec, GateSpec, PromptSpec, Strict, VariantSpec
 
 SPECS: tuple[tuple[type[Strict], str], ...] = (
     (ConversionSpec, "the top level"),
     (VariantSpec, "an entry of `variants`"),
     (CalibrationSpec, "`calibration`"),
     (GateSpec, "`gates`"),
+    (ClusterSpec, "`cluster`"),
     (PromptSpec, "an entry of `gates.prompts`"),
 )
 

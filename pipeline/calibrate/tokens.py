@@ -1,7 +1,8 @@
 """Token sequences from a text: a shipped text, a file, or a file of a dataset repository.
 
 Plain text gives its first ``samples * length`` tokens in order. A ``.jsonl`` or ``.parquet`` file gives its ``text``
-column, the documents drawn in an order fixed by the seed and joined by blank lines. No special tokens are added.
+column, the documents drawn in an order fixed by the seed and joined by blank lines; nulls of a .parquet file are no
+documents. No special tokens are added.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CalibrationError
+from pipeline.facts import OVERLAP_TOKENS
 from pipeline.fingerprint import digest_bytes
 from pipeline.hub.dataset import fetch_dataset_file
 from pipeline.settings import Settings
@@ -24,6 +26,9 @@ from pipeline.settings import Settings
 BUILTIN = "builtin"
 BUILTIN_FILES = {"calibration": "calibration.txt", "heldout": "heldout.txt"}
 """The shipped texts; see ``jobs/demo/train.py`` for where they come from."""
+
+HASH_BASE = 0x5DEECE66D
+"""Odd and large, so that runs of small token ids spread over all 64 bits."""
 
 CHARS_PER_READ = 4_000_000
 """Text is tokenized in pieces of this many characters until there are enough tokens; pieces end at a line break."""
@@ -73,12 +78,13 @@ def load_text(text: str, purpose: str, seed: int, settings: Settings) -> Text:
     if text.startswith("hub:"):
         file, provenance = fetch_dataset_file(text, settings)
     else:
-        file, provenance = Path(text).expanduser(), Path(text).name
+        file, provenance = Path(text), Path(text).name
     try:
-        return Text(_read(file, seed), provenance)
-    except (OSError, UnicodeDecodeError) as error:
+        return Text(_read(file.expanduser(), seed), provenance)
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: the home folder of nobody
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise CalibrationError(
-            f"{purpose} text {text} cannot be read: {error}",
+            f"{purpose} text {text:.200} cannot be read: {reason}",
             code="calibration.unreadable",
             hint="give a UTF-8 text file, a .jsonl or .parquet file with a `text` column, or `builtin`",
         ) from error
@@ -102,23 +108,33 @@ def _documents(file: Path) -> list[str]:
             names = parquet.read_schema(file).names
             if "text" not in names:
                 raise _no_text_column(file, f"it has {_listed(names)}")
-            column = parquet.read_table(file, columns=["text"])["text"].to_pylist()
+            column = parquet.read_table(file, columns=["text"])["text"]
         except ArrowException as error:
             raise _no_text_column(file, f"it cannot be read as Parquet: {_first_line(error)}") from error
-        return [text for text in column if text]
-    found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                document = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _no_text_column(file, f"line {number} is not JSON: {error.msg}") from error
-            if not isinstance(document, dict):
-                raise _no_text_column(file, f"line {number} is not a JSON object")
-            if "text" not in document:
-                raise _no_text_column(file, f"line {number} has {_listed(list(document))}")
-            found.append(str(document["text"]))
-    return found
+        texts = [text for text in column.to_pylist() if text is not None]
+        if not all(isinstance(text, str) for text in texts):
+            raise _no_text_column(file, f"it holds {column.type}")
+        return [text for text in texts if text]
+    # Line feeds only: other line separators may stand unescaped inside a JSON string.
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [_document(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _document(line: str, file: Path, number: int) -> str:
+    """Return the text of one line of a .jsonl file."""
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
+        raise _no_text_column(file, f"line {number} is not JSON: {reason}") from error
+    if not isinstance(document, dict):
+        raise _no_text_column(file, f"line {number} is not a JSON object")
+    if "text" not in document:
+        raise _no_text_column(file, f"line {number} has {_listed(list(document))}")
+    text = document["text"]
+    if not isinstance(text, str):
+        raise _no_text_column(file, f"line {number}: its text is {json.dumps(text):.60}")
+    return text
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -155,6 +171,34 @@ def coverage_cautions(num_tokens: int, widths: Iterable[int]) -> tuple[str, ...]
         f"{num_tokens:,} calibration tokens cannot cover the inputs of {len(short)} linears, up to {short[-1]:,} wide: "
         "their errors are only known in part",
     )
+
+
+def overlap(calibration: TokenBatch, heldout: TokenBatch) -> float:
+    """Return the share of held-out tokens that lie in a run of OVERLAP_TOKENS that the calibration tokens hold too.
+
+    Sequences of a batch follow one another in its text, so runs may cross their borders. Held-out tokens that are fewer
+    than a run count as one. Runs are found by a 64-bit hash and then compared token by token, so the share is exact.
+    """
+    seen_N, asked_N = calibration.tokens_NL.flatten(), heldout.tokens_NL.flatten()
+    width = min(OVERLAP_TOKENS, asked_N.numel())
+    if seen_N.numel() < width:
+        return 0.0
+    seen_hash_N, asked_hash_N = _window_hashes(seen_N, width), _window_hashes(asked_N, width)
+    candidates = torch.isin(seen_hash_N, asked_hash_N).nonzero().flatten().tolist()
+    runs = {tuple(seen_N[start : start + width].tolist()) for start in candidates}
+    is_covered_N = torch.zeros(asked_N.numel(), dtype=torch.bool)
+    for start in torch.isin(asked_hash_N, seen_hash_N).nonzero().flatten().tolist():
+        if tuple(asked_N[start : start + width].tolist()) in runs:
+            is_covered_N[start : start + width] = True
+    return int(is_covered_N.sum()) / is_covered_N.numel()
+
+
+def _window_hashes(tokens_N: Tensor, width: int) -> Tensor:
+    """Return a polynomial hash, int64 [N - width + 1] (modulo 2**64), of every run of ``width`` tokens."""
+    hash_N = torch.zeros(tokens_N.numel() - width + 1, dtype=torch.int64)
+    for offset in range(width):
+        hash_N = hash_N * HASH_BASE + tokens_N[offset : offset + hash_N.numel()]
+    return hash_N
 
 
 def take_tokens(

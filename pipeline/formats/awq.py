@@ -45,6 +45,11 @@ class AwqCodec:
             return f"{name}: format awq packs 8 rows into a word, which does not divide out_features {out_features}"
         return None
 
+    def num_bytes(self, out_features: int, in_features: int, scheme: Scheme, scale_bytes: int) -> int:
+        """Return the bytes of the three tensors."""
+        groups = in_features // scheme.group_size
+        return (in_features + groups) * out_features * scheme.bits // 8 + 2 * groups * out_features
+
     def pack(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the three tensors; scales are float16 whatever ``scale_dtype`` says."""
         require_holdable(self, name, linear)

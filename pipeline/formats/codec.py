@@ -36,6 +36,17 @@ class Codec(Protocol):
         """Return why the format cannot hold such a linear, naming it, or None when it can."""
         ...
 
+    def num_bytes(self, out_features: int, in_features: int, scheme: Scheme, scale_bytes: int) -> int:
+        """Return the bytes of a linear's tensors.
+
+        Args:
+            out_features: Rows.
+            in_features: Columns.
+            scheme: Its grid.
+            scale_bytes: Bytes of a scale where the format stores it in the source's dtype (compressed-tensors).
+        """
+        ...
+
     def pack(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the linear's tensors by full name, contiguous.
 

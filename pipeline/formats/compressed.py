@@ -48,6 +48,13 @@ class CompressedCodec:
             return f"{name}: group size {scheme.group_size} does not divide {in_features} columns"
         return None
 
+    def num_bytes(self, out_features: int, in_features: int, scheme: Scheme, scale_bytes: int) -> int:
+        """Return the bytes of the three or four tensors."""
+        groups, bits = in_features // scheme.group_size, scheme.bits
+        words = out_features * _num_words(in_features, bits)
+        words += 0 if scheme.symmetric else groups * _num_words(out_features, bits)
+        return 4 * words + scale_bytes * groups * out_features + 2 * 8
+
     def pack(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the tensors, with scales in ``scale_dtype``."""
         require_holdable(self, name, linear)

@@ -3,14 +3,17 @@
 What loaders make of it, and what follows:
 
 - GPTQ: one base grid; linears that differ are named in ``dynamic`` (regular expressions matched from the start of the
-  name, ``+:`` overrides, ``-:`` leaves in 16 bit), which vLLM and gptqmodel read. transformers ignores ``dynamic`` and
-  quantizes every linear of the blocks unless ``modules_in_block_to_quantize`` says otherwise, so that is written too
-  when a linear inside a block stays in 16 bit. It has no word for a second group size.
+  name, ``+:`` overrides, ``-:`` leaves unquantized), which vLLM and gptqmodel read. transformers ignores ``dynamic``
+  and quantizes every linear of the blocks unless ``modules_in_block_to_quantize`` says otherwise, so that is written
+  too when a linear inside a block stays unquantized. It has no word for a second group size.
 - AWQ: one grid; ``modules_to_not_convert`` names the rest. vLLM looks for these as substrings, so a name that occurs
   in a quantized linear's name is refused here.
 - compressed-tensors: one config group per grid, built with the owning package's own models. With one grid it targets
   the class ``Linear``; with several, names, because engines try classes before the parts of fused linears. ``ignore``
   always lists full names.
+
+transformers asks under the names of its own modules, which need not be the checkpoint's (``layers.0.mlp.up_proj`` may
+be loaded as ``model.layers.0.mlp.up_proj``); vLLM maps either to its own. So every linear is written under both.
 """
 
 from __future__ import annotations
@@ -38,8 +41,9 @@ def quantization_config(
 
     Args:
         format_: Format of all quantized linears.
-        schemes: Every linear of the model by checkpoint name, also those left in 16 bit (None), above all the output
-            head: what is not listed here, loaders would take for quantized.
+        schemes: Every linear of the model by checkpoint name and, where it differs, by the model's name too; also
+            those left unquantized (None), above all the output head: what is not listed here, loaders would take for
+            quantized.
         variant: What was asked for; says whether groups are whole rows and what goes into ``meta``.
         version: Version of Bitmill.
 
@@ -140,7 +144,7 @@ def _awq_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec, vers
     for name in kept:
         inside = next((other for other, scheme in schemes.items() if scheme is not None and name in other), None)
         if inside is not None:
-            raise FormatError(f"format awq: leaving {name} in 16 bit would make engines skip {inside} too")
+            raise FormatError(f"format awq: leaving {name} unquantized would make engines skip {inside} too")
     return {
         "quant_method": "awq",
         "version": "gemm",

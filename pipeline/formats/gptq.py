@@ -48,6 +48,12 @@ class GptqCodec:
                 return f"{name}: format gptq packs {per_word} codes into a word, which does not divide {what} {size}"
         return None
 
+    def num_bytes(self, out_features: int, in_features: int, scheme: Scheme, scale_bytes: int) -> int:
+        """Return the bytes of the four tensors."""
+        groups = in_features // scheme.group_size
+        words = (in_features + groups) * out_features * scheme.bits // WORD_BITS
+        return 4 * words + 2 * groups * out_features + 4 * in_features
+
     def pack(self, name: str, linear: QuantizedLinear, scale_dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the four tensors; scales are float16 whatever ``scale_dtype`` says."""
         require_holdable(self, name, linear)

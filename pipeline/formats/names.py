@@ -81,7 +81,7 @@ def _escape(name: str, keep_numbers: bool) -> str:
 @dataclass(frozen=True)
 class Rule:
     """What a configuration says of the linears that ``is_meant`` accepts: bits, group size (-1: whole row) and
-    symmetry, or None for 16 bit."""
+    symmetry, or None for unquantized."""
 
     is_meant: Callable[[str], bool]
     grid: tuple[int, int, bool] | None
@@ -93,14 +93,14 @@ class ModuleSchemes:
 
     Attributes:
         format: Format of all quantized linears.
-        rules: In order; the first that accepts a name decides, and none means 16 bit.
+        rules: In order; the first that accepts a name decides, and none means unquantized.
     """
 
     format: Format
     rules: tuple[Rule, ...]
 
     def scheme(self, name: str, in_features: int) -> Scheme | None:
-        """Return the linear's grid, with a whole-row group as ``in_features``; None when it is in 16 bit."""
+        """Return the linear's grid, with a whole-row group as ``in_features``; None when it is unquantized."""
         for rule in self.rules:
             if rule.is_meant(name):
                 if rule.grid is None:

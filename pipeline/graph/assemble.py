@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.calibrate.tokens import overlap
 from pipeline.facts import (
     FACTS_FILE,
     CalibrationFacts,
@@ -35,7 +36,7 @@ from pipeline.hub.fetch import FetchedSource
 from pipeline.publish.card import render_card
 from pipeline.publish.plots import plot_layer_error, plot_size_quality
 from pipeline.publish.report import facts_as_json
-from pipeline.spec import PER_CHANNEL, resolve_budgets
+from pipeline.spec import PER_CHANNEL, VariantSpec, resolve_budgets
 from pipeline.storage.work import StageRecord, WorkStore
 from pipeline.tensors.writer import write_index
 from pipeline.validate.divergence import Divergence, add_up
@@ -165,7 +166,10 @@ def _quality(inputs: Inputs, own: VariantUnits, records: Records) -> Quality:
     total = add_up(Divergence(**records[unit.key].summary["divergence"]) for unit in own.scores)
     return Quality(
         heldout_text=inputs.heldout.provenance,
+        heldout_samples=inputs.heldout.tokens_NL.shape[0],
+        heldout_length=inputs.heldout.tokens_NL.shape[1],
         heldout_tokens=total.num_tokens,
+        heldout_overlap=overlap(inputs.calibration, inputs.heldout),
         source_perplexity=total.source_perplexity,
         perplexity=total.perplexity,
         kl=total.mean_kl,
@@ -177,11 +181,44 @@ def _continuations(unit: WorkUnit, records: Records) -> list[Continuation]:
     return [Continuation(tuple(item["ids"]), item["text"]) for item in records[unit.key].summary["continuations"]]
 
 
+def weights_fingerprint(fetched: FetchedSource, variant: VariantSpec, units: JobUnits) -> str:
+    """Return the fingerprint of a source, a variant, and everything that its weights are computed from and by."""
+    packs = units.variants[variant.name].packs
+    weights = [unit.key for unit in (units.outer, *packs)]
+    return fingerprint({"source": fetched.commit, "variant": variant, "weights": weights})
+
+
 def make_facts(
-    inputs: Inputs, fetched: FetchedSource, release: str, own: Measured, all_: Sequence[Measured], units: JobUnits
+    inputs: Inputs,
+    fetched: FetchedSource,
+    release: str,
+    own: Measured,
+    all_: Sequence[Measured],
+    units: JobUnits,
+    known: Sequence[SiblingFacts] = (),
 ) -> ReleaseFacts:
-    """Return everything that a release says about itself."""
-    siblings = [other for other in all_ if other is not own]
+    """Return everything that a release says about itself.
+
+    Args:
+        inputs: What the conversion depends on.
+        fetched: The source.
+        release: ``namespace/name``.
+        own: The variant.
+        all_: All variants of this run.
+        units: Of this run.
+        known: Siblings that the same weights were published with before; those of this run take their place.
+    """
+    siblings = {item.variant: item for item in known} | {
+        other.plan.spec.name: SiblingFacts(
+            variant=other.plan.spec.name,
+            passed=other.verdict.passed,
+            size_bytes=other.size_bytes,
+            kl=other.quality.kl,
+            perplexity=other.quality.perplexity,
+        )
+        for other in all_
+        if other is not own
+    }
     calibration = inputs.spec.calibration
     versions = {"bitmill": version("bitmill"), **{name: version(name) for name in COMPUTE_PACKAGES}}
     return ReleaseFacts(
@@ -204,21 +241,10 @@ def make_facts(
         verdict=own.verdict,
         generated_tokens=inputs.spec.gates.generated_tokens,
         size_bytes=own.size_bytes,
-        siblings=tuple(
-            SiblingFacts(
-                variant=o.plan.spec.name, size_bytes=o.size_bytes, kl=o.quality.kl, perplexity=o.quality.perplexity
-            )
-            for o in siblings
-        ),
+        siblings=tuple(siblings[name] for name in sorted(siblings)),
         versions=versions,
         compute=f"{inputs.device} float32",
-        spec_fingerprint=fingerprint(
-            {
-                "source": fetched.commit,
-                "variant": own.plan.spec,
-                "weights": [unit.key for unit in (units.outer, *units.variants[own.plan.spec.name].packs)],
-            }
-        ),
+        spec_fingerprint=weights_fingerprint(fetched, own.plan.spec, units),
     )
 
 
@@ -246,12 +272,24 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
 
 def assemble_release(
     inputs: Inputs, fetched: FetchedSource, facts: ReleaseFacts, units: JobUnits, work: WorkStore, folder: Path
-) -> None:
-    """Make an empty folder the release: weights, index, config, companions, facts, card, plots."""
+) -> frozenset[str]:
+    """Make an empty folder the release: weights, index, config, companions, facts, card, plots.
+
+    Returns the names of the files that were written.
+    """
     sources = (units.outer, *units.variants[facts.variant.name].packs)
     weight_map: dict[str, str] = {}
+    written = {
+        "model.safetensors.index.json",
+        "config.json",
+        FACTS_FILE,
+        "README.md",
+        "layer_error.png",
+        "size_quality.png",
+    }
     for number, unit in enumerate(sources, 1):
         name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
+        written.add(name)
         _link(work.open_checked(*unit.place, OUTPUT), folder / name)
         record = work.lookup(*unit.place)
         weight_map.update(dict.fromkeys(record.summary["tensors"] if record else (), name))
@@ -262,10 +300,12 @@ def assemble_release(
         if _is_companion(path, inputs):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched.folder / path, folder / path)
+            written.add(path)
     (folder / FACTS_FILE).write_text(facts_as_json(facts), encoding="utf-8")
     (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
     (folder / "layer_error.png").write_bytes(plot_layer_error(facts))
     (folder / "size_quality.png").write_bytes(plot_size_quality(facts))
+    return frozenset(written)
 
 
 def _is_companion(path: str, inputs: Inputs) -> bool:

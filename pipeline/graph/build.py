@@ -10,20 +10,27 @@ piece is keyed by it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.formats.config import quantization_config
-from pipeline.graph import cost
 from pipeline.graph.chains import Chain, ChainBuilder, Tokens, shape_of
-from pipeline.graph.cost import GroupShape
+from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Tuning
 from pipeline.graph.identity import Keyring
 from pipeline.graph.outline import Outline
-from pipeline.graph.schemes import MatrixPlan, plan_matrices
+from pipeline.graph.schemes import (
+    MatrixPlan,
+    plan_matrices,
+    quantized_part,
+    require_known_ignores,
+    require_whole_groups,
+)
+from pipeline.graph.shape import ModelShape
+from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
 
@@ -56,34 +63,43 @@ class VariantPlan:
         spec = self.spec
         return {"damping": spec.damping, "act_order": spec.act_order, "clip_search": spec.clip_search}
 
-    def scheme_params(self, group: LinearGroup) -> dict[str, Any] | None:
-        """Return the grid that the group's members share, as JSON; None when they stay in 16 bit."""
-        scheme = self.matrices[group.linears[0].name].scheme
-        return (
-            None
-            if scheme is None
-            else {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
-        )
+    def quantized(self, groups: Sequence[LinearGroup]) -> list[tuple[int, LinearGroup, dict[str, Any]]]:
+        """Return for each of a block's groups of which something is quantized its position, that part of it, and the
+        grid of the part, as JSON."""
+        found = []
+        for position, group in enumerate(groups):
+            part = quantized_part(group, self.matrices)
+            scheme = self.matrices[part.linears[0].name].scheme if part is not None else None
+            if part is not None and scheme is not None:
+                found.append((position, part, asdict(scheme)))
+        return found
 
 
-def make_variant_plan(spec: VariantSpec, outline: Outline) -> VariantPlan:
+def make_variant_plan(spec: VariantSpec, outline: ModelShape) -> VariantPlan:
     """Return the variant with everything decided for a source.
 
     Raises:
-        PlanError: when nothing could be quantized, or the variant refuses a fallback that is needed.
+        PlanError: when nothing could be quantized, an ignore names nothing, or the variant refuses a fallback that is
+            needed.
     """
     matrices = plan_matrices(spec, outline.groups)
-    # Loaders take every linear for quantized that is not named, so the output head and the like are named too.
-    schemes = dict.fromkeys(outline.other_linears) | {name: plan.scheme for name, plan in matrices.items()}
+    require_known_ignores(spec, [*matrices, *outline.other_linears])
+    require_whole_groups(spec, (group for block in outline.groups for group in block), matrices)
+    # Loaders take every linear for quantized that is not named, so the output head and the like are named too. They
+    # look for the model's names, which transformers may have made from other ones in the checkpoint.
+    schemes: dict[str, Scheme | None] = dict.fromkeys(outline.other_linears)
+    for stored, plan in matrices.items():
+        model_name = f"{outline.skeleton.block_names[plan.block]}.{plan.linear.local_name}"
+        schemes |= {model_name: plan.scheme, stored: plan.scheme}
     return VariantPlan(spec, matrices, quantization_config(spec.format, schemes, spec, version("bitmill")))
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything that a conversion's bytes depend on.
+class UnitInputs:
+    """Everything that a conversion's units follow from.
 
     Attributes:
-        outline: The source without weights.
+        outline: The source as far as its names and sizes go.
         digests: SHA-256 of each needed source file by path.
         spec: What to make.
         variants: The variants, decided.
@@ -92,13 +108,20 @@ class Inputs:
         device: ``cpu`` or ``cuda``.
     """
 
-    outline: Outline
+    outline: ModelShape
     digests: Mapping[str, str]
     spec: ConversionSpec
     variants: Sequence[VariantPlan]
     calibration: TokenBatch
     heldout: TokenBatch
     device: str
+
+
+@dataclass(frozen=True)
+class Inputs(UnitInputs):
+    """Everything that a conversion's bytes depend on: what its units follow from, with the source's modules."""
+
+    outline: Outline
 
 
 @dataclass(frozen=True)
@@ -138,11 +161,11 @@ class JobUnits:
 class UnitBuilder:
     """Makes the units of one conversion; see ``build_units``."""
 
-    def __init__(self, inputs: Inputs, tuning: Tuning) -> None:
-        self.inputs, self.tuning = inputs, tuning
+    def __init__(self, inputs: UnitInputs, tuning: Tuning, costs: CostModel) -> None:
+        self.inputs, self.tuning, self.costs = inputs, tuning, costs
         self.outline = inputs.outline
         self.keys = Keyring(inputs.outline, inputs.digests, inputs.device)
-        self.chains = ChainBuilder(self.keys)
+        self.chains = ChainBuilder(self.keys, costs)
         self.num_blocks = inputs.outline.skeleton.num_blocks
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
 
@@ -163,7 +186,7 @@ class UnitBuilder:
 
     def _merges(self, chain: Chain, block: int) -> list[WorkUnit]:
         """Return for each linear group of a block the unit that adds up its statistics."""
-        units = []
+        units, parts = [], self.chains.sums(chain, block)
         for position, group in enumerate(self.outline.groups[block]):
             identity = {"chain": chain.identities[block], "names": _names(group)}
             units.append(
@@ -171,9 +194,9 @@ class UnitBuilder:
                     Kind.MERGE,
                     self.keys.key(Kind.MERGE, identity),
                     {"group": position},
-                    chain.blocks[block],
+                    parts,
                     rank=chain.blocks[block][0].rank,
-                    cost=cost.merge_s(shape_of(group), len(chain.spans)),
+                    cost=self.costs.merge_s(shape_of(group), len(parts)),
                     out_bytes=4.0 * group.in_features**2,
                     block=block,
                     label=group.label,
@@ -184,7 +207,7 @@ class UnitBuilder:
     def _outer(self) -> WorkUnit:
         size = sum(self.outline.tensor_bytes(name) for name in self.keys.outer_names)
         key = self.keys.key(Kind.OUTER, {"weights": self.keys.places(self.keys.outer_names)})
-        return WorkUnit(Kind.OUTER, key, {}, rank=self.num_blocks, cost=cost.copy_s(size), out_bytes=size)
+        return WorkUnit(Kind.OUTER, key, {}, rank=self.num_blocks, cost=self.costs.copy_s(size), out_bytes=size)
 
     def _variant(
         self, plan: VariantPlan, merged: list[list[WorkUnit]], heldout: Chain, outer: WorkUnit
@@ -197,11 +220,7 @@ class UnitBuilder:
 
     def _block(self, plan: VariantPlan, block: int, merged: list[WorkUnit]) -> WorkUnit:
         spec = plan.spec
-        quantized = [
-            (position, group, scheme)
-            for position, group in enumerate(self.outline.groups[block])
-            if (scheme := plan.scheme_params(group)) is not None
-        ]
+        quantized = plan.quantized(self.outline.groups[block])
         scales = [
             self._scales(plan, group, position, scheme, merged[position])
             for position, group, scheme in quantized
@@ -224,7 +243,7 @@ class UnitBuilder:
             {"format": spec.format.value},
             (*scales, *solves),
             rank=block,
-            cost=cost.pack_s(self.keys.block_parameters(block)),
+            cost=self.costs.pack_s(self.keys.block_parameters(block)),
             out_bytes=float(self.keys.block_parameters(block)),
             block=block,
             variant=spec.name,
@@ -242,7 +261,7 @@ class UnitBuilder:
             {"group": position, "scheme": scheme, "options": options},
             (merged,),
             rank=group.block,
-            cost=cost.scales_s(shape_of(group)),
+            cost=self.costs.scales_s(shape_of(group)),
             block=group.block,
             variant=plan.spec.name,
             label=group.label,
@@ -260,28 +279,30 @@ class UnitBuilder:
         """Return the units that solve one linear group, a range of rows each."""
         spec, shape = plan.spec, shape_of(group)
         options = {"scheme": scheme, "options": plan.solver_options, "method": spec.method.value}
+        is_gptq = spec.method is Method.GPTQ
+        factors = (self._factor(plan, group, position, merged),) if is_gptq else ()
         identity = self.keys.key(
             Kind.SOLVE,
             {
                 **options,
                 "weights": self.keys.places(f"{linear.name}.weight" for linear in group.linears),
                 "statistics": merged.key,
+                "factors": [unit.key for unit in factors],
                 "scales": [unit.key for unit in scales],
             },
         )
-        is_gptq = spec.method is Method.GPTQ
-        factors = (self._factor(plan, group, position, merged),) if is_gptq else ()
+        members = [linear.local_name for linear in group.linears]
         units = []
-        for rows in cost.row_ranges(shape, is_gptq, self.tuning.solve_s, self.inputs.device):
+        for rows in self.costs.row_ranges(shape, is_gptq, self.tuning.solve_s):
             part = GroupShape(rows[1] - rows[0], shape.width)
             units.append(
                 WorkUnit(
                     Kind.SOLVE,
                     self.keys.key(Kind.SOLVE, {"solve": identity, "rows": rows}),
-                    {"group": position, "rows": rows, "identity": identity, **options},
+                    {"group": position, "members": members, "rows": rows, "identity": identity, **options},
                     (merged, *factors, *scales),
                     rank=group.block,
-                    cost=cost.solve_s(part, is_gptq),
+                    cost=self.costs.solve_s(part, is_gptq),
                     out_bytes=float(part.rows * part.width),
                     block=group.block,
                     variant=spec.name,
@@ -300,7 +321,7 @@ class UnitBuilder:
             (merged,),
             is_durable=False,
             rank=group.block,
-            cost=cost.factor_s(shape_of(group)),
+            cost=self.costs.factor_s(shape_of(group)),
             out_bytes=4.0 * group.in_features**2,
             block=group.block,
             label=group.label,
@@ -323,7 +344,7 @@ class UnitBuilder:
                         (before, after, outer),
                         stand_ins={before.key: (self.keys.saved(source.identities[-1], number),)},
                         rank=self.num_blocks,
-                        cost=cost.forward_s(2 * head, sum(map(len, rows))),
+                        cost=self.costs.forward_s(2 * head, sum(map(len, rows))),
                         variant=plan.spec.name,
                     )
                 )
@@ -346,14 +367,20 @@ class UnitBuilder:
             params,
             tuple(needs),
             rank=self.num_blocks + 1,
-            cost=cost.generate_s(self._parameters, len(prompts), gates.generated_tokens),
+            cost=self.costs.generate_s(self._parameters, len(prompts), gates.generated_tokens),
             variant=variant,
         )
 
 
-def build_units(inputs: Inputs, tuning: Tuning) -> JobUnits:
-    """Return every unit of a conversion, cut as ``tuning`` says. Nothing is read but the outline."""
-    return UnitBuilder(inputs, tuning).build()
+def make_tuning(num_workers: int, costs: CostModel) -> Tuning:
+    """Return how a job is cut for a number of workers before anything has run."""
+    return Tuning(spans=num_workers, solve_s=costs.rates.solve_s)
+
+
+def build_units(inputs: UnitInputs, tuning: Tuning, costs: CostModel | None = None) -> JobUnits:
+    """Return every unit of a conversion, cut as ``tuning`` says, at ``costs`` (default: those of the job's device).
+    Nothing is read but the outline."""
+    return UnitBuilder(inputs, tuning, costs or cost_model(inputs.device)).build()
 
 
 def _names(group: LinearGroup) -> list[str]:

@@ -8,6 +8,7 @@ slice, so that a job that was stopped, or lost a worker, goes on from there with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,15 +18,21 @@ import torch
 
 from pipeline.calibrate.tokens import TokenBatch
 from pipeline.fingerprint import fingerprint
-from pipeline.graph import cost
-from pipeline.graph.cost import GroupShape
+from pipeline.graph.cost import CostModel, GroupShape, sum_bytes
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import Keyring
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.skeleton.groups import LinearGroup
 
 SAVE_EVERY = 4
-"""Blocks between two places at which hidden states are saved."""
+"""Blocks between two places at which hidden states are saved, at least."""
+
+SAVE_SHARE = 0.05
+"""Most of the time of a chain that saving may take; where it would take more, hidden states are saved less often."""
+
+ADDED_SPANS = 8
+"""Spans whose sums one unit adds up: as many as a node of a cluster has workers, as a rule. A power of two, so that
+what they add up to is a node of the tree."""
 
 LOOKAHEAD_BLOCKS = 2
 """Blocks that calibration may be ahead of the solves that wait for a worker: it is the longest path of the graph."""
@@ -95,21 +102,67 @@ class Chain:
 class ChainBuilder:
     """Makes the chains of one source."""
 
-    def __init__(self, keys: Keyring) -> None:
-        self.keys = keys
+    def __init__(self, keys: Keyring, costs: CostModel) -> None:
+        self.keys, self.costs = keys, costs
         self.num_blocks = keys.outline.skeleton.num_blocks
-        self._widest = max(group.in_features for block in keys.outline.groups for group in block)
+        # What enters the linears that a block calls first is as wide as what enters the block.
+        self._hidden = next(group.in_features for block in keys.outline.groups for group in block)
 
-    def calibration(self, tokens: Tokens, num_spans: int) -> Chain:
+    def calibration(self, tokens: Tokens, num_workers: int) -> Chain:
         """Return the chain that collects statistics on the way."""
-        return self._chain(tokens, num_spans, Kind.CALIBRATE)
+        return self._chain(tokens, num_workers, Kind.CALIBRATE)
 
-    def heldout(self, tokens: Tokens, num_spans: int) -> Chain:
+    def heldout(self, tokens: Tokens, num_workers: int) -> Chain:
         """Return the chain of held-out text through the source; its end is saved for every variant to come."""
-        return self._chain(tokens, num_spans, Kind.FORWARD)
+        return self._chain(tokens, num_workers, Kind.FORWARD)
 
-    def _chain(self, tokens: Tokens, num_spans: int, kind: Kind) -> Chain:
-        spans = tuple(cut(len(tokens.slices), num_spans))
+    def sums(self, chain: Chain, block: int) -> tuple[WorkUnit, ...]:
+        """Return units that have between them the sums over all tokens at one block, no more than ``ADDED_SPANS``:
+        those of the chain, or what adds up neighbouring ones of them, level by level."""
+        parts = chain.blocks[block]
+        while len(parts) > ADDED_SPANS:
+            rows = [parts[first : first + ADDED_SPANS] for first in range(0, len(parts), ADDED_SPANS)]
+            parts = tuple(self._add(chain, block, row) for row in rows)
+        return parts
+
+    def _add(self, chain: Chain, block: int, parts: Sequence[WorkUnit]) -> WorkUnit:
+        if len(parts) == 1:
+            return parts[0]
+        span = parts[0].params["low"], parts[-1].params["high"]
+        shapes = [shape_of(group) for group in self.keys.outline.groups[block]]
+        return WorkUnit(
+            Kind.ADD,
+            self.keys.key(Kind.ADD, {"chain": chain.identities[block], "span": span}),
+            {"low": span[0], "high": span[1]},
+            tuple(parts),
+            is_durable=False,
+            # At one of the workers that have the parts, and at another one for the next block.
+            home=parts[block % len(parts)].home,
+            rank=parts[0].rank,
+            cost=self.costs.add_s(shapes, len(parts)),
+            out_bytes=sum_bytes(shapes),
+            block=block,
+        )
+
+    def _num_spans(self, tokens: Tokens, num_workers: int, kind: Kind) -> int:
+        """Return the number of spans: one for each worker, as long as passing the blocks takes a span longer than
+        taking in their weights and handing on its sums."""
+        groups = [group for block in self.keys.outline.groups for group in block] if kind is Kind.CALIBRATE else []
+        blocks, rates = range(self.num_blocks), self.costs.rates
+        weights = sum(self.keys.outline.tensor_bytes(name) for block in blocks for name in self.keys.block_names(block))
+        own_s = weights / rates.weight_bytes + sum_bytes(map(shape_of, groups)) / rates.peer_bytes
+        count = tokens.count((0, len(tokens.slices)))
+        all_s = sum(self._cost(count, block, kind) for block in blocks)
+        return max(1, min(num_workers, int(all_s / own_s)))
+
+    def _save_every(self, tokens: Tokens, span: Span, kind: Kind) -> int:
+        count, blocks = tokens.count(span), range(self.num_blocks)
+        block_s = sum(self._cost(count, block, kind) for block in blocks) / self.num_blocks
+        saved_s = self.costs.copy_s(4.0 * count * self._hidden)
+        return max(SAVE_EVERY, math.ceil(saved_s / (SAVE_SHARE * block_s)))
+
+    def _chain(self, tokens: Tokens, num_workers: int, kind: Kind) -> Chain:
+        spans = tuple(cut(len(tokens.slices), self._num_spans(tokens, num_workers, kind)))
         begin = {
             "tokens": tokens.digest,
             "slices": [len(part) for part in tokens.slices],
@@ -154,8 +207,8 @@ class ChainBuilder:
             is_durable=False,
             home=f"{tokens.name}:{low}",
             rank=-LOOKAHEAD_BLOCKS - 1,
-            cost=cost.copy_s(sum(self.keys.outline.tensor_bytes(name) for name in self.keys.outer_names)),
-            out_bytes=4.0 * count * self._widest,
+            cost=self.costs.embed_s(sum(self.keys.outline.tensor_bytes(name) for name in self.keys.outer_names)),
+            out_bytes=4.0 * count * self._hidden,
         )
 
     def _through(
@@ -174,16 +227,18 @@ class ChainBuilder:
         blocks: list[tuple[WorkUnit, ...]] = []
         saves: list[Stored] = []
         before: tuple[WorkUnit, ...] = embeds
+        # Of all slices, whatever the spans: a run with other workers must look where this one saves.
+        every = self._save_every(tokens, (0, len(tokens.slices)), kind)
         for block, identity in enumerate(identities):
             row = []
             for span, previous in zip(spans, before, strict=True):
                 numbers = range(*span)
                 is_end = block == self.num_blocks - 1
                 is_kept = is_end and kind is Kind.FORWARD and not variant
-                is_saved = is_kept or (not is_end and block % SAVE_EVERY == SAVE_EVERY - 1)
+                is_saved = is_kept or (not is_end and _is_save(block, every))
                 places = tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else ()
                 saves += () if is_kept else places
-                old = block - 2 * SAVE_EVERY
+                old = block - 2 * every
                 needs = (previous, packs[block]) if packs else (previous,)
                 params = {"low": span[0], "high": span[1], "quantization_config": dict(config)}
                 row.append(
@@ -195,12 +250,12 @@ class ChainBuilder:
                         stand_ins={previous.key: previous.saves} if previous.saves else {},
                         saves=places,
                         obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)
-                        if is_saved and old >= 0
+                        if is_saved and old >= 0 and _is_save(old, every)
                         else (),
                         is_durable=False,
                         home=f"{variant or tokens.name}:{span[0]}",
                         rank=block - LOOKAHEAD_BLOCKS if kind is Kind.CALIBRATE else block + 0.5,
-                        cost=self._cost(tokens.count(span), block, kind),
+                        cost=self._cost(tokens.count(span), block, kind) + self._saving_s(tokens.count(span), places),
                         out_bytes=self._out_bytes(tokens.count(span), block, kind),
                         block=block,
                         variant=variant,
@@ -210,13 +265,20 @@ class ChainBuilder:
             before = tuple(row)
         return Chain(tokens, spans, start, embeds, tuple(blocks), tuple(identities), tuple(saves))
 
+    def _saving_s(self, count: int, places: Sequence[Stored]) -> float:
+        return 4.0 * count * self._hidden / self.costs.rates.touched_bytes if places else 0.0
+
     def _cost(self, count: int, block: int, kind: Kind) -> float:
         groups = self.keys.outline.groups[block] if kind is Kind.CALIBRATE else ()
-        return cost.forward_s(self.keys.block_parameters(block), count, map(shape_of, groups))
+        return self.costs.forward_s(self.keys.block_parameters(block), count, map(shape_of, groups))
 
     def _out_bytes(self, count: int, block: int, kind: Kind) -> float:
         groups = self.keys.outline.groups[block] if kind is Kind.CALIBRATE else ()
-        return 4.0 * (count * self._widest + sum(group.in_features**2 for group in groups))
+        return 4.0 * count * self._hidden + sum_bytes(map(shape_of, groups))
+
+
+def _is_save(block: int, every: int) -> bool:
+    return block % every == every - 1
 
 
 def shape_of(group: LinearGroup) -> GroupShape:

@@ -64,12 +64,12 @@ class RemoteWorker:
         """Run a unit; ``holders`` are the actors that hold passing outputs which this worker lacks."""
         import ray
 
-        def fetch(key: str) -> Tensors:
+        def fetch(key: str, prefix: str) -> Tensors:
             holder = holders.get(key)
             if holder is None:
                 raise lost_output(key)
             try:
-                arrays = ray.get(holder.hand_over.remote(key), timeout=HAND_OVER_TIMEOUT_S)
+                arrays = ray.get(holder.hand_over.remote(key, prefix), timeout=HAND_OVER_TIMEOUT_S)
             except (ray.exceptions.RayError, GraphError) as error:
                 raise lost_output(key) from error
             # Copied: the object store's memory is read-only and lent.
@@ -77,9 +77,10 @@ class RemoteWorker:
 
         return self._worker.run(unit, fetch)
 
-    def hand_over(self, key: str) -> dict[str, Any]:
-        """Return a passing output that this worker holds, as arrays, which Ray moves without copies of its own."""
-        return {name: tensor.numpy() for name, tensor in self._worker.hand_over(key).items()}
+    def hand_over(self, key: str, prefix: str) -> dict[str, Any]:
+        """Return of a passing output that this worker holds the tensors whose names start so, as arrays, which Ray
+        moves without copies of its own."""
+        return {name: tensor.numpy() for name, tensor in self._worker.hand_over(key, prefix).items()}
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop passing outputs."""

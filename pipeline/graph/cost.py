@@ -1,11 +1,10 @@
 """What units cost: floating-point operations and bytes, and from these the seconds on one worker.
 
 Formulas, for a linear [r, n] and T tokens: forward 2 r n T; second moment 2 n^2 T; factorization n^3 / 3 in float64;
-column updates and scale search r n^2 and some forty passes over r n.
+column updates and scale search r n^2 and some forty passes over r n. Every cost is linear in the reciprocals of the
+rates and in the fixed seconds, so rates can be fitted to a run by least squares (``benchmarks/rates.py``).
 
-Rates were fitted to a conversion of the 135 M parameter model on 2 cores (AVX-512), torch 2.13.0, one thread a worker,
-2026-11-24: seconds = overhead + work / rate for each kind. They set the order of magnitude of a plan before anything
-has run; a run learns its own pace.
+Costs set the order of magnitude of a plan before anything has run; a run learns its own pace.
 """
 
 from __future__ import annotations
@@ -16,23 +15,99 @@ from dataclasses import dataclass
 
 from pipeline.quantize.solve import TILE_ROWS, TILE_ROWS_DEVICE
 
-FORWARD_FLOPS = 85e9
-"""float32 FLOP/s of forward passes and of second moments (matrix products of a few thousand rows)."""
+SEARCH_PASSES = 18
+"""Plain passes over values that take as long as the grid search of as many weights."""
 
-SOLVE_FLOPS = 9e9
-"""float32 FLOP/s of column updates, in r n^2 counted twice."""
 
-GRID_VALUES = 55e6
-"""Weights a second that the grid of a linear is searched for."""
+@dataclass(frozen=True)
+class Rates:
+    """What a kind of worker does in a second, and what lies between workers.
 
-FACTOR_FLOPS = 25e9
-"""float64 FLOP/s of a Cholesky factorization."""
+    Attributes:
+        hardware: What the rates are of, and how they are known.
+        is_measured: Whether they were fitted to runs; otherwise they follow from published figures and assumptions.
+        forward_flops: FLOP/s of forward passes.
+        moment_flops: FLOP/s of second moments.
+        column_flops: FLOP/s of column updates, in r n^2 counted twice.
+        factor_flops: FLOP/s of a float64 factorization.
+        grid_weights: Weights that the grid of a linear is searched for.
+        added_bytes: Bytes of sums that are added up in memory.
+        touched_bytes: Bytes that a worker reads or writes with their digest.
+        weight_bytes: Bytes of the source's weights that a worker takes in, from where its node has them.
+        decoded_bytes: Bytes of weights that one token of a continuation passes by.
+        store_bytes: Bytes through the link of one node to the work store and the source's weights.
+        peer_bytes: Bytes from one worker of a node to another.
+        network_bytes: Bytes into, and as many out of, one node.
+        unit_s: Fixed seconds of a unit: reading headers, placing modules, the record.
+        solve_s: Solves that take longer are cut into ranges of rows.
+        memory_bytes: Memory of a worker that a plan may count on; 0 where it is not known.
+    """
 
-BYTES = 0.8e9
-"""Bytes a second that are read, written, hashed and flushed."""
+    hardware: str
+    is_measured: bool
+    forward_flops: float
+    moment_flops: float
+    column_flops: float
+    factor_flops: float
+    grid_weights: float
+    added_bytes: float
+    touched_bytes: float
+    weight_bytes: float
+    decoded_bytes: float
+    store_bytes: float
+    peer_bytes: float
+    network_bytes: float
+    unit_s: float
+    solve_s: float
+    memory_bytes: float = 0.0
 
-UNIT_S = 0.02
-"""Fixed seconds of a unit: reading headers, placing modules, the record."""
+
+CPU_RATES = Rates(
+    hardware="one thread of a CPU with AVX-512",
+    is_measured=True,
+    forward_flops=85e9,
+    moment_flops=85e9,
+    column_flops=9e9,
+    factor_flops=25e9,
+    grid_weights=55e6,
+    added_bytes=0.8e9,
+    touched_bytes=0.8e9,
+    weight_bytes=0.4e9,
+    decoded_bytes=8e9,
+    store_bytes=2e9,
+    peer_bytes=2e9,
+    network_bytes=1.25e9,
+    unit_s=0.02,
+    solve_s=20.0,
+)
+"""Fitted to a conversion of the 135 M parameter model on 2 cores (AVX-512), torch 2.13.0, float32, one thread a worker,
+2026-11-24: seconds = overhead + work / rate for each kind. The links are not: they are a plain disk, memory of the
+machine, and 10 Gbit/s Ethernet."""
+
+H100_RATES = Rates(
+    hardware="one H100 SXM of a node of eight; assumed from published figures, never measured",
+    is_measured=False,
+    forward_flops=400e12,
+    moment_flops=300e12,
+    column_flops=30e12,
+    factor_flops=15e12,
+    grid_weights=3.5e9,
+    added_bytes=1e12,
+    touched_bytes=2e9,
+    weight_bytes=50e9,
+    decoded_bytes=50e9,
+    store_bytes=10e9,
+    peer_bytes=300e9,
+    network_bytes=50e9,
+    unit_s=0.02,
+    solve_s=1.0,
+    memory_bytes=80e9,
+)
+"""Assumed, not measured. Published peaks: bf16 989 TFLOP/s dense, of which 40 % for forward passes and 30 % for second
+moments; float32 67 TFLOP/s, of which 45 % for column updates; float64 tensor cores 67 TFLOP/s, of which 22 % for a
+Cholesky factorization; memory 3.35 TB/s, which bounds a grid search of some twenty passes over five float32 arrays, and
+adding at three. NVLink 450 GB/s one way, 300 of it; network 400 Gbit/s a node; local NVMe 10 GB/s a node; a host core
+hashes 2 GB/s (SHA-256 with instructions for it); weights come over PCIe 5 at 50 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -74,52 +149,77 @@ def scale_flops(group: GroupShape) -> float:
     return 15 * 2.0 * min(group.rows, 512) * group.width**2 + 4.0 * group.rows * group.width**2
 
 
-def forward_s(parameters: float, tokens: float, groups: Iterable[GroupShape] = ()) -> float:
-    """Return the seconds of one block over tokens, with the second moments of ``groups``."""
-    return UNIT_S + (forward_flops(parameters, tokens) + moment_flops(groups, tokens)) / FORWARD_FLOPS
+def sum_bytes(groups: Iterable[GroupShape]) -> float:
+    """Return the size of the groups' second moments."""
+    return sum(4.0 * group.width**2 for group in groups)
 
 
-def merge_s(group: GroupShape, num_spans: int) -> float:
-    """Return the seconds of adding a group's sums and storing the result."""
-    return UNIT_S + 4.0 * group.width**2 * (num_spans + 2) / BYTES
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of units on one worker.
+
+    Attributes:
+        rates: Of the worker.
+        tile_rows: Rows that are solved at once; ranges of rows are whole tiles.
+    """
+
+    rates: Rates
+    tile_rows: int
+
+    def forward_s(self, parameters: float, tokens: float, groups: Iterable[GroupShape] = ()) -> float:
+        """Return the seconds of one block over tokens, with the second moments of ``groups``."""
+        rates = self.rates
+        moments = moment_flops(groups, tokens) / rates.moment_flops
+        return rates.unit_s + forward_flops(parameters, tokens) / rates.forward_flops + moments
+
+    def add_s(self, groups: Iterable[GroupShape], num_parts: int) -> float:
+        """Return the seconds of adding up sums of ``groups`` that stay in memory."""
+        return self.rates.unit_s + sum_bytes(groups) * num_parts / self.rates.added_bytes
+
+    def merge_s(self, group: GroupShape, num_parts: int) -> float:
+        """Return the seconds of adding a group's sums and storing the result."""
+        return self.add_s((group,), num_parts) + 2 * sum_bytes((group,)) / self.rates.touched_bytes
+
+    def factor_s(self, group: GroupShape) -> float:
+        """Return the seconds of a factorization."""
+        return self.rates.unit_s + factor_flops(group) / self.rates.factor_flops
+
+    def scales_s(self, group: GroupShape) -> float:
+        """Return the seconds of a search for activation-aware scales."""
+        passes = (15 * min(group.rows, 512) + 40 * group.rows) * group.width / SEARCH_PASSES
+        return self.rates.unit_s + scale_flops(group) / self.rates.forward_flops + passes / self.rates.grid_weights
+
+    def solve_s(self, group: GroupShape, is_gptq: bool) -> float:
+        """Return the seconds of solving a group's rows."""
+        columns = solve_flops(group) / (self.rates.column_flops if is_gptq else self.rates.forward_flops)
+        return self.rates.unit_s + columns + group.rows * group.width / self.rates.grid_weights
+
+    def pack_s(self, parameters: float) -> float:
+        """Return the seconds of packing a block and proving the file."""
+        return self.rates.unit_s + 4.0 * parameters / self.rates.touched_bytes
+
+    def generate_s(self, parameters: float, num_prompts: int, num_tokens: int) -> float:
+        """Return the seconds of continuing prompts greedily; a token is bound by reading the weights."""
+        touched = 4.0 * parameters / self.rates.touched_bytes
+        return self.rates.unit_s + touched + 4.0 * parameters * num_prompts * num_tokens / self.rates.decoded_bytes
+
+    def embed_s(self, num_bytes: float) -> float:
+        """Return the seconds of taking in what lies outside the blocks; looking tokens up costs next to nothing."""
+        return self.rates.unit_s + num_bytes / self.rates.weight_bytes
+
+    def copy_s(self, num_bytes: float) -> float:
+        """Return the seconds of copying tensors."""
+        return self.rates.unit_s + 2 * num_bytes / self.rates.touched_bytes
+
+    def row_ranges(self, group: GroupShape, is_gptq: bool, longest_s: float) -> list[tuple[int, int]]:
+        """Return a group's rows cut into ranges of whole tiles that take at most ``longest_s`` each, where tiles
+        allow."""
+        num_tiles = -(-group.rows // self.tile_rows)
+        parts = min(num_tiles, max(1, math.ceil(self.solve_s(group, is_gptq) / longest_s)))
+        per_part = -(-num_tiles // parts) * self.tile_rows
+        return [(low, min(low + per_part, group.rows)) for low in range(0, group.rows, per_part)]
 
 
-def factor_s(group: GroupShape) -> float:
-    """Return the seconds of a factorization."""
-    return UNIT_S + factor_flops(group) / FACTOR_FLOPS
-
-
-def scales_s(group: GroupShape) -> float:
-    """Return the seconds of a search for activation-aware scales."""
-    sample = min(group.rows, 512)
-    return UNIT_S + scale_flops(group) / FORWARD_FLOPS + (15 * sample + 40 * group.rows) * group.width / 1e9
-
-
-def solve_s(group: GroupShape, is_gptq: bool) -> float:
-    """Return the seconds of solving a group's rows."""
-    columns = solve_flops(group) / SOLVE_FLOPS if is_gptq else solve_flops(group) / FORWARD_FLOPS
-    return UNIT_S + columns + group.rows * group.width / GRID_VALUES
-
-
-def pack_s(parameters: float) -> float:
-    """Return the seconds of packing a block and proving the file."""
-    return UNIT_S + 4.0 * parameters / BYTES
-
-
-def generate_s(parameters: float, num_prompts: int, num_tokens: int) -> float:
-    """Return the seconds of continuing prompts greedily; a token is bound by reading the weights."""
-    return UNIT_S + 4.0 * parameters / BYTES + 4.0 * parameters * num_prompts * num_tokens / 8e9
-
-
-def copy_s(num_bytes: float) -> float:
-    """Return the seconds of copying tensors."""
-    return UNIT_S + 2 * num_bytes / BYTES
-
-
-def row_ranges(group: GroupShape, is_gptq: bool, longest_s: float, device: str) -> list[tuple[int, int]]:
-    """Return a group's rows cut into ranges of whole tiles that take at most ``longest_s`` each, where tiles allow."""
-    tile = TILE_ROWS.get(device, TILE_ROWS_DEVICE)
-    num_tiles = -(-group.rows // tile)
-    parts = min(num_tiles, max(1, math.ceil(solve_s(group, is_gptq) / longest_s)))
-    per_part = -(-num_tiles // parts) * tile
-    return [(low, min(low + per_part, group.rows)) for low in range(0, group.rows, per_part)]
+def cost_model(device: str) -> CostModel:
+    """Return the costs of a job on ``device`` (``cpu`` or ``cuda``) as far as they are known before it runs."""
+    return CostModel(CPU_RATES if device == "cpu" else H100_RATES, TILE_ROWS.get(device, TILE_ROWS_DEVICE))

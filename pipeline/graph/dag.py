@@ -21,6 +21,7 @@ class Kind(StrEnum):
 
     EMBED = "embed"
     CALIBRATE = "calibrate"
+    ADD = "add"
     MERGE = "merge"
     FACTOR = "factor"
     SCALES = "scales"
@@ -30,6 +31,7 @@ class Kind(StrEnum):
     FORWARD = "forward"
     SCORE = "score"
     GENERATE = "generate"
+    VERIFY = "verify"
 
 
 class Stored(NamedTuple):

@@ -56,6 +56,11 @@ class Executor(Protocol):
         """The workers that take units now."""
         ...
 
+    @property
+    def is_expecting(self) -> bool:
+        """Whether a worker is to join, so that it pays to wait when there is none."""
+        ...
+
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit at a worker.
 
@@ -83,6 +88,7 @@ class InlineExecutor:
     """One worker in this process, which runs a unit when it is waited for: the reference that Ray is compared with."""
 
     NAME = "inline"
+    is_expecting = False
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker

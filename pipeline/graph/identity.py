@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.fingerprint import fingerprint
 from pipeline.graph.dag import Kind, Stored
-from pipeline.graph.outline import Outline
+from pipeline.graph.shape import ModelShape
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 
 COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors")
@@ -30,7 +30,7 @@ class Keyring:
         device: ``cpu`` or ``cuda``.
     """
 
-    outline: Outline
+    outline: ModelShape
     digests: Mapping[str, str]
     device: str
 

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from pipeline.graph.build import Inputs, JobUnits, build_units
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.errors import CorruptWeightsError
+from pipeline.graph.build import Inputs, JobUnits, build_units, make_tuning
+from pipeline.graph.cost import cost_model
+from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import Driver, Observer, StoredRecords, Tuning
 from pipeline.graph.executor import Executor, InlineExecutor
+from pipeline.graph.stages.proof import proof_units, require_proven, weight_places
 from pipeline.graph.worker import Worker
 from pipeline.observe.events import (
     Degraded,
@@ -22,6 +25,8 @@ from pipeline.observe.events import (
     WorkersReady,
     WorkersStarting,
 )
+from pipeline.storage.objects import ObjectStore
+from pipeline.storage.running import announced
 from pipeline.storage.work import StageRecord, WorkStore
 
 if TYPE_CHECKING:
@@ -31,12 +36,10 @@ if TYPE_CHECKING:
 Records = dict[str, StageRecord]
 """Finished units' records by key."""
 
-LONGEST_SOLVE_S = 20.0
-"""Solves that take longer, by the cost model, are cut into ranges of rows."""
-
 PHASES: dict[Kind, Phase] = {
     Kind.EMBED: Phase.CALIBRATE,
     Kind.CALIBRATE: Phase.CALIBRATE,
+    Kind.ADD: Phase.CALIBRATE,
     Kind.MERGE: Phase.CALIBRATE,
     Kind.FACTOR: Phase.SOLVE,
     Kind.SCALES: Phase.SOLVE,
@@ -46,34 +49,65 @@ PHASES: dict[Kind, Phase] = {
     Kind.FORWARD: Phase.EVALUATE,
     Kind.SCORE: Phase.EVALUATE,
     Kind.GENERATE: Phase.EVALUATE,
+    Kind.VERIFY: Phase.EVALUATE,
 }
 
 
 def run_job(
-    inputs: Inputs, work: WorkStore, context: JobContext, options: RunOptions, sink: EventSink
+    inputs: Inputs, work: WorkStore, jobs: ObjectStore, context: JobContext, options: RunOptions, sink: EventSink
 ) -> tuple[JobUnits, Records]:
     """Run what a conversion needs and return its units with the records of all goals.
 
-    What an earlier run finished is found in the work store; when that is everything, no worker is started.
+    What an earlier run finished is found in the work store; when that is everything, no worker is started. While it
+    runs the job is announced in ``jobs``, the same place as an object store, where it can be cancelled.
 
     Raises:
         PipelineError: when a unit, a worker or the cluster fails.
     """
-    tuning = Tuning(spans=options.workers, solve_s=LONGEST_SOLVE_S)
-    units = build_units(inputs, tuning)
+    tuning = make_tuning(options.workers, cost_model(inputs.device))
+    units, proofs = build_units(inputs, tuning), _proofs(inputs, work, context)
     num_workers = 1 if options.inline else options.workers
     observer = _Telling(inputs, num_workers, sink)
     executor: Executor = _Absent()
-    if any(work.lookup(*unit.place) is None for unit in units.goals):
+    goals = {unit.place for unit in (*units.goals, *proofs)}
+    if len(work.lookup_all(goals)) < len(goals):
         sink.emit(WorkersStarting(num_workers))
         executor = _executor(context, options)
         observer.staffed(len(executor.workers))
-    with closing(executor):
-        driver = Driver(lambda cut: build_units(inputs, cut).goals, tuning, work, executor, observer)
-        records = driver.run()
-    for place in units.leftovers:
+    names = tuple(plan.spec.name for plan in inputs.variants)
+
+    def make_goals(cut: Tuning) -> Sequence[WorkUnit]:
+        return [*build_units(inputs, cut).goals, *proofs]
+
+    try:
+        with closing(executor), announced(jobs, inputs.spec.source, names) as announcement:
+            is_cancelled = announcement.is_cancelled
+            records = Driver(make_goals, tuning, work, executor, observer, is_cancelled=is_cancelled).run()
+        require_proven(inputs, proofs, records, work)
+    except CorruptWeightsError:
+        # No worker is left that could still write something.
+        if proofs:
+            _discard_results(inputs, units, work)
+        raise
+    for place in work.lookup_all(units.leftovers):
         work.discard(*place)
     return units, records
+
+
+def _proofs(inputs: Inputs, work: WorkStore, context: JobContext) -> list[WorkUnit]:
+    """Return the units that prove streamed weights; none when nobody streamed them."""
+    if context.streamed is None and not work.lookup_all(weight_places(inputs)):
+        return []
+    return proof_units(inputs)
+
+
+def _discard_results(inputs: Inputs, units: JobUnits, work: WorkStore) -> None:
+    """Nothing is left of what was computed from weights that turned out to be wrong, nor of what they were. What files
+    are proven to hold stays: the next run reads no tensor that is not so."""
+    computed = reachable_units(units.goals)
+    places = [*(unit.place for unit in computed if unit.is_durable), *(p for unit in computed for p in unit.saves)]
+    for place in work.lookup_all([*places, *weight_places(inputs)]):
+        work.discard(*place)
 
 
 def _executor(context: JobContext, options: RunOptions) -> Executor:
@@ -88,6 +122,7 @@ class _Absent:
     """Stands in when everything is finished already, so that no cluster is started for nothing."""
 
     workers: Sequence[str] = ()
+    is_expecting = False
 
     def submit(self, *arguments: Any) -> None:
         """Never called."""

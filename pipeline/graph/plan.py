@@ -1,28 +1,36 @@
 """What a conversion would do, from config and safetensors headers alone: no weights are read, nothing is written.
 
 Sizes are exact: they follow from shapes. FLOPs follow from the formulas below. Memory is an upper estimate for one
-worker. Time is FLOPs over a rate that is measured for a moment on this machine, so it holds for workers like it.
+worker. Time is that of the real work units in the order in which the driver would run them, at the costs of a reference
+worker (``cost.CPU_RATES``).
 
-Per linear [r, n] and T tokens: forward 2 r n T; second moment 2 n^2 T; factorization 4/3 n^3 and column updates r n^2.
+Per linear [r, n] and T tokens: forward 2 r n T; second moment 2 n^2 T. Solves cost what ``build`` says of their units.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipeline.graph.build import VariantPlan, make_variant_plan
+from pipeline.errors import PlanError
+from pipeline.formats.codec import codec_for
+from pipeline.graph import cost
+from pipeline.graph.build import VariantPlan
+from pipeline.graph.chains import shape_of
+from pipeline.graph.forecast import ClusterRequest, Forecast, forecast, planned_inputs
+from pipeline.graph.memory import worker_memory
+from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
+from pipeline.graph.schemes import quantized_part
+from pipeline.graph.simulate import Cluster, simulate
 from pipeline.hub.source import Source, pin_source, range_reader, read_bytes
-from pipeline.quantize.types import Scheme
+from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
-from pipeline.spec import CalibrationSpec, ConversionSpec, Format, Method, VariantSpec
+from pipeline.skeleton.limits import kv_cache, position_limit
+from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
 from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
@@ -44,16 +52,11 @@ DEVICES = {
 }
 """Common memory sizes in GiB."""
 
-WORKER_BASE_BYTES = 650_000_000
-"""A worker process with torch and transformers imported (measured: 2 cores, torch 2.13.0, `ps -o rss`)."""
-
-PROBE_SIZE = 768
-"""Side of the square float32 product that measures this machine's rate."""
-
 
 @dataclass(frozen=True)
 class MatrixRow:
-    """One linear in a variant: what happens with it and what it weighs."""
+    """One linear in a variant: what happens with it and what it weighs. Unquantized ones have 16 bits, whatever the
+    source stores them in, and the group size 0."""
 
     name: str
     block: int
@@ -71,13 +74,15 @@ class VariantReport:
     """One variant: its size, its work, what it fits on.
 
     Attributes:
+        release: ``namespace/name`` that it would be published under.
         solve_flops: Scale search and solves.
-        notes: Each deviation from the variant's scheme with the number of linears that it concerns.
+        notes: Each deviation from the variant's scheme, and what engines refuse, with the number of linears concerned.
         cautions: What weakens the result without being a fault.
         fits: For each device, whether weights, KV cache and runtime fit.
     """
 
     name: str
+    release: str
     format: str
     size_bytes: int
     num_quantized: int
@@ -97,10 +102,12 @@ class PlanReport:
     Attributes:
         commit: Hub commit, or empty for a folder, whose digest is only known when its weights are read.
         kv_cache_bytes: For one sequence of ``kv_cache_tokens`` at 16 bit.
-        worker_bytes: Upper estimate of one worker's memory.
+        worker_bytes: Upper estimate of one worker's memory, passing outputs not included.
+        held_bytes: Most bytes of passing outputs that one worker has; what does not fit into its memory goes to disk.
         work_bytes: Upper estimate of the disk that the work directory needs.
-        rate: float32 FLOP/s of one thread, measured just now.
+        hardware: What one worker is taken to be.
         seconds: Estimate of the whole conversion with ``workers`` workers.
+        bottleneck: What its end waits for longest.
     """
 
     source: str
@@ -115,10 +122,12 @@ class PlanReport:
     kv_cache_tokens: int
     kv_cache_bytes: int
     worker_bytes: int
+    held_bytes: float
     work_bytes: int
     workers: int
-    rate: float
+    hardware: str
     seconds: float
+    bottleneck: str
     variants: tuple[VariantReport, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,17 +135,35 @@ class PlanReport:
         return asdict(self)
 
 
-def plan_conversion(spec: ConversionSpec, settings: Settings, workers: int) -> PlanReport:
-    """Return what a conversion would do.
+def plan_conversion(
+    spec: ConversionSpec,
+    settings: Settings,
+    workers: int,
+    max_memory_bytes: int | None = None,
+    requests: Sequence[ClusterRequest] = (),
+) -> tuple[PlanReport, tuple[Forecast, ...]]:
+    """Return what a conversion would do on this machine, and how it would go on other clusters.
+
+    Args:
+        spec: What to make.
+        settings: Where hubs are.
+        workers: Workers of this machine.
+        max_memory_bytes: Memory of each; None for as much as it takes.
+        requests: Other clusters.
 
     Raises:
         SourceError: when the source cannot be converted.
-        PlanError: when a variant cannot be made from it.
+        SpecError: when a release cannot be called as it would be.
+        PlanError: when a variant cannot be made from it, its sequences are longer than the model's, or a worker cannot
+            do with its memory.
     """
     source = pin_source(spec.source, settings)
+    names = name_releases(spec, source)
     outline = remote_outline(source, settings)
-    plans = [make_variant_plan(variant, outline) for variant in spec.variants]
-    return report_plan(source, outline, plans, spec, workers, measure_rate())
+    require_positions(spec, outline)
+    if max_memory_bytes is not None:
+        worker_memory(outline, spec).require(max_memory_bytes)
+    return report_plan(source, names, outline, spec, workers), forecast(outline, spec, requests)
 
 
 def remote_outline(source: Source, settings: Settings) -> Outline:
@@ -150,35 +177,62 @@ def remote_outline(source: Source, settings: Settings) -> Outline:
         return make_outline(folder, index)
 
 
-def measure_rate() -> float:
-    """Return float32 FLOP/s of a matrix product on one thread of this machine, best of three."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    matrix = torch.ones(PROBE_SIZE, PROBE_SIZE)
-    best = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        matrix @ matrix
-        best = max(best, 2 * PROBE_SIZE**3 / (time.perf_counter() - start))
-    torch.set_num_threads(threads)
-    return best
+def require_positions(spec: ConversionSpec, outline: Outline, count: Callable[[str], int] | None = None) -> None:
+    """Return when no sequence of the conversion is longer than the model's config allows.
+
+    Args:
+        spec: What to make.
+        outline: The source.
+        count: Gives the number of tokens of a prompt as it is continued; without it, a prompt counts as one token.
+
+    Raises:
+        PlanError: naming each key that asks for more, its value, and what sets it.
+    """
+    limit = position_limit(outline.skeleton)
+    if limit is None:
+        return
+    gates = spec.gates
+    longest = max(count(item.prompt) if count else 1 for item in gates.prompts)
+    asked = {
+        "calibration.length": (spec.calibration.length, f"--length {limit.tokens}"),
+        "gates.heldout_length": (gates.heldout_length, f"--heldout-length {limit.tokens}"),
+        "the longest of gates.prompts with gates.generated_tokens": (
+            longest + gates.generated_tokens,
+            f"gates: {{generated_tokens: {limit.tokens - longest}}} in a spec file, or shorter prompts",
+        ),
+    }
+    over = {what: (tokens, remedy) for what, (tokens, remedy) in asked.items() if tokens > limit.tokens}
+    if over:
+        lengths = ", ".join(f"{what} is {tokens}" for what, (tokens, _) in over.items())
+        raise PlanError(
+            f"sequences are longer than the model's {limit.tokens} positions ({limit.key} in config.json): {lengths}",
+            code="plan.positions",
+            hint=f"use at most {', '.join(remedy for _, remedy in over.values())}",
+        )
 
 
 def report_plan(
-    source: Source, outline: Outline, plans: list[VariantPlan], spec: ConversionSpec, workers: int, rate: float
+    source: Source, names: ReleaseNames, outline: Outline, spec: ConversionSpec, workers: int
 ) -> PlanReport:
-    """Return the report of a plan; a pure function of its arguments."""
+    """Return the report of a plan; a pure function of its arguments.
+
+    Raises:
+        PlanError: when a variant cannot be made from the source.
+    """
+    inputs = planned_inputs(outline, spec, "cpu")
+    predicted = simulate(inputs, Cluster(1, workers))
     tokens = spec.calibration.samples * spec.calibration.length
     heldout = spec.gates.heldout_samples * spec.gates.heldout_length
     blocks = [_block_elements(outline, block) for block in range(outline.skeleton.num_blocks)]
     head = max(outline.tensor_elements(name) for name in outline.skeleton.outer_tensors().values())
     forward = 2.0 * sum(blocks)
     moments = 2.0 * sum(group.in_features**2 for block in outline.groups for group in block)
-    cache_tokens, cache_bytes = kv_cache(outline.config)
+    cache_tokens, cache_bytes = kv_cache(outline.skeleton, KV_CACHE_TOKENS)
     evaluate = heldout * (forward + 4.0 * head)
-    variants = tuple(_report_variant(outline, plan, spec.calibration, evaluate, cache_bytes) for plan in plans)
+    variants = tuple(
+        _report_variant(outline, plan, names, spec.calibration, evaluate, cache_bytes) for plan in inputs.variants
+    )
     calibrate = tokens * (forward + moments) + heldout * forward
-    flops = calibrate + sum(v.solve_flops + v.evaluate_flops for v in variants)
     return PlanReport(
         source=source.name,
         commit=source.commit or "",
@@ -191,11 +245,13 @@ def report_plan(
         calibrate_flops=calibrate,
         kv_cache_tokens=cache_tokens,
         kv_cache_bytes=cache_bytes,
-        worker_bytes=_worker_bytes(outline, spec, max(blocks)),
+        worker_bytes=worker_memory(outline, spec).total,
+        held_bytes=predicted.held_bytes,
         work_bytes=_work_bytes(outline, spec, variants),
         workers=workers,
-        rate=rate,
-        seconds=flops / rate / workers,
+        hardware=predicted.hardware,
+        seconds=predicted.seconds,
+        bottleneck=predicted.bottleneck,
         variants=variants,
     )
 
@@ -205,23 +261,31 @@ def _block_elements(outline: Outline, block: int) -> int:
 
 
 def _report_variant(
-    outline: Outline, plan: VariantPlan, calibration: CalibrationSpec, evaluate: float, cache_bytes: int
+    outline: Outline,
+    plan: VariantPlan,
+    names: ReleaseNames,
+    calibration: CalibrationSpec,
+    evaluate: float,
+    cache_bytes: int,
 ) -> VariantReport:
     rows = tuple(_row(outline, plan.spec, name, plan) for name in plan.matrices)
-    quantized = [row for row in rows if row.bits < 16]
+    quantized = [row for row in rows if row.group_size]
     size = outline.index.total_bytes + sum(row.bytes_out - row.bytes_in for row in rows)
     notes: dict[str, int] = {}
     for row in rows:
         if row.note:
             notes[row.note] = notes.get(row.note, 0) + 1
+    if refusal := kernel_refusal(plan.spec):
+        notes[refusal] = len(quantized)
     needed = size + cache_bytes + RUNTIME_BYTES
     return VariantReport(
         name=plan.spec.name,
+        release=names.address(plan.spec.name),
         format=plan.spec.format.value,
         size_bytes=size,
         num_quantized=len(quantized),
         num_linears=len(rows),
-        solve_flops=_solve_flops(outline, plan),
+        solve_flops=_variant_flops(outline, plan),
         evaluate_flops=evaluate,
         notes=notes,
         cautions=plan.cautions(calibration),
@@ -233,84 +297,30 @@ def _report_variant(
 def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -> MatrixRow:
     matrix = plan.matrices[name]
     linear, scheme = matrix.linear, matrix.scheme
+    rows, columns = linear.out_features, linear.in_features
     before = outline.tensor_bytes(name + ".weight")
-    after = (
-        before
-        if scheme is None
-        else packed_bytes(
-            variant.format,
-            linear.out_features,
-            linear.in_features,
-            scheme,
-            before // (linear.out_features * linear.in_features),
-        )
-    )
-    size, bits = (0, 16) if scheme is None else (scheme.group_size, scheme.bits)
-    return MatrixRow(
-        name, matrix.block, linear.out_features, linear.in_features, bits, size, matrix.note, before, after
-    )
+    if scheme is None:
+        return MatrixRow(name, matrix.block, rows, columns, 16, 0, matrix.note, before, before)
+    # compressed-tensors stores scales in the source's own dtype where that has 16 bits, else in float16.
+    scale_bytes = min(before // (rows * columns), 2)
+    after = codec_for(variant.format).num_bytes(rows, columns, scheme, scale_bytes)
+    return MatrixRow(name, matrix.block, rows, columns, scheme.bits, scheme.group_size, matrix.note, before, after)
 
 
-def packed_bytes(format_: Format, out_features: int, in_features: int, scheme: Scheme, scale_bytes: int) -> int:
-    """Return the bytes of a quantized linear's tensors in a format.
-
-    Args:
-        format_: The format.
-        out_features: Rows.
-        in_features: Columns.
-        scheme: The grid.
-        scale_bytes: Bytes of one scale where the format stores them in the source's dtype (at most 2).
-    """
-    groups, bits = in_features // scheme.group_size, scheme.bits
-    match format_:
-        case Format.GPTQ:
-            codes = in_features * bits // 32 * out_features * 4
-            return codes + groups * (out_features * bits // 32) * 4 + groups * out_features * 2 + in_features * 4
-        case Format.AWQ:
-            return (in_features + groups) * out_features * bits // 8 + groups * out_features * 2
-        case Format.COMPRESSED_TENSORS:
-            codes = out_features * -(-in_features * bits // 32) * 4
-            zeros = 0 if scheme.symmetric else -(-out_features * bits // 32) * 4 * groups
-            return codes + zeros + groups * out_features * min(scale_bytes, 2) + 2 * 8
-
-
-def _solve_flops(outline: Outline, plan: VariantPlan) -> float:
+def _variant_flops(outline: Outline, plan: VariantPlan) -> float:
+    groups = (group for block in outline.groups for group in block)
+    shapes = [shape_of(part) for group in groups if (part := quantized_part(group, plan.matrices)) is not None]
     total = 0.0
-    for group in (group for block in outline.groups for group in block):
-        if plan.scheme_params(group) is None:
-            continue
-        rows, width = sum(linear.out_features for linear in group.linears), group.in_features
+    for shape in shapes:
+        total += cost.solve_flops(shape)
         match plan.spec.method:
             case Method.GPTQ:
-                total += rows * width**2 * 4 + 4 / 3 * width**3
+                total += cost.factor_flops(shape)
             case Method.AWQ:
-                total += 28.0 * min(rows, 512) * width**2 + 4.0 * rows * width**2
+                total += cost.scale_flops(shape)
             case Method.RTN:
-                total += 2.0 * rows * width**2
+                pass
     return total
-
-
-def kv_cache(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return tokens and bytes (16 bit) of the KV cache of one sequence, from a model's config.json."""
-    heads = config.get("num_attention_heads") or config.get("n_head") or 1
-    kv_heads = config.get("num_key_value_heads") or heads
-    hidden = config.get("hidden_size") or config.get("n_embd") or 0
-    head_dim = config.get("head_dim") or hidden // heads
-    layers = config.get("num_hidden_layers") or config.get("n_layer") or 0
-    limit = config.get("max_position_embeddings") or config.get("n_positions") or KV_CACHE_TOKENS
-    tokens = min(KV_CACHE_TOKENS, limit)
-    return tokens, 2 * 2 * layers * kv_heads * head_dim * tokens
-
-
-def _worker_bytes(outline: Outline, spec: ConversionSpec, block_elements: int) -> int:
-    """Weights of one block in float32 with their stored copy, its statistics twice, a token slice with its logits."""
-    moments = max(4 * sum(group.in_features**2 for group in block) for block in outline.groups)
-    widest = max(group.in_features for block in outline.groups for group in block)
-    tokens = max(spec.calibration.slice_sequences * spec.calibration.length, 8 * spec.gates.heldout_length)
-    vocabulary = int(outline.config.get("vocab_size", 0))
-    outer = sum(outline.tensor_elements(name) for name in outline.skeleton.outer_tensors().values())
-    activations = 4 * (3 * tokens * widest + 4 * spec.gates.heldout_length * vocabulary)
-    return WORKER_BASE_BYTES + 6 * block_elements + 4 * outer + 2 * moments + activations
 
 
 def _work_bytes(outline: Outline, spec: ConversionSpec, variants: tuple[VariantReport, ...]) -> int:
@@ -318,5 +328,5 @@ def _work_bytes(outline: Outline, spec: ConversionSpec, variants: tuple[VariantR
     moments = sum(4 * group.in_features**2 for block in outline.groups for group in block)
     tokens = spec.calibration.samples * spec.calibration.length + spec.gates.heldout_samples * spec.gates.heldout_length
     hidden = 4 * tokens * max(group.in_features for block in outline.groups for group in block)
-    codes = sum(row.out_features * row.in_features for v in variants for row in v.matrices if row.bits < 16)
+    codes = sum(row.out_features * row.in_features for v in variants for row in v.matrices if row.group_size)
     return moments + 3 * hidden + codes + sum(variant.size_bytes for variant in variants)

@@ -2,23 +2,34 @@
 
 Rules, in order: the spec's ignore patterns; what engines can load of the format; the group size, where it does not
 divide in_features, by the variant's fallback; the format's own limits; and engines load q/k/v or gate/up as one matrix,
-so linears that share an input share one scheme or stay in 16 bit together. Nothing is decided while saving.
+so linears of one module that share an input share one scheme or stay unquantized together. Nothing is decided while
+saving.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 from pipeline.errors import PlanError
 from pipeline.formats.codec import codec_for
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup, LinearRef
-from pipeline.spec import ENGINE_GROUP_SIZES, PER_CHANNEL, Format, GroupFallback, VariantSpec
+from pipeline.spec import ENGINE_GROUP_SIZES, PER_CHANNEL, Format, GroupFallback, Method, VariantSpec
+from pipeline.variants import EXPRESSION_MARK, is_named_by
 
 LOADED_TRANSPOSED = frozenset({Format.GPTQ})
 """Formats whose loaders replace transposed linears (GPT-2's Conv1D) too. Those of the others replace ``nn.Linear``
 only: a quantized Conv1D would load without complaint and compute with weights that were never set."""
+
+IGNORED = "left unquantized: the spec ignores it"
+"""Note of a linear that ``ignore`` names."""
+
+NUM_CLOSE = 3
+"""Linears that an error offers for a name that is none."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class MatrixPlan:
     Attributes:
         linear: The linear.
         block: Index of its decoder block.
-        scheme: Its grid, or None when it stays in 16 bit.
+        scheme: Its grid, or None when it stays unquantized.
         note: Why this differs from the variant's scheme; empty when it does not.
     """
 
@@ -51,48 +62,115 @@ def plan_matrices(variant: VariantSpec, blocks: Sequence[Sequence[LinearGroup]])
     return plans
 
 
+def quantized_part(group: LinearGroup, plans: Mapping[str, MatrixPlan]) -> LinearGroup | None:
+    """Return the group with the members that are quantized, which share one scheme; None when there are none."""
+    members = tuple(linear for linear in group.linears if plans[linear.name].scheme is not None)
+    return replace(group, linears=members) if members else None
+
+
+def require_whole_groups(variant: VariantSpec, groups: Iterable[LinearGroup], plans: Mapping[str, MatrixPlan]) -> None:
+    """Return when activation-aware scaling, which changes a group's input, meets no group that is quantized in part.
+
+    Raises:
+        PlanError: naming the members of the first group that is quantized in part.
+    """
+    if variant.method is not Method.AWQ:
+        return
+    for group in groups:
+        part = quantized_part(group, plans)
+        if part is not None and part != group:
+            kept = ", ".join(linear.name for linear in group.linears if linear not in part.linears)
+            raise PlanError(
+                f"variant {variant.name}: {kept} cannot stay unquantized alone: {part.label} reads the same input, "
+                "which activation-aware scaling changes",
+                code="plan.group",
+                hint="ignore all of them, or none, or choose method gptq or rtn",
+            )
+
+
+def require_known_ignores(variant: VariantSpec, names: Iterable[str]) -> None:
+    """Return when every entry of the variant's ``ignore`` names a linear.
+
+    Args:
+        variant: The variant.
+        names: All linears of the model, those that are never quantized too.
+
+    Raises:
+        PlanError: naming the first entry that does not, with the closest names.
+    """
+    names = list(names)
+    for pattern in variant.ignore:
+        if not any(is_named_by(pattern, name) for name in names):
+            raise PlanError(
+                f"variant {variant.name}: ignore {pattern!r} names no linear of the model",
+                code="plan.ignore",
+                hint=f"there are, for example, {', '.join(_near(pattern, names))}; bitmill plan --matrices lists all",
+            )
+
+
+def _near(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return names like an entry of ``ignore``: whole ones, and for an expression the last two parts of some."""
+    if not pattern.startswith(EXPRESSION_MARK):
+        return get_close_matches(pattern, names, NUM_CLOSE) or list(names[:NUM_CLOSE])
+    endings = sorted({".".join(name.split(".")[-2:]) for name in names})
+    by_leaf = {ending.rpartition(".")[2]: ending for ending in endings}
+    words = re.findall(r"[a-z]\w+", pattern.removeprefix(EXPRESSION_MARK))
+    close = [leaf for word in words for leaf in get_close_matches(word, list(by_leaf), NUM_CLOSE)]
+    return [by_leaf[leaf] for leaf in close] or endings[: 2 * NUM_CLOSE]
+
+
 def _checkpoint_group_size(variant: VariantSpec, groups: Iterable[LinearGroup]) -> int:
     """Return the group size to start from, lowered for all linears or for none.
 
-    AWQ files hold one size, and of GPTQ files with several not every loader reads the overrides, so one that divides
-    every in_features is preferred for both. compressed-tensors holds several.
+    AWQ files hold one size, and transformers reads one size of a GPTQ file, so both get the largest that serves every
+    linear that any size serves (the most linears, where no size serves all). compressed-tensors holds several.
     """
-    widths = {group.in_features for group in groups}
     wanted = variant.group_size
     holds_several = variant.format is Format.COMPRESSED_TENSORS
     if holds_several or wanted == PER_CHANNEL or variant.group_fallback is not GroupFallback.DIVISOR:
         return wanted
+    linears = (linear for group in groups for linear in group.linears)
+    widths = Counter(linear.in_features for linear in linears if not _kept_reason(variant, linear))
     tried = (wanted, *(size for size in ENGINE_GROUP_SIZES if size < wanted))
-    return next((size for size in tried if all(width % size == 0 for width in widths)), wanted)
+    return max(tried, key=lambda size: (sum(n for width, n in widths.items() if width % size == 0), size))
 
 
 def _plan_group(variant: VariantSpec, group: LinearGroup, size: int) -> list[MatrixPlan]:
-    decided = [_plan_linear(variant, linear, size) for linear in group.linears]
-    kept = [(linear, note) for linear, (scheme, note) in zip(group.linears, decided, strict=True) if scheme is None]
-    if kept and len(kept) < len(decided):
-        partner, why = kept[0]
-        note = f"left in 16 bit with {partner.local_name}, which engines fuse it with ({why})"
-        decided = [(None, own if scheme is None else note) for scheme, own in decided]
-    return [
-        MatrixPlan(linear, group.block, scheme, note)
-        for linear, (scheme, note) in zip(group.linears, decided, strict=True)
-    ]
+    decided = {linear: _plan_linear(variant, linear, size) for linear in group.linears}
+    plans = []
+    for linear, (scheme, note) in decided.items():
+        fused = [partner for partner in group.linears if _module(partner) == _module(linear)]
+        kept = next((partner for partner in fused if decided[partner][0] is None), None)
+        if scheme is not None and kept is not None:
+            why = decided[kept][1]
+            scheme, note = None, f"left unquantized with {kept.local_name}, which engines fuse it with ({why})"
+        plans.append(MatrixPlan(linear, group.block, scheme, note))
+    return plans
+
+
+def _module(linear: LinearRef) -> str:
+    """Return the module that holds the linear: what engines fuse are members of one."""
+    return linear.local_name.rpartition(".")[0]
+
+
+def _kept_reason(variant: VariantSpec, linear: LinearRef) -> str:
+    """Return why the linear stays unquantized whatever its shape; empty when it does not."""
+    if variant.ignores(linear.name):
+        return IGNORED
+    if linear.is_transposed and variant.format not in LOADED_TRANSPOSED:
+        return f"left unquantized: it is stored transposed (Conv1D), which loaders of {variant.format} do not replace"
+    return ""
 
 
 def _plan_linear(variant: VariantSpec, linear: LinearRef, checkpoint_size: int) -> tuple[Scheme | None, str]:
-    if variant.ignores(linear.name):
-        return None, "left in 16 bit: the spec ignores it"
-    if linear.is_transposed and variant.format not in LOADED_TRANSPOSED:
-        return (
-            None,
-            f"left in 16 bit: it is stored transposed (Conv1D), which loaders of {variant.format} do not replace",
-        )
+    if reason := _kept_reason(variant, linear):
+        return None, reason
     size, note = _group_size(variant, linear, checkpoint_size)
     if size is None:
         return None, note
     scheme = Scheme(variant.bits, size, variant.symmetric)
-    reason = codec_for(variant.format).check(linear.name, linear.out_features, linear.in_features, scheme)
-    return (None, f"left in 16 bit: {reason}") if reason else (scheme, note)
+    unholdable = codec_for(variant.format).check(linear.name, linear.out_features, linear.in_features, scheme)
+    return (None, f"left unquantized: {unholdable}") if unholdable else (scheme, note)
 
 
 def _group_size(variant: VariantSpec, linear: LinearRef, checkpoint_size: int) -> tuple[int | None, str]:
@@ -104,14 +182,14 @@ def _group_size(variant: VariantSpec, linear: LinearRef, checkpoint_size: int) -
         why = f"group size {checkpoint_size}: {variant.group_size} does not divide every in_features"
         return checkpoint_size, why if lowered else ""
     fits = [size for size in ENGINE_GROUP_SIZES if size < checkpoint_size and width % size == 0]
-    can_lower = variant.group_fallback is GroupFallback.DIVISOR and variant.format is not Format.AWQ
+    can_lower = variant.group_fallback is GroupFallback.DIVISOR and variant.format is Format.COMPRESSED_TENSORS
     if fits and can_lower:
         return fits[0], f"group size {fits[0]}: {checkpoint_size} does not divide in_features {width}"
-    return None, f"left in 16 bit: group size {checkpoint_size} does not divide in_features {width}"
+    return None, f"left unquantized: group size {checkpoint_size} does not divide in_features {width}"
 
 
 def _refuse_useless(variant: VariantSpec, plans: Mapping[str, MatrixPlan]) -> None:
-    changed = [plan for plan in plans.values() if plan.note and "the spec ignores it" not in plan.note]
+    changed = [plan for plan in plans.values() if plan.note and IGNORED not in plan.note]
     if variant.group_fallback is GroupFallback.REFUSE and changed:
         raise PlanError(
             f"variant {variant.name}: {len(changed)} of {len(plans)} matrices would deviate, first "
@@ -119,20 +197,19 @@ def _refuse_useless(variant: VariantSpec, plans: Mapping[str, MatrixPlan]) -> No
             code="plan.group_size",
             hint="choose a group size that divides every in_features, or set group_fallback to divisor or skip",
         )
-    if not any(plan.scheme for plan in plans.values()):
-        first = next(iter(plans.values()))
-        widths = sorted({plan.linear.in_features for plan in plans.values()})
-        sizes = f"the model's in_features are {', '.join(map(str, widths))}: choose a group size that divides them"
-        is_layout = all(plan.linear.is_transposed for plan in plans.values()) and (
-            variant.format not in LOADED_TRANSPOSED
-        )
+    if any(plan.scheme for plan in plans.values()):
+        return
+    if not changed:
         raise PlanError(
-            f"variant {variant.name} would quantize nothing: {first.linear.name} is {first.note}",
-            code="plan.layout" if is_layout else "plan.group_size",
-            hint="use format gptq, for example --variant gptq-w4-g64 or rtn-w8-g64-gptq" if is_layout else sizes,
+            f"variant {variant.name} would quantize nothing: the spec ignores every linear",
+            code="plan.ignore",
+            hint="take entries out of ignore; bitmill plan --matrices lists the linears",
         )
-
-
-def quantized_group(group: LinearGroup, plans: Mapping[str, MatrixPlan]) -> tuple[LinearRef, ...]:
-    """Return the members of a group that are quantized: all or none, by construction."""
-    return tuple(linear for linear in group.linears if plans[linear.name].scheme is not None)
+    widths = sorted({plan.linear.in_features for plan in plans.values()})
+    sizes = f"the model's in_features are {', '.join(map(str, widths))}: choose a group size that divides them"
+    is_layout = variant.format not in LOADED_TRANSPOSED and all(plan.linear.is_transposed for plan in plans.values())
+    raise PlanError(
+        f"variant {variant.name} would quantize nothing: {changed[0].linear.name} is {changed[0].note}",
+        code="plan.layout" if is_layout else "plan.group_size",
+        hint="use format gptq, for example --variant gptq-w4-g64 or rtn-w8-g64-gptq" if is_layout else sizes,
+    )

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.facts import Check, ReleaseFacts
+from pipeline.disk import disk_errors, make_folders
+from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
 from pipeline.settings import Settings
-from pipeline.storage.locate import LocatedRelease, download_release, locate_release, verify_release_files
+from pipeline.storage.locate import (
+    LocatedRelease,
+    copy_release,
+    locate_release,
+    read_release_file,
+    verify_release_files,
+)
+from pipeline.storage.temporaries import Temporaries
 from pipeline.validate.engines.environment import check_engine
-from pipeline.validate.release import ReleaseModel, check_release, read_facts
+from pipeline.validate.release import ReleaseModel, check_release, parse_facts, read_facts
 
+CARD_FILE = "README.md"
 VERIFY_TOKENS = 32
 """Tokens that an engine is asked to generate for each prompt."""
 
@@ -39,6 +49,9 @@ class Verification:
 def verify(location: str, engine: str | None, settings: Settings, on_line: Callable[[str], None]) -> Verification:
     """Check a release: digests, structure, generation by the project's own loader, and an engine if one is named.
 
+    A release that is not on this machine is transferred once, to a folder in the cache directory that is removed again;
+    what was there before proves nothing about what the storage holds now.
+
     Args:
         location: As ``locate_release`` takes it.
         engine: ``transformers``, or None.
@@ -47,26 +60,35 @@ def verify(location: str, engine: str | None, settings: Settings, on_line: Calla
 
     Raises:
         PipelineError: when the release cannot be found or read at all, or the engine cannot be set up.
+        DiskFullError: when the cache directory cannot take a copy.
     """
     located = locate_release(location, settings)
-    problems = verify_release_files(located)
-    counted = f"{len(located.manifest.files)} files have the sizes and SHA-256 of the manifest"
-    checks = [Check(name="digests", passed=not problems, detail="; ".join(problems[:5]) or counted)]
-    if not problems:
-        folder = local_folder(located, settings)
-        facts = read_facts(folder)
-        checks += check_release(folder, facts, facts.generated_tokens)
-        if engine is not None:
-            checks.append(_check_engine(engine, folder, facts, settings, on_line))
+    with ExitStack() as stack:
+        if located.local_path is not None:
+            folder, problems = located.local_path, verify_release_files(located)
+        else:
+            folder = stack.enter_context(_private_folder(settings.cache_dir / "verify"))
+            problems = copy_release(located, folder)
+        counted = f"{len(located.manifest.files)} files have the sizes and SHA-256 of the manifest"
+        checks = [Check(name="digests", passed=not problems, detail="; ".join(problems[:5]) or counted)]
+        if not problems:
+            facts = read_facts(folder)
+            checks += check_release(folder, facts, facts.generated_tokens)
+            if engine is not None:
+                checks.append(_check_engine(engine, folder, facts, settings, on_line))
     return Verification(f"{located.namespace}/{located.name}", located.revision, tuple(checks))
 
 
-def local_folder(located: LocatedRelease, settings: Settings) -> Path:
-    """Return a folder with the release's files: its own when it is on this machine, else a verified copy."""
-    if located.local_path is not None:
-        return located.local_path
-    folder = settings.cache_dir / "releases" / located.namespace / located.name / located.revision
-    return download_release(located, folder)
+@contextmanager
+def _private_folder(parent: Path) -> Iterator[Path]:
+    """Give the path of a folder for a copy, removed at the end of the block or, after a kill, by the next call."""
+    copies = Temporaries(parent)
+    with ExitStack() as stack:
+        with disk_errors(f"the cache directory {parent}", hint="set BITMILL_CACHE to a folder that can be written to"):
+            make_folders(parent)
+            copies.sweep()
+            folder = stack.enter_context(copies.claim())
+        yield folder
 
 
 def _check_engine(
@@ -79,10 +101,19 @@ def _check_engine(
 
 
 def inspect(location: str, settings: Settings) -> tuple[LocatedRelease, ReleaseFacts]:
-    """Return where a release is and everything that it says about itself.
+    """Return where a release is and everything that it says about itself; reads no other file of it.
 
     Raises:
-        PipelineError: when it cannot be found or read.
+        PipelineError: when it cannot be found or read, or its facts are not those of its manifest.
     """
     located = locate_release(location, settings)
-    return located, read_facts(local_folder(located, settings))
+    return located, parse_facts(read_release_file(located, FACTS_FILE), located.uri)
+
+
+def read_card(location: str, settings: Settings) -> bytes:
+    """Return a release's card as it was published, Markdown in UTF-8; reads no other file of it.
+
+    Raises:
+        PipelineError: when it cannot be found or read, or is not that of the manifest.
+    """
+    return read_release_file(locate_release(location, settings), CARD_FILE)

@@ -17,15 +17,19 @@ import torch
 
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, WorkUnit
-from pipeline.graph.outline import Source, open_folder
+from pipeline.graph.outline import Source, open_folder, open_streamed
 from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
 from pipeline.graph.stages.call import LOST, Call, FetchFrom, JobContext
-from pipeline.storage.work import DamagedStage, StageRecord, WorkStore
+from pipeline.settings import load_settings
+from pipeline.storage.work import DamagedStage, StageRecord, open_work_store
 from pipeline.tensors.reader import FileStamp
 
 THREADS_PER_UNIT = 1
 """Threads of one work unit. More would change the order of summation inside BLAS, hence the bytes."""
+
+WALKS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.FORWARD})
+"""Units that are followed by one of the next block, whose weights are read ahead while they run."""
 
 KEPT_COPIES = frozenset({Kind.MERGE, Kind.SCALES})
 """Durable outputs that are read again soon, so that the shelf keeps a copy as long as there is room."""
@@ -70,8 +74,9 @@ class Worker:
         whoever watches is told of workers once they can work.
         """
         self._context, self._clock = context, clock
-        self._work = WorkStore(Path(context.work_root))
+        self._work = open_work_store(context.work_url, load_settings())
         self._stack = ExitStack()
+        self._streamed: Source | None = None
         # Vanishes with this process, however it ends: the next run sweeps what dead ones left.
         spill = self._stack.enter_context(self._work.private_folder())
         self.shelf = Shelf(context.shelf_bytes, spill, context.device)
@@ -96,8 +101,8 @@ class Worker:
         damaged = tuple(self._work.take_damaged())
         return Outcome(record, error, self._clock() - start, peak_bytes, damaged)
 
-    def hand_over(self, key: str) -> Tensors:
-        """Return a passing output that this worker holds, in CPU memory.
+    def hand_over(self, key: str, prefix: str) -> Tensors:
+        """Return of a passing output that this worker holds the tensors whose names start so, in CPU memory.
 
         Raises:
             GraphError: with the code ``LOST`` when it does not.
@@ -105,19 +110,25 @@ class Worker:
         found = self.shelf.get(key)
         if found is None:
             raise lost_output(key)
-        return {name: tensor.cpu() for name, tensor in found.items()}
+        return {name: tensor.cpu() for name, tensor in found.items() if name.startswith(prefix)}
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop passing outputs that nobody reads any more."""
         self.shelf.drop(keys)
 
     def close(self) -> None:
-        """Remove what was spilled."""
+        """Remove what was spilled, and stop reading ahead."""
         self._stack.close()
 
     def _source(self) -> Source:
+        """Return the source; one that is streamed is this worker's own, as it writes to its work store."""
         context = self._context
-        return open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+        if context.streamed is None:
+            return open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+        if self._streamed is None:
+            self._streamed = open_streamed(context.streamed, load_settings(), self._work, context.device)
+            self._stack.callback(self._streamed.weights.close)
+        return self._streamed
 
     def _run(self, unit: WorkUnit, fetch: FetchFrom) -> StageRecord | None:
         torch.set_num_threads(THREADS_PER_UNIT)
@@ -125,6 +136,8 @@ class Worker:
         if unit.is_durable and (known := self._work.lookup(*place)) is not None:
             return known
         source = self._source()
+        if unit.kind in WALKS:
+            source.expect_block(unit.block + 1)
         with ExitStack() as stack:
             writer = stack.enter_context(self._work.writing(*place)) if unit.is_durable else None
             call = Call(context, unit, self._work, source, self.shelf, fetch, writer)
@@ -145,7 +158,7 @@ def lost_output(key: str) -> GraphError:
     return GraphError(f"the output {key[:12]} is held by no worker any more", code=LOST, context={"key": key})
 
 
-def nobody_holds(key: str) -> Tensors:
+def nobody_holds(key: str, prefix: str) -> Tensors:
     """Stand in for other workers where there are none.
 
     Raises:

@@ -4,6 +4,9 @@ Ranges are read from ``/resolve/<commit>/`` as every hub serves it, so a hub's c
 ``Range``. The address is resolved anew for every request, because redirects carry signatures that expire. The client
 drops ``Authorization`` when a redirect leaves the hub's origin (scheme, host and port); a test holds it to that.
 
+A range is asked for in pieces of ``RANGE_BYTES``. A server that ignores ranges answers with the whole file (200): then
+everything that is wanted is taken from that one reply, since each further request would send the file again.
+
 Waits: a failed request is repeated at most ``MAX_ATTEMPTS`` times without progress, after what the hub asks for in
 ``RateLimit`` or ``Retry-After``, else after 1, 2, 4, ... seconds.
 """
@@ -15,11 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CorruptWeightsError, SourceError
-from pipeline.hub.translate import not_a_hub, translate
+from pipeline.hub.repository import Place, Repository, RepositoryKind, SourceFile
+from pipeline.hub.translate import not_a_hub, shorter_than_listed, translate
 
 if TYPE_CHECKING:
     import httpx2
@@ -29,6 +32,10 @@ MAX_BACKOFF_S = 30.0
 MAX_ASKED_WAIT_S = 600.0
 """A hub that asks for a longer wait gets an error instead: a person should decide."""
 
+RANGE_BYTES = 64 * 1024 * 1024
+"""Bytes of one request: small enough that an expiring address is renewed in time, large enough that 100 GB stay below
+the few thousand requests that hubs allow in five minutes."""
+
 API_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 15.0
 RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
@@ -37,45 +44,6 @@ Sleep = Callable[[float], None]
 
 _PARSER_FAILURES: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError)
 """What the library's parsers raise on a reply that does not come from a hub."""
-
-
-class RepositoryKind(StrEnum):
-    """What a repository holds."""
-
-    MODEL = "model"
-    DATASET = "dataset"
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A repository on a hub.
-
-    Attributes:
-        kind: What it holds.
-        name: ``org/name``, or ``name`` alone.
-        endpoint: Base URL of the hub.
-    """
-
-    kind: RepositoryKind
-    name: str
-    endpoint: str
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a source.
-
-    Attributes:
-        path: Path inside the source, with ``/``.
-        size_bytes: Its size.
-        sha256: Digest of its content where the hub knows it (large files), else None.
-        git_sha1: Git blob id of its content where the hub knows it (small files), else None.
-    """
-
-    path: str
-    size_bytes: int
-    sha256: str | None = None
-    git_sha1: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +66,7 @@ class HubClient:
         """
         from huggingface_hub import HfApi
 
-        subject = f"{repository.name}@{revision}" if revision else repository.name
+        place = Place(repository, revision)
         api = HfApi(endpoint=repository.endpoint, token=self.token or False, library_name="bitmill")
         call: Callable[..., Any] = api.model_info if repository.kind is RepositoryKind.MODEL else api.dataset_info
         attempt = 0
@@ -109,13 +77,13 @@ class HubClient:
             except _failures() + _PARSER_FAILURES as error:
                 attempt += 1
                 # A first contact that is refused is a typo more often than an outage: say so at once.
-                self._wait(error, attempt, subject, repository.endpoint, retry_connect=False)
+                self._wait(error, attempt, place, retry_connect=False)
         commit = info.sha
         if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit) or info.siblings is None:
-            raise not_a_hub(subject, repository.endpoint)
+            raise not_a_hub(place)
         if revision and re.fullmatch(r"[0-9a-f]{40}", revision) and commit != revision:
-            raise SourceError(f"{repository.endpoint} gave commit {commit} for {subject}", code="source.wrong_commit")
-        return commit, tuple(_source_file(sibling, subject) for sibling in info.siblings)
+            raise SourceError(f"{repository.endpoint} gave commit {commit} for {place}", code="source.wrong_commit")
+        return commit, tuple(_source_file(sibling, place) for sibling in info.siblings)
 
     def read_range(self, repository: Repository, commit: str, path: str, start: int, end: int) -> bytes:
         """Return the bytes ``[start, end)`` of a file.
@@ -139,7 +107,7 @@ class HubClient:
         """
         from huggingface_hub import hf_hub_url
 
-        subject = f"{repository.name}/{path}"
+        place = Place(repository, commit, path)
         url = hf_hub_url(
             repository.name, path, repo_type=repository.kind.value, revision=commit, endpoint=repository.endpoint
         )
@@ -147,17 +115,16 @@ class HubClient:
         while position < end:
             before = position
             try:
-                for chunk in self._open(url, position, end, subject):
+                for chunk in self._open(url, position, end, place):
                     sink(chunk)
                     position += len(chunk)
-                if position < end:
-                    raise _bad_reply("the reply ended before the range did")
+                attempt = 0
             except _failures() as error:
                 attempt = 1 if position > before else attempt + 1
-                self._wait(error, attempt, subject, repository.endpoint, retry_connect=True)
+                self._wait(error, attempt, place, retry_connect=True)
 
-    def _open(self, url: str, start: int, end: int, subject: str) -> Iterator[bytes]:
-        """Yield the bytes ``[start, end)`` of one reply, as they come and never more."""
+    def _open(self, url: str, start: int, end: int, place: Place) -> Iterator[bytes]:
+        """Yield the bytes from ``start`` that one reply gives, as they come: a piece, or all up to ``end``."""
         import httpx2
         from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not marked as exported
             build_hf_headers,
@@ -166,30 +133,37 @@ class HubClient:
         )
 
         headers = build_hf_headers(token=self.token or False, library_name="bitmill")
+        stop = min(start + RANGE_BYTES, end)
         # Compressed replies would make offsets meaningless.
-        headers |= {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         timeout = httpx2.Timeout(API_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as response:
             hf_raise_for_status(response)
             if response.status_code not in (200, 206):
                 raise _bad_reply(f"the reply to a range is HTTP {response.status_code}")
-            # A server may answer a range with the whole file (200): skip to where we are.
-            offset = _reply_start(response, start, subject) if response.status_code == 206 else 0
+            is_whole = response.status_code == 200
+            if is_whole:
+                offset, stop = 0, end
+            else:
+                offset = _require_range(response, start, stop, place)
             for chunk in response.iter_raw():
-                wanted = chunk[max(start - offset, 0) : max(end - offset, 0)]
+                wanted = chunk[max(start - offset, 0) : max(stop - offset, 0)]
                 offset += len(chunk)
                 if wanted:
                     yield wanted
-                if offset >= end:
+                if offset >= stop:
                     return
+            if is_whole and _says_its_end(response):
+                raise shorter_than_listed(place)
+            raise _bad_reply("the reply ended before the range did")
 
-    def _wait(self, error: Exception, attempt: int, subject: str, endpoint: str, retry_connect: bool) -> None:
+    def _wait(self, error: Exception, attempt: int, place: Place, retry_connect: bool) -> None:
         """Sleep before the next attempt, or raise what ``error`` means when there should be none."""
         if attempt >= MAX_ATTEMPTS or not _is_temporary(error, retry_connect):
-            raise translate(error, subject, endpoint) from error
+            raise translate(error, place) from error
         asked_s = _asked_wait_s(error)
         if asked_s is not None and asked_s > MAX_ASKED_WAIT_S:
-            raise translate(error, subject, endpoint) from error
+            raise translate(error, place) from error
         self.sleep(asked_s if asked_s is not None else min(2.0 ** (attempt - 1), MAX_BACKOFF_S))
 
 
@@ -244,28 +218,40 @@ def _asked_wait_s(error: Exception) -> float | None:
         return None
 
 
-def _reply_start(response: httpx2.Response, start: int, subject: str) -> int:
-    """Return the offset in the file at which a partial reply begins, having checked that it is the one asked for."""
-    match = re.match(r"bytes (\d+)-\d+/", response.headers.get("Content-Range", ""))
+def _require_range(response: httpx2.Response, start: int, stop: int, place: Place) -> int:
+    """Return the offset in the file at which a partial reply begins: the one that was asked for, in a file that reaches
+    as far as its listing says.
+
+    Raises:
+        CorruptWeightsError: otherwise.
+    """
+    given = response.headers.get("Content-Range", "none")
+    match = re.match(r"bytes (\d+)-\d+/(?P<total>\d+|\*)", given)
     if match is None or int(match[1]) != start:
-        got = response.headers.get("Content-Range", "none")
         raise CorruptWeightsError(
-            f"{subject}: asked for bytes from {start}, the reply's Content-Range is {got:.60}",
+            f"{place}: asked for bytes from {start}, the reply's Content-Range is {given:.60}",
             code="source.wrong_range",
             hint="check HF_ENDPOINT and any proxy between",
         )
+    if match["total"] != "*" and int(match["total"]) < stop:
+        raise shorter_than_listed(place)
     return start
 
 
-def _source_file(sibling: Any, subject: str) -> SourceFile:
+def _says_its_end(response: httpx2.Response) -> bool:
+    """Return whether a reply that ends is known to be whole; without either header a dropped one looks alike."""
+    return "Content-Length" in response.headers or "Transfer-Encoding" in response.headers
+
+
+def _source_file(sibling: Any, place: Place) -> SourceFile:
     """Return one entry of a listing, refused when it could leave the folder that it will be written to."""
     path, size = sibling.rfilename, sibling.size
     parts = path.split("/") if isinstance(path, str) else [""]
     if not all(part.isprintable() and "\\" not in part and part not in ("", ".", "..") for part in parts):
-        hostile = f"{subject} lists a file called {path!r:.200}, which is no path inside a repository"
+        hostile = f"{place} lists a file called {path!r:.200}, which is no path inside a repository"
         raise SourceError(hostile, code="source.unsafe_path", hint="do not use this repository")
     if type(size) is not int or size < 0:
-        unsized = f"{subject} lists {path} without its size"
+        unsized = f"{place} lists {path} without its size"
         raise SourceError(unsized, code="source.no_size", hint="the hub must answer model info with blobs=true")
     if sibling.lfs is not None:
         return SourceFile(path, size, sha256=_hex_or_none(sibling.lfs.sha256, 64))

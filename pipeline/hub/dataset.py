@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from pipeline.errors import SourceNotFoundError, SpecError
-from pipeline.hub.client import HubClient, Repository, RepositoryKind, Sleep
+from pipeline.hub.client import HubClient, Sleep
 from pipeline.hub.fetch import fetch_files
+from pipeline.hub.repository import Repository, RepositoryKind
 from pipeline.settings import Settings
 
 _DATASET_FILE = re.compile(
@@ -42,7 +43,7 @@ def fetch_dataset_file(text: str, settings: Settings, *, sleep: Sleep = time.sle
         )
     name, path = match["name"], match["path"]
     repository = Repository(RepositoryKind.DATASET, name, settings.hub_endpoint)
-    client = HubClient(settings.hub_token, sleep)
+    client = HubClient(settings.find_hub_token(), sleep)
     commit, files = client.listing(repository, match["revision"])
     wanted = tuple(file for file in files if file.path == path)
     if not wanted:
@@ -53,5 +54,14 @@ def fetch_dataset_file(text: str, settings: Settings, *, sleep: Sleep = time.sle
             hint=f"it has {others}{', ...' if len(files) > 5 else ''}",
         )
     folder = settings.cache_dir / "datasets" / name / commit
-    fetch_files(client, repository, commit, wanted, folder, settings.cache_dir, lambda path, done, total: None)
+    fetch_files(
+        client,
+        repository,
+        commit,
+        wanted,
+        folder,
+        settings.cache_dir,
+        on_progress=lambda path, done, total: None,
+        on_wait=lambda reason: None,
+    )
     return folder / path, f"hub:{name}@{commit}:{path}"

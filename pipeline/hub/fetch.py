@@ -17,26 +17,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pipeline.errors import CorruptWeightsError, DiskFullError, SourceError, SourceNotFoundError
 from pipeline.fingerprint import fingerprint
-from pipeline.hub.client import HubClient, Repository, Sleep, SourceFile
+from pipeline.hub.client import HubClient, Sleep
 from pipeline.hub.digests import ContentHasher, DigestRecords, Digests, storage_error
+from pipeline.hub.repository import Repository, SourceFile
 from pipeline.hub.source import Source, needed_files
 from pipeline.settings import Settings
 from pipeline.units import format_bytes
-
-RANGE_BYTES = 64 * 1024 * 1024
-"""Bytes of one request: small enough that an expiring address is renewed in time, large enough that 100 GB stay below
-the few thousand requests that hubs allow in five minutes."""
 
 PROGRESS_BYTES = 4 * 1024 * 1024
 PART_SUFFIX = ".part"
 
 OnProgress = Callable[[str, int, int], None]
-"""Called as ``on_progress(path, done_bytes, total_bytes)``, the last time with both equal."""
+"""Called as ``on_progress(path, done_bytes, total_bytes)``, every ``PROGRESS_BYTES`` and with both equal at the end."""
+
+OnWait = Callable[[str], None]
+"""Called with the reason before a wait whose end nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,17 @@ class FetchedSource:
 
 
 def fetch(
-    source: Source, settings: Settings, on_progress: OnProgress | None = None, *, sleep: Sleep = time.sleep
+    source: Source,
+    settings: Settings,
+    on_progress: OnProgress = lambda path, done_bytes, total_bytes: None,
+    on_wait: OnWait = lambda reason: None,
+    *,
+    sleep: Sleep = time.sleep,
+    with_weights: bool = True,
 ) -> FetchedSource:
-    """Make all needed files of a source local and verified.
+    """Make all needed files of a source local and verified; on request all but the weights.
+
+    Weights that stay on the hub are listed with the digests that it announces; nothing of them was read then.
 
     A rerun after a crash downloads only what is missing and hashes only what has changed. A local folder is used in
     place and never written to.
@@ -70,15 +77,35 @@ def fetch(
         DiskFullError: when the cache directory cannot take the files.
         StorageError: when the cache directory cannot be written for another reason.
     """
-    report = on_progress or _no_progress
     needed = needed_files(source)
     if source.is_local:
-        return _digest_folder(source, needed, settings, report)
+        return _digest_folder(source, needed, settings, on_progress)
     assert source.commit is not None, "a hub source is pinned"
     folder = settings.cache_dir / "sources" / source.name / source.commit
-    client = HubClient(settings.hub_token, sleep)
-    fetched = fetch_files(client, source.repository, source.commit, needed, folder, settings.cache_dir, report)
+    client = HubClient(settings.find_hub_token(), sleep)
+    announced = {} if with_weights else _announced_weights(source)
+    needed = tuple(file for file in needed if file.path not in announced)
+    fetched = fetch_files(
+        client, source.repository, source.commit, needed, folder, settings.cache_dir, on_progress, on_wait
+    )
+    fetched |= announced
     return FetchedSource(source, folder, fetched, source.commit)
+
+
+def _announced_weights(source: Source) -> dict[str, str]:
+    """Return the SHA-256 that the hub announces for each weights file."""
+    digests = {}
+    for file in source.files:
+        if file.path not in source.weight_files:
+            continue
+        if file.sha256 is None:
+            raise SourceError(
+                f"{source.name}/{file.path}: the hub states no SHA-256, so streamed weights could not be verified",
+                code="source.no_digest",
+                hint="leave out --stream, or use a hub that lists the digests of large files",
+            )
+        digests[file.path] = file.sha256
+    return digests
 
 
 def fetch_files(
@@ -89,20 +116,38 @@ def fetch_files(
     folder: Path,
     cache_dir: Path,
     on_progress: OnProgress,
+    on_wait: OnWait,
 ) -> dict[str, str]:
     """Make ``files`` of a repository lie in ``folder`` and return their SHA-256 by path.
 
     Raises:
         As ``fetch``.
     """
-    with _alone_in(folder):
+    with _alone_in(folder, on_wait):
         records = DigestRecords(cache_dir, folder)
         _require_space(files, folder)
         fetched: dict[str, str] = {}
         for file in files:
-            download = _Download(client, repository, commit, file, folder / file.path, on_progress)
+            download = _Download(client, repository, commit, file, folder / file.path, _Steps(on_progress, file))
             fetched[file.path] = download.run(records).sha256
         return fetched
+
+
+class _Steps:
+    """Tells of one file's progress, but not of every small step."""
+
+    def __init__(self, on_progress: OnProgress, file: SourceFile) -> None:
+        self._on_progress = on_progress
+        self._file = file
+        self._told_bytes = -1
+
+    def __call__(self, done_bytes: int) -> None:
+        """Tell that so many bytes are done, if it is a step further, the end, or less than before (a new start)."""
+        told, total = self._told_bytes, self._file.size_bytes
+        is_step = not told <= done_bytes < told + PROGRESS_BYTES
+        if is_step or (done_bytes == total and done_bytes != told):
+            self._told_bytes = done_bytes
+            self._on_progress(self._file.path, done_bytes, total)
 
 
 @dataclass(frozen=True)
@@ -114,7 +159,7 @@ class _Download:
     commit: str
     file: SourceFile
     target: Path
-    on_progress: OnProgress
+    report: _Steps
 
     @property
     def _by_git(self) -> bool:
@@ -130,7 +175,7 @@ class _Download:
             )
         try:
             if self.target.is_file():
-                kept = records.measure(file.path, self._report, with_git=self._by_git)
+                kept = records.measure(file.path, self.report, with_git=self._by_git)
                 if self._mismatch(kept) is None:
                     return kept
                 # Our own cache was damaged or tampered with: fetch it again.
@@ -150,7 +195,7 @@ class _Download:
         hasher = ContentHasher(self.file.size_bytes, with_git=self._by_git)
         # Unbuffered: what has arrived survives a SIGKILL of this process.
         with part.open("ab", buffering=0) as handle:
-            hasher.update_from(part, self._report)
+            hasher.update_from(part, self.report)
             self._append(handle.fileno(), part, hasher)
             os.fsync(handle.fileno())
         digests = hasher.digests()
@@ -159,27 +204,22 @@ class _Download:
             part.unlink()
             raise mismatch
         part.replace(self.target)
-        self._report(self.file.size_bytes)
+        self.report(self.file.size_bytes)
         return digests
 
     def _append(self, descriptor: int, part: Path, hasher: ContentHasher) -> None:
         done = part.stat().st_size
-        told = done
 
         def take(data: bytes) -> None:
-            nonlocal done, told
+            nonlocal done
             view = memoryview(data)
             while view:
                 view = view[os.write(descriptor, view) :]
             hasher.update(data)
             done += len(data)
-            if done - told >= PROGRESS_BYTES:
-                told = done
-                self._report(done)
+            self.report(done)
 
-        while done < self.file.size_bytes:
-            end = min(done + RANGE_BYTES, self.file.size_bytes)
-            self.client.copy_range(self.repository, self.commit, self.file.path, done, end, take)
+        self.client.copy_range(self.repository, self.commit, self.file.path, done, self.file.size_bytes, take)
 
     def _mismatch(self, got: Digests) -> CorruptWeightsError | None:
         """Return the error for digests other than the announced ones, or None when they are the same."""
@@ -195,9 +235,6 @@ class _Download:
             context={"file": self.file.path, "expected": expected, "got": actual},
         )
 
-    def _report(self, done_bytes: int) -> None:
-        _tell(self.on_progress, self.file, done_bytes)
-
 
 def _digest_folder(
     source: Source, needed: tuple[SourceFile, ...], settings: Settings, on_progress: OnProgress
@@ -212,7 +249,7 @@ def _digest_folder(
             if size_bytes != total:
                 changed = f"{folder / file.path} had {total} bytes a moment ago and has {size_bytes} now"
                 raise CorruptWeightsError(changed, code="source.changed", hint="run the command when it is complete")
-            digests[file.path] = records.measure(file.path, partial(_tell, on_progress, file), with_git=False).sha256
+            digests[file.path] = records.measure(file.path, _Steps(on_progress, file), with_git=False).sha256
         except OSError as error:
             gone = f"{folder / file.path} cannot be read: {error.strerror or error}"
             raise SourceNotFoundError(
@@ -239,7 +276,7 @@ def _require_space(files: tuple[SourceFile, ...], folder: Path) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _alone_in(folder: Path, on_wait: OnWait) -> Iterator[None]:
     """Hold the lock of a folder, waiting for it; the system releases it when the process dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,17 +285,13 @@ def _alone_in(folder: Path) -> Iterator[None]:
         raise storage_error(error, folder, 0) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait(f"another process fetches into {folder}: waiting until it is done")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             raise storage_error(error, folder, 0) from error
         yield
     finally:
         os.close(descriptor)
-
-
-def _tell(on_progress: OnProgress, file: SourceFile, done_bytes: int) -> None:
-    on_progress(file.path, done_bytes, file.size_bytes)
-
-
-def _no_progress(path: str, done_bytes: int, total_bytes: int) -> None:
-    """Tell nobody."""

@@ -1,16 +1,14 @@
-"""Which files of a source matter: weights in safetensors, their companions, and nothing else."""
+"""Which files of a source matter beside its weights, and what is no model at all."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
-from pipeline.errors import CorruptWeightsError, SourceNotFoundError, UnsafeWeightsError
+from pipeline.errors import SourceNotFoundError, UnsafeWeightsError
+from pipeline.weights import top_level_safetensors
 
 CONFIG_FILE = "config.json"
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 
 COMPANION_PATTERNS = (
@@ -66,7 +64,7 @@ def require_model(paths: Collection[str], where: str) -> None:
         UnsafeWeightsError: when the weights are only there as pickles.
         SourceNotFoundError: when there are no weights or no config.json.
     """
-    has_safetensors = any(path.endswith(".safetensors") and "/" not in path for path in paths)
+    has_safetensors = bool(top_level_safetensors(paths))
     pickles = pickled_weights(paths)
     if not has_safetensors and pickles:
         some = ", ".join(pickles[:3]) + (f" and {len(pickles) - 3} more" if len(pickles) > 3 else "")
@@ -91,39 +89,6 @@ def require_model(paths: Collection[str], where: str) -> None:
             code="source.no_safetensors",
             hint="choose the original model's repository, or a revision with safetensors",
         )
-
-
-def choose_weights(paths: Collection[str], index_json: bytes | None, where: str) -> tuple[str, ...]:
-    """Return the weights files that belong to the model, sorted: those that the index names, else the obvious ones.
-
-    Args:
-        paths: All files of the source.
-        index_json: Content of the index, or None when there is none.
-        where: The source's name, for messages.
-
-    Raises:
-        CorruptWeightsError: when the index cannot be read or names a file that is not there.
-    """
-    if index_json is not None:
-        return _named_by_index(paths, index_json, where)
-    if SINGLE_FILE in paths:
-        return (SINGLE_FILE,)
-    top_level = sorted(path for path in paths if path.endswith(".safetensors") and "/" not in path)
-    return tuple(path for path in top_level if path != "consolidated.safetensors") or tuple(top_level)
-
-
-def _named_by_index(paths: Collection[str], index_json: bytes, where: str) -> tuple[str, ...]:
-    hint = "fetch the source again; if it stays the same, its publisher has to repair the index"
-    try:
-        files = set(json.loads(index_json.decode("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        unreadable = f"{where}: {INDEX_FILE} is no JSON object with a weight_map of tensor names to files"
-        raise CorruptWeightsError(unreadable, code="source.index", hint=hint) from error
-    wrong = sorted(repr(file) for file in files if file not in paths or not str(file).endswith(".safetensors"))
-    if wrong or not files:
-        claim = f"names {', '.join(wrong[:3])}: no safetensors files of this source" if wrong else "names no file"
-        raise CorruptWeightsError(f"{where}: {INDEX_FILE} {claim}", code="source.index", hint=hint)
-    return tuple(sorted(files))
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import CorruptWeightsError, SourceNotFoundError
-from pipeline.hub.client import HubClient, Repository, RepositoryKind, Sleep, SourceFile
-from pipeline.hub.selection import CARD_FILE, INDEX_FILE, choose_weights, is_companion, require_model
+from pipeline.hub.client import HubClient, Sleep
+from pipeline.hub.repository import Repository, RepositoryKind, SourceFile
+from pipeline.hub.selection import CARD_FILE, is_companion, require_model
 from pipeline.hub.translate import not_a_name
 from pipeline.settings import Settings
+from pipeline.weights import INDEX_FILE, choose_weights, read_weight_map
 
-MAX_INDEX_BYTES = 100_000_000
 _REPOSITORY = re.compile(r"(?P<name>(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 
 
@@ -68,19 +70,19 @@ def pin_source(text: str, settings: Settings, *, sleep: Sleep = time.sleep) -> S
     Raises:
         SourceNotFoundError: when there is no such folder, repository or revision, no access, or no model in it.
         UnsafeWeightsError: when its weights are only there as pickles.
-        CorruptWeightsError: when its weights index cannot be read or names an absent file.
+        CorruptWeightsError: when its weights index cannot be read or names a file that is not beside it.
     """
-    folder = Path(text).expanduser() if text and "\0" not in text else None
+    folder = _existing(text)
     if folder is not None and folder.is_dir():
         return _pin_folder(folder.resolve(), settings)
-    if folder is not None and folder.exists():
+    if folder is not None:
         raise SourceNotFoundError(
             f"source {text!r} is a file, not a folder",
             code="source.not_a_folder",
             hint=f"give the folder that holds config.json and *.safetensors, for example {folder.parent}",
         )
     if text.startswith(("/", "./", "../", "~")) or text in (".", ".."):
-        missing = f"there is no folder {text!r}"
+        missing = f"there is no folder {text!r:.200}"
         raise SourceNotFoundError(missing, code="source.no_folder", hint="check the path; to use a hub write org/name")
     match = _REPOSITORY.fullmatch(text)
     if match is None:
@@ -97,7 +99,7 @@ def read_range(source: Source, settings: Settings, path: str, start: int, end: i
     """
     if not source.is_local:
         assert source.commit is not None, "a hub source is pinned"
-        return HubClient(settings.hub_token).read_range(source.repository, source.commit, path, start, end)
+        return HubClient(settings.find_hub_token()).read_range(source.repository, source.commit, path, start, end)
     try:
         with (Path(source.location) / path).open("rb") as handle:
             handle.seek(start)
@@ -137,6 +139,25 @@ def companion_files(source: Source) -> tuple[SourceFile, ...]:
     return tuple(file for file in source.files if is_companion(file.path) and file.path not in source.weight_files)
 
 
+def _existing(text: str) -> Path | None:
+    """Return what ``text`` names on this machine, None when that is nothing.
+
+    Raises:
+        SourceNotFoundError: when nobody may look whether there is something.
+    """
+    if not text or "\0" in text:
+        return None
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except RuntimeError:  # the home folder of nobody
+        return None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise _unreadable(Path(text), error) from error
+
+
 def _pin_folder(folder: Path, settings: Settings) -> Source:
     try:
         files = tuple(sorted(_list_folder(folder, depth=2), key=lambda file: file.path))
@@ -147,7 +168,7 @@ def _pin_folder(folder: Path, settings: Settings) -> Source:
 
 def _pin_repository(name: str, revision: str | None, settings: Settings, sleep: Sleep) -> Source:
     repository = Repository(RepositoryKind.MODEL, name, settings.hub_endpoint)
-    commit, listed = HubClient(settings.hub_token, sleep).listing(repository, revision)
+    commit, listed = HubClient(settings.find_hub_token(), sleep).listing(repository, revision)
     files = tuple(sorted(listed, key=lambda file: file.path))
     source = Source(name, False, settings.hub_endpoint, commit, files, (), name)
     return _with_weights(source, f"{name}@{revision or commit[:12]}", settings)
@@ -157,11 +178,8 @@ def _with_weights(source: Source, where: str, settings: Settings) -> Source:
     """Return the source with its weights files chosen, having required that it is a model at all."""
     sizes = source.file_sizes
     require_model(sizes, where)
-    if sizes.get(INDEX_FILE, 0) > MAX_INDEX_BYTES:
-        oversized = f"{where}: {INDEX_FILE} has {sizes[INDEX_FILE]} bytes, too many for an index"
-        raise CorruptWeightsError(oversized, code="source.index", hint="choose another revision of the source")
-    index_json = read_bytes(source, settings, INDEX_FILE) if INDEX_FILE in sizes else None
-    chosen = choose_weights(sizes, index_json, where)
+    weight_map = read_weight_map(sizes, range_reader(source, settings), where)
+    chosen = choose_weights(sizes, weight_map, where)
     return Source(source.name, source.is_local, source.endpoint, source.commit, source.files, chosen, source.location)
 
 

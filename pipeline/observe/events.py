@@ -3,8 +3,8 @@
 A job says ``SourceAdvanced`` while the source's files come in, ``WorkersStarting`` when it asks for workers and
 ``WorkersReady`` whenever their number has changed (a job that finds everything done starts none), ``JobStarted`` once,
 then one ``StageFinished`` for every unit of work that it declared there, with ``Warned`` and ``Degraded`` where they
-arise. It ends with one ``Published`` or failing ``VariantJudged`` per variant, or with ``Failed``. Costs are estimated
-seconds on one worker of the reference machine, comparable over all phases.
+arise. It ends with one ``Published`` or failing ``VariantJudged`` per variant, and with ``Failed`` when the command
+fails. Costs are estimated seconds on one worker of the reference machine, comparable over all phases.
 """
 
 from __future__ import annotations
@@ -209,10 +209,10 @@ class Published:
 
 @dataclass(frozen=True)
 class Failed:
-    """The job ends here.
+    """The command ends here without having done all that was asked for.
 
     Attributes:
-        code: Stable reason, as on ``PipelineError``.
+        code: Stable reason, as on ``PipelineError``; or ``interrupted``, ``terminated``, ``usage``.
         message: What is wrong.
         hint: What to do next; may be empty.
     """

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections import Counter
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.errors import SpecError
-from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
+from pipeline.facts import FACTS_FILE, OVERLAP_TOKENS, Check, ReleaseFacts
 from pipeline.publish import figures, markdown
 from pipeline.publish.loading import loading_guide
 from pipeline.publish.plots import LAYER_ERROR_FILE, SIZE_QUALITY_FILE
+from pipeline.publish.reproduce import reproduce_command, reproduce_spec
 from pipeline.publish.tensor_parallel import Loading, tp_answers
-from pipeline.spec import CalibrationSpec, VariantSpec, parse_variant
 from pipeline.units import format_bytes, format_count
 
 CARD_FILE = "README.md"
@@ -84,37 +82,6 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
     }
 
 
-def reproduce_spec(facts: ReleaseFacts) -> str | None:
-    """Return the YAML of the spec file with what flags cannot say; None when they can say everything."""
-    document: dict[str, Any] = {}
-    if not _is_short_name(facts.variant):
-        document["variants"] = [facts.variant.model_dump(mode="json", exclude_defaults=True)]
-    if facts.calibration.slice_sequences != CalibrationSpec().slice_sequences:
-        document["calibration"] = {"slice_sequences": facts.calibration.slice_sequences}
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True) if document else None
-
-
-def reproduce_command(facts: ReleaseFacts) -> str:
-    """Return the command that makes the same weights, with ``spec.yaml`` where ``reproduce_spec`` returns text."""
-    source, calibration = facts.source, facts.calibration
-    # The provenance of the shipped text names its part; the flag does not.
-    text = "builtin" if calibration.text.startswith("builtin:") else calibration.text
-    words = ["bitmill", "convert", f"./{source.name}" if source.is_local else f"{source.name}@{source.commit}"]
-    words += ["--variant", facts.variant.name] if _is_short_name(facts.variant) else []
-    words += ["--spec", "spec.yaml"] if reproduce_spec(facts) is not None else []
-    words += ["--calibration", text]
-    words += ["--samples", str(calibration.samples), "--length", str(calibration.length)]
-    words += ["--seed", str(calibration.seed)] if calibration.seed else []
-    return shlex.join([*words, "--to", "releases"])
-
-
-def _is_short_name(variant: VariantSpec) -> bool:
-    try:
-        return parse_variant(variant.name) == variant
-    except SpecError:
-        return False
-
-
 def _values(facts: ReleaseFacts) -> dict[str, Any]:
     answers = tp_answers(facts.modules, facts.variant)
     runs_half_only = answers[0].loading is Loading.GENERAL
@@ -140,6 +107,7 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
         "degradations": figures.list_degradations(facts),
         "worst": figures.worst_modules(facts, NUM_WORST_MODULES),
         "max_listed": MAX_LISTED,
+        "overlap_tokens": OVERLAP_TOKENS,
         "samples": [_sample_text(sample.prompt, sample.continuation) for sample in facts.verdict.samples],
         "reproduce_spec": reproduce_spec(facts),
         "reproduce_command": reproduce_command(facts),

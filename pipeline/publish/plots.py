@@ -99,7 +99,15 @@ def plot_size_quality(facts: ReleaseFacts) -> bytes:
     A variant whose divergence is not finite has no place on it.
     """
     own = (facts.size_bytes, facts.quality.kl, f"{facts.variant.name} (this)", _THIS)
-    others = [(other.size_bytes, other.kl, other.variant, _OTHER) for other in facts.siblings]
+    others = [
+        (
+            other.size_bytes,
+            other.kl,
+            other.variant if other.passed else f"{other.variant} (not published)",
+            _OTHER if other.passed else _FAINT,
+        )
+        for other in facts.siblings
+    ]
     points = [point for point in (own, *others) if math.isfinite(point[1])]
     scale, unit = _size_unit(facts.source.size_bytes)
     sizes = [size / scale for size, _, _, _ in points]

@@ -98,6 +98,8 @@ def _identity(facts: ReleaseFacts) -> Table:
         f"perplexity {quality.perplexity:.4g} (source {quality.source_perplexity:.4g}), KL {quality.kl:.4g}, "
         f"top-1 agreement {100 * quality.top1_agreement:.2f} %",
     }
+    if quality.heldout_overlap:
+        rows["held-out"] += f"; calibration has seen {100 * quality.heldout_overlap:.2f} % of it"
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -124,14 +126,16 @@ def _family(facts: ReleaseFacts) -> Table:
     for title in ("weights", "KL", "perplexity"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in figures.family(facts):
-        name = Text(one_line(row.variant) + (" (this one)" if row.is_this else ""), style="bold" if row.is_this else "")
+        mark = " (this one)" if row.is_this else "" if row.passed else " (not published)"
+        name = Text(one_line(row.variant) + mark, style="bold" if row.is_this else "" if row.passed else "dim")
         table.add_row(name, format_bytes(row.size_bytes), f"{row.kl:.4g}", f"{row.perplexity:.4g}")
     return table
 
 
 def _module_cells(module: ModuleFacts) -> list[str | Text]:
     shape = f"{module.out_features} x {module.in_features}"
-    return [Text(one_line(module.name)), shape, str(module.bits), figures.group_word(module)]
+    bits = "-" if module.bits >= figures.UNQUANTIZED_BITS else str(module.bits)
+    return [Text(one_line(module.name)), shape, bits, figures.group_word(module)]
 
 
 def _module_figures(module: ModuleFacts, budget: float | None) -> list[str | Text]:

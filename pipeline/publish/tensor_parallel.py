@@ -10,8 +10,11 @@ along its inputs (o, down: row-parallel). On every rank vLLM then demands
 
 Where only the first holds, symmetric checkpoints and the AWQ format still run on a slower kernel, which computes in
 float16 only. Whether a linear is split by outputs or inputs is read off its name; an unknown name must satisfy both.
-A linear left in 16 bit only has to divide. The rules are taken matrix by matrix, which is stricter than an engine that
+An unquantized linear only has to divide. The rules are taken matrix by matrix, which is stricter than an engine that
 fuses q/k/v first or repeats key/value heads; that the number of attention heads divides is not checked here.
+
+Whatever the shapes, Marlin takes zero points with 4-bit codes only (vLLM's ``query_marlin_supported_quant_types``), and
+nothing but Machete, a kernel for Hopper GPUs alone, takes them with 8-bit ones: such releases count as refused.
 """
 
 from __future__ import annotations
@@ -56,8 +59,9 @@ class TpAnswer:
     Attributes:
         size: Number of ranks.
         loading: How it loads.
-        module: Name of the first linear that keeps it from loading, or from the fast kernel; empty when none does.
-        reason: The rule that this linear breaks; empty when none does.
+        module: Name of the first linear that keeps it from loading, or from the fast kernel; empty when none does, or
+            all do.
+        reason: The rule that is broken; empty when none is.
     """
 
     size: int
@@ -74,7 +78,19 @@ def tp_answers(
     return tuple(_answer(modules, variant, size) for size in sizes)
 
 
+def kernel_refusal(variant: VariantSpec) -> str:
+    """Return why vLLM has no kernel for such codes, whatever the shapes; empty when it has."""
+    if variant.bits == 8 and not variant.symmetric:
+        return (
+            "vLLM's Marlin kernel takes zero points with 4-bit codes only, not with 8-bit ones "
+            "(its Machete kernel does, on Hopper GPUs)"
+        )
+    return ""
+
+
 def _answer(modules: tuple[ModuleFacts, ...], variant: VariantSpec, size: int) -> TpAnswer:
+    if (reason := kernel_refusal(variant)) and any(module.bits < UNQUANTIZED_BITS for module in modules):
+        return TpAnswer(size, Loading.REFUSED, reason=reason)
     slow: TpAnswer | None = None
     # Without a zero point, and in AWQ's own format, vLLM has a second kernel to fall back to.
     fallback = Loading.GENERAL if variant.symmetric or variant.format is Format.AWQ else Loading.REFUSED
@@ -95,7 +111,7 @@ def _splits(module: ModuleFacts, size: int) -> tuple[int, int]:
         return size, 1
     if leaf in _ROW:
         return 1, size
-    # An unknown 16-bit linear is the engine's own affair: it loads as it does in the source.
+    # An unknown unquantized linear is the engine's own affair: it loads as it does in the source.
     is_whole = leaf in _REPLICATED or module.bits >= UNQUANTIZED_BITS
     return (1, 1) if is_whole else (size, size)
 

@@ -19,7 +19,8 @@ Search
     rounded once. Cost: about 25 evaluations of 7 elementwise passes, in chunks that stay in cache.
 
 Degenerate groups (zero, constant, tiny, huge) need no special case: the scale is clamped to the storable range, and a
-zero weight has the zero point as its code, which dequantizes to exactly 0.
+zero weight has the zero point as its code, which dequantizes to exactly 0. A clamped scale costs precision, or clips:
+``unstorable_groups`` tells which ones were, and ``solve`` reports how many.
 """
 
 from __future__ import annotations
@@ -129,13 +130,7 @@ def fit_grid(weight_OI: Tensor, importance: Tensor, scheme: Scheme, search: bool
 
 
 def _fit_chunk(weight_RGg: Tensor, importance: Tensor, scheme: Scheme, search: bool) -> tuple[Tensor, Tensor]:
-    low_RG, high_RG = weight_RGg.amin(-1).clamp_max(0.0), weight_RGg.amax(-1).clamp_min(0.0)
-    if scheme.symmetric:
-        # The negative side has one code more, so the two sides ask for different scales.
-        wished_RG = torch.maximum(high_RG / (scheme.middle - 1), low_RG / -scheme.middle)
-    else:
-        # Divided before subtracting: the range of finite float32 weights may overflow.
-        wished_RG = high_RG / scheme.max_code - low_RG / scheme.max_code
+    low_RG, wished_RG = _wished_scale(weight_RGg, scheme)
     scale_RG = storable_scale(wished_RG, round_up=True)
     zero_RG = _zero_for(low_RG, scale_RG, scheme)
     if not search:
@@ -150,6 +145,32 @@ def _fit_chunk(weight_RGg: Tensor, importance: Tensor, scheme: Scheme, search: b
         best.offer(storable_scale(best.scale_RG * step), best.zero_RG)
     best.offer_zero_neighbours()
     return best.scale_RG, best.zero_RG
+
+
+def _wished_scale(weight_RGg: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return the lower end of every group's range (at most 0) and the scale that clips nothing of it, float32 [R, G]
+    each; the scale is 0 for a group of zeros."""
+    low_RG, high_RG = weight_RGg.amin(-1).clamp_max(0.0), weight_RGg.amax(-1).clamp_min(0.0)
+    if scheme.symmetric:
+        # The negative side has one code more, so the two sides ask for different scales.
+        return low_RG, torch.maximum(high_RG / (scheme.middle - 1), low_RG / -scheme.middle)
+    # Divided before subtracting: the range of finite float32 weights may overflow.
+    return low_RG, high_RG / scheme.max_code - low_RG / scheme.max_code
+
+
+def unstorable_groups(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return how many groups of each row need, to clip nothing, a scale below MIN_SCALE / 2 and one above MAX_SCALE.
+
+    Both are int64 [O]. A group of zeros needs none. From MIN_SCALE / 2 up to MIN_SCALE the steps are less than twice as
+    wide as they would be: a group loses less than a bit. Rows are counted alone, so a stack changes nothing.
+
+    Args:
+        weight_OI: float32 [O, I], finite.
+        scheme: Grid; its group size divides I.
+    """
+    _, wished_OG = _wished_scale(weight_OI.view(weight_OI.shape[0], -1, scheme.group_size), scheme)
+    below_OG = (wished_OG > 0) & (wished_OG < MIN_SCALE / 2)
+    return below_OG.sum(-1), (wished_OG > MAX_SCALE).sum(-1)
 
 
 def _zero_for(low_RG: Tensor, scale_RG: Tensor, scheme: Scheme) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 from pipeline.errors import QuantizationError
 from pipeline.quantize.checks import require_solvable
 from pipeline.quantize.gptq import Factor, damping_ladder, factor, solve_columns
-from pipeline.quantize.grid import block_importance, channel_importance
+from pipeline.quantize.grid import block_importance, channel_importance, unstorable_groups
 from pipeline.quantize.loss import row_losses
 from pipeline.quantize.rtn import round_rows
 from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport, Statistics, dequantize
@@ -70,6 +70,8 @@ class SolvedRows:
         error_norm_O: float64 [O], squared norm of the row's error.
         norm_O: float64 [O], squared norm of the row.
         damping_O: float64 [O], damping that the row was solved with; 0 where nothing was factored.
+        num_below_O: int64 [O], groups that need a scale below half of what can be stored.
+        num_above_O: int64 [O], groups that need a scale above what can be stored.
     """
 
     codes_OI: Tensor
@@ -80,6 +82,8 @@ class SolvedRows:
     error_norm_O: Tensor
     norm_O: Tensor
     damping_O: Tensor
+    num_below_O: Tensor
+    num_above_O: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by field name, for storage; ``SolvedRows(**tensors)`` is the inverse."""
@@ -206,23 +210,30 @@ def as_linear(
     loss, energy = float(rows.loss_O.sum()), float(rows.energy_O.sum())
     error_norm, norm = float(rows.error_norm_O.sum()), float(rows.norm_O.sum())
     damping = float(rows.damping_O.max())
-    degradations: tuple[str, ...] = ()
-    if damping > options.damping:
-        raised = int((rows.damping_O > options.damping).sum())
-        degradations = (
-            f"damping raised from {options.damping:g} to {damping:g} for {raised} of {rows.damping_O.numel()} rows: "
-            "with less, H could not be factored or codes overflowed",
-        )
     report = SolveReport(
         loss=loss / num_tokens,
         relative_error=(loss / energy) ** 0.5 if energy > 0 else 0.0,
         weight_error=(error_norm / norm) ** 0.5 if norm > 0 else 0.0,
         damping=damping,
         num_dead_inputs=num_dead_inputs,
-        degradations=degradations,
+        degradations=tuple(_degradations(rows, damping, options)),
     )
     # Own memory: a view would keep (and a serializer would write) the whole stack.
     return QuantizedLinear(scheme, rows.codes_OI.clone(), rows.scale_OG.clone(), rows.zero_OG.clone(), report)
+
+
+def _degradations(rows: SolvedRows, damping: float, options: SolveOptions) -> Iterator[str]:
+    if damping > options.damping:
+        raised = int((rows.damping_O > options.damping).sum())
+        yield (
+            f"damping raised from {options.damping:g} to {damping:g} for {raised} of {rows.damping_O.numel()} rows: "
+            "with less, H could not be factored or codes overflowed"
+        )
+    total = rows.scale_OG.numel()
+    if below := int(rows.num_below_O.sum()):
+        yield f"{below} of {total} groups need a scale below half the smallest normal float16"
+    if above := int(rows.num_above_O.sum()):
+        yield f"{above} of {total} groups need a scale above the largest that can be stored"
 
 
 def _in_order(rows: SolvedRows, positions: Tensor) -> SolvedRows:
@@ -308,6 +319,7 @@ def _solve_in_tiles(
         padded_RI = torch.nn.functional.pad(weight_RI, (0, 0, 0, tile_rows - num_rows))
         codes_RI, scale_RG, zero_RG, loss_R, is_finite_R = tile_solver(padded_RI)
         delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(padded_RI)
+        num_below_R, num_above_R = unstorable_groups(padded_RI, scheme)
         solved = SolvedRows(
             codes_OI=codes_RI,
             scale_OG=scale_RG,
@@ -317,6 +329,8 @@ def _solve_in_tiles(
             error_norm_O=delta_RI.square_().sum(-1, dtype=torch.float64),
             norm_O=padded_RI.square().sum(-1, dtype=torch.float64),
             damping_O=torch.full_like(loss_R, damping),
+            num_below_O=num_below_R,
+            num_above_O=num_above_R,
         )
         tiles.append(SolvedRows(*(tensor[:num_rows] for tensor in vars(solved).values())))
         finite.append(is_finite_R[:num_rows])

@@ -2,7 +2,7 @@
 
 A linear group is the set of linears that are called on the same tensor (q/k/v, gate/up). Its members share their
 input statistics and are solved as rows of one matrix. Linears that the forward pass never calls, and parameters that
-are no linears, stay in 16 bit and are named with the reason.
+are no linears, stay unquantized and are named with the reason.
 """
 
 from __future__ import annotations

@@ -19,17 +19,9 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipeline.disk import disk_errors, make_folders, save_file, sync, write_file
 from pipeline.errors import ConditionalWriteError, ConflictError, StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes, digest_file
-from pipeline.storage.disk import (
-    Temporaries,
-    disk_errors,
-    exclusive_lock,
-    make_folders,
-    save_file,
-    sync_folder,
-    write_file,
-)
 from pipeline.storage.objects import (
     CHUNK_BYTES,
     Blob,
@@ -37,8 +29,10 @@ from pipeline.storage.objects import (
     changed_file,
     check_key,
     missing_object,
+    reading_errors,
     short_object,
 )
+from pipeline.storage.temporaries import Temporaries, exclusive_lock
 
 PRIVATE_FOLDER = ".bitmill-tmp"
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -137,13 +131,13 @@ class DirectoryStore:
         """Copy a file to ``key``, replacing what is there.
 
         Raises:
-            StorageError: when the bytes that were read do not have the SHA-256; nothing appears then.
+            StorageError: when the file cannot be read, or its bytes do not have the SHA-256; nothing appears then.
         """
         target = self.path_of(key)
         hasher = hashlib.sha256()
 
         def chunks() -> Iterator[bytes]:
-            with path.open("rb") as handle:
+            with reading_errors(path), path.open("rb") as handle:
                 while chunk := handle.read(CHUNK_BYTES):
                     hasher.update(chunk)
                     yield chunk
@@ -156,7 +150,7 @@ class DirectoryStore:
             with self._lock():
                 make_folders(target.parent)
                 temporary.replace(target)
-                sync_folder(target.parent)
+                sync(target.parent)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write an object and return its etag.
@@ -177,7 +171,7 @@ class DirectoryStore:
                     if if_match is not None and not (target.is_file() and digest_file(target) == if_match):
                         raise ConflictError(f"{self.url}/{key} was changed by somebody else")
                     temporary.replace(target)
-                sync_folder(target.parent)
+                sync(target.parent)
         return digest_bytes(data)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -212,13 +206,14 @@ class DirectoryStore:
             while folder != self.root and not any(folder.iterdir()):
                 folder.rmdir()
                 folder = folder.parent
-            sync_folder(folder)
+            sync(folder)
 
-    def sweep_partial(self, before: datetime, *, dry_run: bool = False) -> tuple[str, ...]:
-        """Remove the temporaries of dead writers and return their names; their locks tell them, so ``before`` does
-        not matter here."""
+    def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
+        """Remove the temporaries of dead writers and return their names; their locks tell them, so neither ``prefix``
+        nor ``before`` matters here."""
+        check_key(prefix.removesuffix("/"))
         with self._errors():
-            return self._temporaries.sweep(dry_run=dry_run)
+            return self._temporaries.sweep()
 
     def _existing(self, key: str) -> Path:
         path = self.path_of(key)

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.disk import disk_errors, make_folders, save_file
 from pipeline.errors import CorruptReleaseError, StorageError
-from pipeline.fingerprint import digest_file
+from pipeline.fingerprint import digest_bytes, digest_file
 from pipeline.settings import Settings
 from pipeline.storage.directory import DirectoryStore
-from pipeline.storage.disk import disk_errors, make_folders, save_file
 from pipeline.storage.manifest import (
     MANIFEST_NAME,
     NAME_PATTERN,
@@ -35,10 +35,9 @@ from pipeline.storage.manifest import (
     release_prefix,
 )
 from pipeline.storage.objects import ObjectStore, open_store
-from pipeline.storage.refs import read_ref
+from pipeline.storage.refs import DEFAULT_REF, read_ref
 from pipeline.storage.release import list_releases
 
-DEFAULT_REF = "main"
 _ADDRESS = re.compile(
     rf"(?:(?P<target>.*)/)?{RELEASES}/(?P<namespace>{NAME_PATTERN})/(?P<name>{NAME_PATTERN})"
     rf"(?:/(?P<revision>{REVISION_PATTERN})|@(?P<ref>{NAME_PATTERN}))?"
@@ -128,8 +127,48 @@ def verify_release_files(located: LocatedRelease) -> list[str]:
 
     Every file is read to its end, in chunks.
     """
-    store, prefix = located.store, located.prefix
-    found = {info.key.removeprefix(prefix): info.size_bytes for info in store.list(prefix)}
+    return _problems(located, lambda file: _digest_object(located.store, located.prefix + file.path))
+
+
+def copy_release(located: LocatedRelease, folder: Path) -> list[str]:
+    """``folder`` holds the files of a release as its store gives them now; return what is wrong with them.
+
+    Every file is transferred once, and the copy checked; the problems are those of `verify_release_files`.
+
+    Raises:
+        DiskFullError: when the disk is full.
+    """
+
+    def digest_copy(file: ReleaseFile) -> str:
+        path = folder / file.path
+        make_folders(path.parent)
+        located.store.download(located.prefix + file.path, path)
+        return digest_file(path)
+
+    with disk_errors(str(folder), hint="free some space there, or set BITMILL_CACHE to a larger disk"):
+        make_folders(folder)
+        return _problems(located, digest_copy)
+
+
+def read_release_file(located: LocatedRelease, path: str) -> bytes:
+    """Return the content of one small file of a release, which is the one that its manifest states.
+
+    Raises:
+        CorruptReleaseError: when the release has no such file, or its content is another one.
+    """
+    stated = {file.path: file.sha256 for file in located.manifest.files}
+    blob = located.store.read(located.prefix + path)
+    if blob is None or path not in stated:
+        raise CorruptReleaseError(f"{located.uri} has no {path}", hint="is this a release made by bitmill?")
+    if digest_bytes(blob.data) != stated[path]:
+        raise CorruptReleaseError(
+            f"{located.uri}/{path} does not match the release's manifest", hint="publish the release again"
+        )
+    return blob.data
+
+
+def _problems(located: LocatedRelease, digest: Callable[[ReleaseFile], str]) -> list[str]:
+    found = {info.key.removeprefix(located.prefix): info.size_bytes for info in located.store.list(located.prefix)}
     expected = {file.path for file in located.manifest.files}
     problems = []
     for file in located.manifest.files:
@@ -137,7 +176,7 @@ def verify_release_files(located: LocatedRelease) -> list[str]:
             problems.append(f"{file.path} is missing")
         elif found[file.path] != file.size_bytes:
             problems.append(f"{file.path} has {found[file.path]} bytes, the manifest says {file.size_bytes}")
-        elif (sha256 := _digest_object(store, prefix + file.path)) != file.sha256:
+        elif (sha256 := digest(file)) != file.sha256:
             problems.append(f"{file.path} has SHA-256 {sha256}, the manifest says {file.sha256}")
     extra = sorted(set(found) - expected - {MANIFEST_NAME})
     return problems + [f"{path} is not in the manifest" for path in extra]
@@ -206,6 +245,10 @@ def download_release(
     return folder
 
 
+def _matches(path: Path, file: ReleaseFile) -> bool:
+    return path.stat().st_size == file.size_bytes and digest_file(path) == file.sha256
+
+
 def _address(location: str) -> re.Match[str] | None:
     """Return the parts of ``TARGET/releases/…``, or None for any other folder."""
     address = _ADDRESS.fullmatch(location)
@@ -258,7 +301,3 @@ def _digest_object(store: ObjectStore, key: str) -> str:
     for chunk in store.stream(key):
         hasher.update(chunk)
     return hasher.hexdigest()
-
-
-def _matches(path: Path, file: ReleaseFile) -> bool:
-    return path.stat().st_size == file.size_bytes and digest_file(path) == file.sha256

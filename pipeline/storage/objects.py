@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,9 @@ from pipeline.errors import SpecError, StorageError
 from pipeline.settings import Settings
 
 CHUNK_BYTES = 1 << 20
+MISSING_OBJECT = "storage.missing_object"
+"""Code of the error for an object that had to be there."""
+
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -95,7 +99,7 @@ class ObjectStore(Protocol):
         """Write a file of any size to ``key``, replacing what is there.
 
         Raises:
-            StorageError: when the bytes that were read do not have the SHA-256; nothing appears then.
+            StorageError: when the file cannot be read, or its bytes do not have the SHA-256; nothing appears then.
         """
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
@@ -117,17 +121,26 @@ class ObjectStore(Protocol):
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there stays so."""
 
-    def sweep_partial(self, before: datetime, *, dry_run: bool = False) -> tuple[str, ...]:
+    def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
         """Remove what interrupted writers left outside the visible objects, and return its names.
 
         Args:
+            prefix: Folder of the keys that they wrote to. Not the whole store: a bucket may hold other people's
+                uploads. A store that knows its dead writers removes what they left, wherever they wrote to.
             before: Uploads that began later are kept where a store cannot tell whether their writer still lives.
-            dry_run: Only name what would be removed.
+
+        Raises:
+            StorageError: also for an empty prefix.
         """
 
 
-def open_store(url: str, settings: Settings) -> ObjectStore:
+def open_store(url: str, settings: Settings, *, attempts: int | None = None) -> ObjectStore:
     """Return the store at a directory's path or ``s3://bucket/prefix``. Nothing is read or written yet.
+
+    Args:
+        url: Where the store is.
+        settings: Endpoint for ``s3://``.
+        attempts: Attempts of each request to a service, with growing waits between them; None for the usual ones.
 
     Raises:
         SpecError: when ``url`` is neither.
@@ -145,7 +158,7 @@ def open_store(url: str, settings: Settings) -> ObjectStore:
         prefix = prefix.strip("/")
         if prefix:
             check_key(prefix)
-        return connect_s3(bucket, prefix, settings.s3_endpoint)
+        return connect_s3(bucket, prefix, settings.s3_endpoint, attempts)
     if not url or _SCHEME.match(url):
         raise SpecError(
             f"{url!r} is not a target that Bitmill can write to",
@@ -172,7 +185,7 @@ def check_key(key: str) -> str:
 
 def missing_object(url: str, key: str) -> StorageError:
     """Return the error for an object that had to be there."""
-    return StorageError(f"{url}/{key} does not exist", code="storage.missing_object")
+    return StorageError(f"{url}/{key} does not exist", code=MISSING_OBJECT)
 
 
 def short_object(url: str, key: str, end: int) -> StorageError:
@@ -187,3 +200,16 @@ def changed_file(path: Path, sha256: str, found: str) -> StorageError:
         code="storage.changed_file",
         hint="run the same command again when nothing else writes to that folder",
     )
+
+
+@contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of reading ``path``, or what is in it, for a release into a StorageError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {error.filename or path} to publish it: {error.strerror or error}",
+            code="storage.unreadable_file",
+            hint="check its permissions, and run the same command again when nothing else writes to that folder",
+        ) from error

@@ -27,9 +27,14 @@ from pipeline.storage.manifest import (
 )
 from pipeline.storage.objects import ObjectStore
 
+DEFAULT_REF = "main"
+"""The ref that moves with every release unless others are named."""
+
 MAX_HISTORY = 100
 MAX_MOVES_TRIED = 20
 _MAX_PAUSE_S = 0.5
+FENCED = "storage.fenced"
+"""Code of the error of a job that comes to publish after another one did."""
 
 
 class RefMove(BaseModel):
@@ -89,13 +94,30 @@ def read_ref(store: ObjectStore, namespace: str, name: str, ref: str) -> Ref | N
 
 
 def move_ref(
-    store: ObjectStore, namespace: str, name: str, ref: str, revision: str, *, now: Callable[[], datetime] = utc_now
+    store: ObjectStore,
+    namespace: str,
+    name: str,
+    ref: str,
+    revision: str,
+    *,
+    seen_sequence: int | None = None,
+    now: Callable[[], datetime] = utc_now,
 ) -> Ref:
     """The ref points at a finished release that passed its gates.
 
+    Args:
+        store: Where.
+        namespace: First part of the release's address.
+        name: Second part.
+        ref: Which name moves.
+        revision: Where it moves to.
+        seen_sequence: The ref's sequence when the job began that wants it moved (0 when there was no ref). If others
+            have moved it since, this job is late, and what they published stays. None moves it in any case.
+        now: The clock for the ref's history.
+
     Raises:
         StorageError: when that revision is not finished or did not pass.
-        ConflictError: when others kept moving the ref at the same time.
+        ConflictError: when others kept moving the ref at the same time, or moved it since the job began.
     """
     key = ref_key(namespace, name, ref)
     _require_publishable(store, namespace, name, revision)
@@ -109,14 +131,27 @@ def move_ref(
             current, etag = found
             if current.revision == revision:
                 return current
+            if seen_sequence is not None and current.sequence > seen_sequence:
+                raise _fenced(store, key, current, revision)
             moved = current.moved_to(revision, now())
             store.put(key, moved.to_bytes(), if_match=etag)
             return moved
-        except ConflictError:
+        except ConflictError as error:
+            if error.code == FENCED:
+                raise
             time.sleep(random.uniform(0, min(_MAX_PAUSE_S, 0.01 * 2**attempt)))
     raise ConflictError(
         f"{store.url}/{key} was moved by others {MAX_MOVES_TRIED} times while it should move to {revision}",
         hint="run the same command again; the files are published already",
+    )
+
+
+def _fenced(store: ObjectStore, key: str, current: Ref, revision: str) -> ConflictError:
+    return ConflictError(
+        f"{store.url}/{key} was moved to {current.revision[:12]} since this job began, so it is not moved to "
+        f"{revision[:12]}",
+        code=FENCED,
+        hint="another job published in the meantime; run the same command again to publish on top of it",
     )
 
 

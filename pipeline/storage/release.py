@@ -1,19 +1,24 @@
-"""How a folder becomes a release, and how releases and their leftovers are listed.
+"""How a folder becomes a release, and how releases are listed.
 
 Publishing goes: files, manifest (created, never replaced), refs (compare-and-swap). A process killed at any point
 leaves either files without a manifest, which nothing reads and a rerun completes, or a complete release whose ref
 still points elsewhere. A rerun uploads only what is not there with the right size and SHA-256, finds an equal manifest
 where the first run got that far, and ends with the same bytes.
+
+Parts of interrupted uploads are invisible and cost space until somebody gives them up: publishing a release first
+removes those of the same release, whatever their revision, that began more than `PARTIAL_UPLOAD_AGE` ago.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pipeline.errors import ConflictError, CorruptReleaseError, StorageError
@@ -30,8 +35,11 @@ from pipeline.storage.manifest import (
     make_manifest,
     release_prefix,
 )
-from pipeline.storage.objects import ObjectInfo, ObjectStore
-from pipeline.storage.refs import move_ref, read_ref, utc_now
+from pipeline.storage.objects import ObjectStore, reading_errors
+from pipeline.storage.refs import DEFAULT_REF, move_ref, read_ref, utc_now
+
+PARTIAL_UPLOAD_AGE = timedelta(days=1)
+"""Age at which the writer of an unfinished upload counts as dead: a file takes minutes to hours, and clocks differ."""
 
 UPLOADED_LAST = ("config.json", "README.md")
 """What engines and people open first, in the order in which it follows the other files: an upload that stopped has no
@@ -39,6 +47,8 @@ card that says what was verified, and nothing loads it."""
 
 _RELEASE_KEY = re.compile(rf"{RELEASES}/({NAME_PATTERN})/({NAME_PATTERN})/({REVISION_PATTERN})/(.+)")
 _REF_KEY = re.compile(rf"{REFS}/({NAME_PATTERN})/({NAME_PATTERN})/({NAME_PATTERN})")
+_MAX_LISTED = 8
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,31 +80,6 @@ class ListedRelease:
     refs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class UnfinishedRelease:
-    """Files of a publication that has no manifest.
-
-    Attributes:
-        prefix: Their common key prefix.
-        num_files: How many there are.
-        size_bytes: Their size together.
-        modified_at: When the latest of them was written.
-    """
-
-    prefix: str
-    num_files: int
-    size_bytes: int
-    modified_at: datetime
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep removed, or would remove."""
-
-    releases: tuple[UnfinishedRelease, ...]
-    partial_uploads: tuple[str, ...]
-
-
 def publish_release(
     store: ObjectStore,
     folder: Path,
@@ -102,8 +87,10 @@ def publish_release(
     name: str,
     provenance: dict[str, Any],
     *,
+    file_names: Set[str],
     verdict_passed: bool,
-    refs: tuple[str, ...] = ("main",),
+    refs: tuple[str, ...] = (DEFAULT_REF,),
+    seen: Mapping[str, int] = MappingProxyType({}),
     now: Callable[[], datetime] = utc_now,
 ) -> PublishedRelease:
     """The files of ``folder`` are a release of ``store``, and the refs point at it.
@@ -116,13 +103,18 @@ def publish_release(
         namespace: First part of the release's address.
         name: Second part.
         provenance: JSON values that say what the files were made from; part of the revision.
+        file_names: The files of ``folder`` that whoever made it wrote there, relative to it and with slashes. What lies
+            there is not taken at its word: another job or person may have added or removed something.
         verdict_passed: Whether every gate passed. A release that did not pass gets no refs.
         refs: Refs to move; empty to publish without a name that people use.
-        now: The clock for the refs' history.
+        seen: Sequences of refs when the job began, as ``move_ref`` takes them: a job that comes late moves nothing.
+        now: The clock for the refs' history and the age of leftovers.
 
     Raises:
-        StorageError: when the folder is empty or changes, or refs are asked for a release that did not pass.
+        StorageError: when the folder is empty, has other files or changes, or refs are asked for a release that did
+            not pass.
         CorruptReleaseError: when the revision is there with another manifest.
+        ConflictError: when a ref was moved by others since the job began.
         TargetUnavailableError: when the store is missing, refuses us or cannot be reached.
         DiskFullError: when the store is full.
     """
@@ -133,8 +125,9 @@ def publish_release(
         )
     for ref in refs:
         check_name(ref, "ref")
-    manifest = make_manifest(namespace, name, _describe(folder), provenance, verdict_passed=verdict_passed)
+    manifest = make_manifest(namespace, name, _describe(folder, file_names), provenance, verdict_passed=verdict_passed)
     prefix = release_prefix(namespace, name, manifest.revision)
+    _give_up_leftovers(store, f"{RELEASES}/{namespace}/{name}/", now() - PARTIAL_UPLOAD_AGE)
     missing = [file for file in manifest.files if not store.holds(prefix + file.path, file.size_bytes, file.sha256)]
     missing.sort(key=lambda file: UPLOADED_LAST.index(file.path) if file.path in UPLOADED_LAST else -1)
     for file in missing:
@@ -142,7 +135,7 @@ def publish_release(
     _require_files(store, prefix, manifest)
     _write_manifest(store, prefix, manifest)
     for ref in refs:
-        move_ref(store, namespace, name, ref, manifest.revision, now=now)
+        move_ref(store, namespace, name, ref, manifest.revision, seen_sequence=seen.get(ref), now=now)
     return PublishedRelease(store.url, f"{store.url}/{prefix.rstrip('/')}", manifest.revision, refs, len(missing))
 
 
@@ -161,52 +154,43 @@ def list_releases(store: ObjectStore) -> tuple[ListedRelease, ...]:
     )
 
 
-def sweep_unfinished(store: ObjectStore, *, before: datetime, dry_run: bool = False) -> Sweep:
-    """Files of publications that never finished, and parts of interrupted uploads, are removed.
-
-    Args:
-        store: Where.
-        before: Only what was last written before this time (UTC, by the store's clock). It must lie further back than
-            any publication that may still be running takes.
-        dry_run: Only say what would be removed.
-    """
-    folders: dict[str, list[ObjectInfo]] = defaultdict(list)
-    for info in store.list(f"{RELEASES}/"):
-        if match := _RELEASE_KEY.fullmatch(info.key):
-            folders[release_prefix(match[1], match[2], match[3])].append(info)
-    swept = []
-    for prefix, infos in folders.items():
-        latest = max(info.modified_at for info in infos)
-        if latest >= before or any(info.key == prefix + MANIFEST_NAME for info in infos):
-            continue
-        swept.append(UnfinishedRelease(prefix, len(infos), sum(info.size_bytes for info in infos), latest))
-        if not dry_run:
-            for info in infos:
-                store.delete(info.key)
-    return Sweep(tuple(swept), store.sweep_partial(before, dry_run=dry_run))
-
-
-def _describe(folder: Path) -> tuple[ReleaseFile, ...]:
-    """Return the files of a folder with their digests."""
-    try:
-        paths = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
-        files = tuple(
-            ReleaseFile(
-                path=path.relative_to(folder).as_posix(), size_bytes=path.stat().st_size, sha256=digest_file(path)
-            )
-            for path in paths
+def _describe(folder: Path, file_names: Set[str]) -> tuple[ReleaseFile, ...]:
+    """Return the files of a folder with their digests, having checked that they are those with these names."""
+    with reading_errors(folder):
+        found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+        _require_names(folder, found.keys(), file_names)
+        return tuple(
+            ReleaseFile(path=name, size_bytes=path.stat().st_size, sha256=digest_file(path))
+            for name, path in found.items()
         )
-    except OSError as error:
-        raise StorageError(f"cannot read {error.filename or folder} to publish it: {error.strerror}") from error
-    if not files:
+
+
+def _require_names(folder: Path, found: Set[str], expected: Set[str]) -> None:
+    problems = [f"{name} is missing" for name in sorted(expected - found)]
+    problems += [f"{name} was not written by this run" for name in sorted(found - expected)]
+    if problems:
+        raise StorageError(
+            f"{folder} is not what was made for publishing: {', '.join(problems[:_MAX_LISTED])}",
+            code="storage.changed_folder",
+            hint="run the same command again when nothing else writes to that folder",
+        )
+    if not found:
         raise StorageError(f"{folder} has no files to publish")
-    if any(file.path == MANIFEST_NAME for file in files):
+    if MANIFEST_NAME in found:
         raise StorageError(f"{folder / MANIFEST_NAME} has the name of a release's manifest; rename or remove it")
-    return files
+
+
+def _give_up_leftovers(store: ObjectStore, prefix: str, before: datetime) -> None:
+    """Free the space of dead writers before more is needed. Who may write a release may not always list uploads, and
+    that is no reason not to publish it."""
+    try:
+        store.sweep_partial(prefix, before)
+    except StorageError as error:
+        _log.warning("parts of interrupted uploads stay in %s: %s", store.url, error.message)
 
 
 def _require_files(store: ObjectStore, prefix: str, manifest: Manifest) -> None:
-    """Look once more before the release becomes visible: a sweep may have taken old leftovers that were reused."""
+    """Look once more before the release becomes visible: somebody may have cleaned up leftovers that were reused."""
     found = {info.key.removeprefix(prefix): info.size_bytes for info in store.list(prefix)}
     for file in manifest.files:
         if found.get(file.path) != file.size_bytes:

@@ -18,25 +18,25 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import (
     ClientError,
-    HTTPClientError,
-    IncompleteReadError,
+    FlexibleChecksumError,
     InvalidRegionError,
     ProfileNotFound,
 )
 
+from pipeline.disk import disk_errors, save_file
 from pipeline.errors import StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes
-from pipeline.storage.disk import disk_errors, save_file
 from pipeline.storage.objects import (
-    CHUNK_BYTES,
     Blob,
     ObjectInfo,
     changed_file,
     check_key,
     missing_object,
+    reading_errors,
     short_object,
 )
-from pipeline.storage.s3_errors import S3Place, error_status, is_missing, s3_errors
+from pipeline.storage.s3_errors import S3Place, error_code, error_status, is_missing, s3_errors
+from pipeline.storage.s3_read import read_body
 from pipeline.storage.s3_upload import MAX_PARTS, upload_parts
 
 PART_BYTES = 16 << 20
@@ -47,21 +47,24 @@ MAX_ATTEMPTS = 4
 _DIGEST = "sha256"
 
 
-def connect_s3(bucket: str, prefix: str, endpoint: str | None) -> S3Store:
+def connect_s3(bucket: str, prefix: str, endpoint: str | None, attempts: int | None = None) -> S3Store:
     """Return the store at ``s3://bucket/prefix``; keys and region are read by boto3 as everywhere. Sends nothing.
 
     Args:
         bucket: Name of the bucket.
         prefix: Put before every key with a slash; empty for the whole bucket.
         endpoint: Base URL of the service, or None for AWS.
+        attempts: Attempts of each request; botocore waits up to 1, 2, 4, ... 20 seconds between them.
+            None for the usual ones.
 
     Raises:
         TargetUnavailableError: when the endpoint, region or profile cannot be meant.
     """
+    attempts = attempts or MAX_ATTEMPTS
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
-        retries={"total_max_attempts": MAX_ATTEMPTS, "mode": "standard"},
+        retries={"total_max_attempts": attempts, "mode": "standard"},
         # Names like bucket.127.0.0.1 resolve nowhere, and few self-hosted stores are set up for them.
         s3={"addressing_style": "path"} if endpoint else {},
     )
@@ -76,7 +79,7 @@ def connect_s3(bucket: str, prefix: str, endpoint: str | None) -> S3Store:
             hint="check AWS_ENDPOINT_URL_S3 (http://host:port), AWS_REGION and AWS_PROFILE",
         ) from error
     place = S3Place(bucket, str(client.meta.endpoint_url), is_aws=endpoint is None)
-    return S3Store(client, place, prefix)
+    return S3Store(client, place, prefix, attempts=attempts)
 
 
 class S3Store:
@@ -89,11 +92,14 @@ class S3Store:
         page_size: Objects asked for in one request of a listing.
     """
 
-    def __init__(self, client: Any, place: S3Place, prefix: str, part_bytes: int = PART_BYTES) -> None:
+    def __init__(
+        self, client: Any, place: S3Place, prefix: str, part_bytes: int = PART_BYTES, attempts: int = MAX_ATTEMPTS
+    ) -> None:
         self.place = place
         self.prefix = prefix
         self.part_bytes = part_bytes
         self.page_size = PAGE_SIZE
+        self._attempts = attempts
         self._client = client
         self._bucket_is_known = False
 
@@ -112,11 +118,20 @@ class S3Store:
         )
 
     def read(self, key: str) -> Blob | None:
-        """Return the whole content, or None when there is no such object."""
-        answer = self._open(key)
-        if answer is None:
-            return None
-        return Blob(b"".join(self._chunks(key, answer)), str(answer["ETag"]))
+        """Return the whole content, or None when there is no such object; a damaged answer is asked for again.
+
+        Raises:
+            StorageError: when the answers stay damaged.
+        """
+        failures = 0
+        while (answer := self._open(key)) is not None:
+            try:
+                return Blob(b"".join(self._chunks(key, answer)), str(answer["ETag"]))
+            except StorageError as error:
+                failures += 1
+                if not isinstance(error.__cause__, FlexibleChecksumError) or failures == MAX_ATTEMPTS:
+                    raise
+        return None
 
     def get_range(self, key: str, start: int, end: int) -> bytes:
         """Return bytes ``start`` to ``end`` (exclusive).
@@ -143,7 +158,8 @@ class S3Store:
         """Return the content in chunks; a broken connection is taken up where it broke.
 
         Raises:
-            StorageError: when the object is missing, or is replaced while it is read.
+            StorageError: when the object is missing, is replaced while it is read, or came with a wrong checksum, which
+                shows at its end.
         """
         answer = self._open(key)
         if answer is None:
@@ -171,23 +187,27 @@ class S3Store:
         """Write a file of any size to ``key``, replacing what is there.
 
         Raises:
-            StorageError: when the bytes that were read do not have the SHA-256; nothing appears then.
+            StorageError: when the file cannot be read, or its bytes do not have the SHA-256; nothing appears then.
         """
         request = self._object(key) | {"Metadata": {_DIGEST: sha256}}
-        with path.open("rb") as handle:
+        with reading_errors(path), path.open("rb") as handle, s3_errors(self.place, f"writing {key}"):
             size_bytes = path.stat().st_size
             if size_bytes <= self.part_bytes:
                 data = handle.read()
-                if digest_bytes(data) != sha256:
-                    raise changed_file(path, sha256, digest_bytes(data))
-                with s3_errors(self.place, f"writing {key}"):
+                found = digest_bytes(data)
+                if found == sha256:
                     self._client.put_object(**request, Body=data)
-                return
-            part_bytes = max(self.part_bytes, -(-size_bytes // MAX_PARTS))
-            with s3_errors(self.place, f"writing {key}"):
-                found = upload_parts(self._client, request, handle, part_bytes, sha256)
-            if found != sha256:
-                raise changed_file(path, sha256, found)
+            else:
+                part_bytes = max(self.part_bytes, -(-size_bytes // MAX_PARTS))
+                try:
+                    found = upload_parts(self._client, request, handle, part_bytes, sha256)
+                except ClientError as error:
+                    # Completing it succeeded and its answer got lost: the retry finds no such upload any more.
+                    if error_code(error) == "NoSuchUpload" and self.holds(key, size_bytes, sha256):
+                        return
+                    raise
+        if found != sha256:
+            raise changed_file(path, sha256, found)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write a small object and return its etag.
@@ -225,19 +245,24 @@ class S3Store:
         with s3_errors(self.place, f"deleting {key}"):
             self._client.delete_object(**self._object(key))
 
-    def sweep_partial(self, before: datetime, *, dry_run: bool = False) -> tuple[str, ...]:
-        """Abort the multipart uploads under the prefix that began before a time, and return their keys."""
+    def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
+        """Abort the multipart uploads to keys in the folder ``prefix`` that began before a time; return their keys.
+
+        Raises:
+            StorageError: also for an empty prefix, which would give up other people's uploads.
+        """
         swept = []
+        folder = self._full(check_key(prefix.removesuffix("/"))) + "/"
         pages = self._client.get_paginator("list_multipart_uploads")
-        with s3_errors(self.place, "listing unfinished uploads"):
-            for page in pages.paginate(Bucket=self.place.bucket, Prefix=self._full("")):
+        with s3_errors(self.place, f"listing unfinished uploads under {prefix}"):
+            for page in pages.paginate(Bucket=self.place.bucket, Prefix=folder):
                 for entry in page.get("Uploads", ()):
-                    if entry["Initiated"] < before:
-                        swept.append(str(entry["Key"]))
-                        if not dry_run:
-                            self._client.abort_multipart_upload(
-                                Bucket=self.place.bucket, Key=entry["Key"], UploadId=entry["UploadId"]
-                            )
+                    # Looked at again here: a server that ignores the prefix would have us abort what is not ours.
+                    if entry["Key"].startswith(folder) and entry["Initiated"] < before:
+                        self._client.abort_multipart_upload(
+                            Bucket=self.place.bucket, Key=entry["Key"], UploadId=entry["UploadId"]
+                        )
+                        swept.append(str(entry["Key"])[len(self._full("")) :])
         return tuple(swept)
 
     def _full(self, key: str) -> str:
@@ -280,25 +305,12 @@ class S3Store:
         return answer
 
     def _chunks(self, key: str, answer: dict[str, Any], start: int = 0) -> Iterator[bytes]:
-        """Yield the body of an answer that began at byte ``start``; reopen the same content where it breaks."""
-        failures = 0
-        end = start + int(answer["ContentLength"])
-        while True:
-            try:
-                for chunk in answer["Body"].iter_chunks(CHUNK_BYTES):
-                    start += len(chunk)
-                    yield chunk
-                return
-            except (HTTPClientError, IncompleteReadError) as error:
-                failures += 1
-                if failures == MAX_ATTEMPTS:
-                    raise TargetUnavailableError(
-                        f"{self.place}: reading {key} broke {failures} times, last at byte {start}: {error}",
-                        hint="run it again when the connection is stable",
-                    ) from error
-            if start >= end:
-                return
+        """Return the body of an answer that began at byte ``start``; the same content is reopened where it breaks."""
+
+        def reopen(start: int, end: int) -> dict[str, Any]:
             again = self._open(key, Range=f"bytes={start}-{end - 1}", IfMatch=answer["ETag"])
             if again is None:
                 raise missing_object(self.url, key)
-            answer = again
+            return again
+
+        return read_body(self.place, key, answer, start, reopen, self._attempts)

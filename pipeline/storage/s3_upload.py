@@ -68,7 +68,7 @@ def _send(client: Any, upload: dict[str, Any], number: int, data: bytes) -> dict
 
 def _abort(client: Any, upload: dict[str, Any]) -> None:
     """Give the parts' space back. The first failure is the one to report, so a second one is dropped: what remains
-    is found by `S3Store.sweep_partial`."""
+    is found by `S3Store.sweep_partial` when the release is published again."""
     try:
         client.abort_multipart_upload(**upload)
     except (BotoCoreError, ClientError):

@@ -11,12 +11,12 @@ Cost: time and memory are linear in the header, which is at most ``MAX_HEADER_BY
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pipeline.errors import CorruptWeightsError
+from pipeline.strict_json import DuplicateKeyError, parse_json_object
 from pipeline.tensors.dtypes import ITEM_BITS
 
 ReadRange = Callable[[str, int, int], bytes]
@@ -25,6 +25,9 @@ ReadRange = Callable[[str, int, int], bytes]
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+
+MAX_SIZE = 2**63 - 1
+"""The largest size of a dimension: sizes are signed 64-bit integers everywhere."""
 
 FIRST_READ_BYTES = 128 * 1024
 """One read of this size holds the whole header of most files, which saves a request on a hub."""
@@ -79,10 +82,6 @@ class SafetensorsHeader:
     header_bytes: int
 
 
-class _DuplicateKeyError(ValueError):
-    """A JSON object names the same key twice."""
-
-
 def read_header(read_range: ReadRange, path: str, file_bytes: int) -> SafetensorsHeader:
     """Return the checked header of the file at ``path``, read in one or two ranges.
 
@@ -135,52 +134,15 @@ def parse_header(prefix: bytes, file_bytes: int, where: str) -> SafetensorsHeade
     return SafetensorsHeader({entry.name: entry for entry in entries}, metadata, data_start)
 
 
-def parse_json_object(data: bytes) -> dict[str, Any]:
-    """Return a JSON object, more strictly than ``json.loads``: UTF-8 only, no key twice, no NaN or Infinity.
-
-    Raises:
-        ValueError: with the reason, whatever the bytes.
-    """
-    try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"it is a {type(value).__name__}, not an object")
-    return value
-
-
 def _parse_json(data: bytes, where: str) -> dict[str, Any]:
     if not data.startswith(b"{"):
         _damaged(where, "its header does not start with '{'; this is not a safetensors file")
     try:
         return parse_json_object(data)
-    except _DuplicateKeyError as error:
+    except DuplicateKeyError as error:
         _damaged(where, str(error))
     except ValueError as error:
         _damaged(where, f"its header is not a UTF-8 JSON object: {error!s:.200}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in mapping:
-            raise _DuplicateKeyError(f"the name {key!r:.200} occurs twice")
-        mapping[key] = value
-    return mapping
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"the number {text:.40} is out of range")
-    return value
 
 
 def _metadata(value: Any, where: str) -> dict[str, str]:
@@ -203,6 +165,9 @@ def _entry(name: str, value: Any, data_start: int, file_bytes: int, where: str) 
         _damaged(where, f"dtype {dtype!r:.60} is unknown; the format has {', '.join(ITEM_BITS)}", name)
     if not _is_sizes(shape):
         _damaged(where, f"shape {shape!r:.200} is not a list of non-negative integers", name)
+    if max(shape, default=0) > MAX_SIZE:
+        # Beside a zero it would fit any data, and no library could hold the tensor.
+        _damaged(where, f"shape {shape!r:.200} has a size that no tensor can have", name)
     start, end = _offsets(value["data_offsets"], file_bytes - data_start, where, name)
     expected_bits = _product(shape, limit=8 * file_bytes) * ITEM_BITS[dtype]
     if expected_bits != 8 * (end - start):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
@@ -19,10 +20,50 @@ RESIDENT_BYTES = 2 << 30
 """Dense blocks are kept between tokens up to this much; a larger model is read again for every token."""
 
 RUN_LENGTH = 8
-"""A token this many times in a row is degenerate, unless the source does the same."""
+"""A token this many times in a row is degenerate."""
+
+MAX_PERIOD, LOOP_REPEATS, LOOP_TOKENS, LOOP_SHARE = 16, 4, 8, 0.75
+"""A continuation is degenerate when it ends in a loop: up to MAX_PERIOD tokens that come LOOP_REPEATS times or more, in
+all at least LOOP_TOKENS tokens and LOOP_SHARE of the continuation. Text that repeats with a purpose (a refrain, a
+table, sentences of one pattern) stays below that, and so does every stretch of the shipped held-out text."""
 
 MIN_DISTINCT = 0.15
-"""Fewer distinct tokens than this share of a continuation of at least 16 is degenerate, unless the source's is too."""
+"""Fewer distinct tokens than this share of the continuation is degenerate."""
+
+
+class Fault(StrEnum):
+    """A way of being degenerate."""
+
+    EMPTY = "nothing"
+    RUN = "run"
+    LOOP = "loop"
+    POOR = "few distinct tokens"
+
+
+@dataclass(frozen=True)
+class Degeneracy:
+    """Why a continuation is degenerate.
+
+    Attributes:
+        kind: The first fault, in the order of ``Fault``.
+        text: The same with numbers.
+    """
+
+    kind: Fault
+    text: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is to be said of a variant's continuation; both are empty when nothing is.
+
+    Attributes:
+        fault: What is held against the variant.
+        excused: In what way it is degenerate as the source's own continuation is.
+    """
+
+    fault: str
+    excused: str
 
 
 @dataclass(frozen=True)
@@ -99,29 +140,44 @@ def continue_greedily(
     return tuple(ids)
 
 
-def degeneracy(ids: Sequence[int]) -> str:
-    """Return why a continuation is degenerate, or an empty string."""
+def degeneracy(ids: Sequence[int]) -> Degeneracy | None:
+    """Return why a continuation is degenerate, or None."""
     if not ids:
-        return "nothing was generated"
+        return Degeneracy(Fault.EMPTY, "nothing was generated")
     longest, run = 1, 1
     for before, after in pairwise(ids):
         run = run + 1 if before == after else 1
         longest = max(longest, run)
     if longest >= RUN_LENGTH:
-        return f"one token {longest} times in a row"
-    if len(ids) >= 16 and len(Counter(ids)) < MIN_DISTINCT * len(ids):
-        return f"only {len(Counter(ids))} distinct tokens in {len(ids)}"
-    return ""
+        return Degeneracy(Fault.RUN, f"one token {longest} times in a row")
+    for period in range(2, MAX_PERIOD + 1):
+        tail = _periodic_tail(ids, period)
+        if tail >= max(LOOP_REPEATS * period, LOOP_TOKENS, LOOP_SHARE * len(ids)):
+            return Degeneracy(Fault.LOOP, f"the last {tail} tokens repeat {period}")
+    if len(set(ids)) < MIN_DISTINCT * len(ids):
+        return Degeneracy(Fault.POOR, f"only {len(set(ids))} distinct tokens in {len(ids)}")
+    return None
 
 
-def judge_continuation(prompt: PromptSpec, source: Continuation, variant: Continuation) -> str:
-    """Return what is wrong with a variant's continuation, or an empty string.
+def _periodic_tail(ids: Sequence[int], period: int) -> int:
+    """Return how many of the last tokens are equal to the one ``period`` before, and the first ``period`` of them."""
+    tail = min(period, len(ids))
+    while tail < len(ids) and ids[-tail - 1] == ids[period - tail - 1]:
+        tail += 1
+    return tail
 
-    Degenerate text is only held against a variant whose source writes better on the same prompt.
+
+def judge_continuation(prompt: PromptSpec, source: Continuation, variant: Continuation) -> Judgement:
+    """Return what is wrong with a variant's continuation.
+
+    Degenerate text is not held against a variant whose source is degenerate in the same way on the same prompt.
     """
-    fault = degeneracy(variant.ids)
-    if fault and not degeneracy(source.ids):
-        return f"{prompt.prompt!r}: {fault}"
+    own, expected = degeneracy(variant.ids), degeneracy(source.ids)
+    excused = ""
+    if own is not None:
+        if expected is None or own.kind is not expected.kind:
+            return Judgement(f"{prompt.prompt!r}: {own.text}", "")
+        excused = f"{prompt.prompt!r}: {own.text}"
     if prompt.expect and not re.search(prompt.expect, variant.text):
-        return f"{prompt.prompt!r}: {variant.text[:80]!r} does not match {prompt.expect!r}"
-    return ""
+        return Judgement(f"{prompt.prompt!r}: {variant.text[:80]!r} does not match {prompt.expect!r}", excused)
+    return Judgement("", excused)

@@ -6,6 +6,7 @@ Everything comes from the folder's files: the names and shapes from safetensors 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CorruptReleaseError, FormatError, PipelineError
-from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
+from pipeline.facts import FACTS_FILE, Check, ReleaseFacts, Sample
 from pipeline.skeleton.groups import LinearRef, linear_groups
+from pipeline.skeleton.limits import vocabulary_size
 from pipeline.skeleton.model import Skeleton, dense_logits
 from pipeline.skeleton.tokenizer import TextTokenizer
-from pipeline.tensors.header import parse_json_object
+from pipeline.strict_json import parse_json_object
 from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import read_tensors
+from pipeline.validate.agreement import Agreement, compare_choice, compare_choices
 from pipeline.validate.dense import DenseReader, scale_problems
 from pipeline.validate.gates import check_scales
-from pipeline.validate.generation import BlockCache, continue_greedily, degeneracy
+from pipeline.validate.generation import BlockCache
 
 PACKED_SUFFIXES = (
     "qweight",
@@ -44,11 +47,28 @@ def read_facts(folder: Path) -> ReleaseFacts:
         CorruptReleaseError: when they are missing or unreadable.
     """
     try:
-        return ReleaseFacts.model_validate_json((folder / FACTS_FILE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise CorruptReleaseError(
-            f"{FACTS_FILE} of {folder} cannot be read: {error!s:.300}", hint="is this a release made by bitmill?"
-        ) from error
+        data = (folder / FACTS_FILE).read_bytes()
+    except OSError as error:
+        raise _unreadable(str(folder), error) from error
+    return parse_facts(data, str(folder))
+
+
+def parse_facts(data: bytes, where: str) -> ReleaseFacts:
+    """Return the facts that were read from the release at ``where``.
+
+    Raises:
+        CorruptReleaseError: when they are none.
+    """
+    try:
+        return ReleaseFacts.model_validate_json(data)
+    except ValueError as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> CorruptReleaseError:
+    return CorruptReleaseError(
+        f"{FACTS_FILE} of {where} cannot be read: {error!s:.300}", hint="is this a release made by bitmill?"
+    )
 
 
 class ReleaseModel:
@@ -102,11 +122,6 @@ class ReleaseModel:
         """Return float32 logits [length, vocabulary] of one sequence."""
         return dense_logits(self.skeleton, torch.tensor([list(token_ids)]), self._load)[0]
 
-    def continue_prompt(self, prompt: str, max_tokens: int) -> tuple[int, ...]:
-        """Return the greedy continuation of a prompt, token ids."""
-        ids = self.tokenizer.encode(prompt, with_special=True)
-        return continue_greedily(self.skeleton, self._load, ids, max_tokens, self.tokenizer.end_ids)
-
     def problems(self) -> tuple[list[str], int]:
         """Return what is wrong with the packed linears, one line each, and how many there are."""
         found: list[str] = []
@@ -123,30 +138,47 @@ class ReleaseModel:
 
 
 def check_release(folder: Path, facts: ReleaseFacts, max_tokens: int) -> list[Check]:
-    """Return what a release's own files say: structure, scales, continuations against the recorded ones."""
+    """Return what a release's own files say: structure, scales, and whether its weights choose the recorded tokens.
+
+    Args:
+        folder: The release's files.
+        facts: What it says about itself.
+        max_tokens: Tokens that a recorded continuation was allowed; a shorter one was ended by an end token.
+    """
     try:
         model = ReleaseModel(folder)
         problems, count = model.problems()
         model.attach()
     except PipelineError as error:
         return [Check(name="structure", passed=False, detail=error.message)]
-    stated = sum(module.bits < 16 for module in facts.modules)
+    stated = sum(module.group_size != 0 for module in facts.modules)
     detail = f"{count} quantized linears read by the project's own loader, {stated} stated"
     return [
         Check(name="structure", passed=count == stated and count > 0, detail=detail),
         check_scales(problems, count),
-        _check_samples(model, facts, max_tokens),
+        _check_samples(model, facts.verdict.samples, max_tokens),
     ]
 
 
-def _check_samples(model: ReleaseModel, facts: ReleaseFacts, max_tokens: int) -> Check:
-    faults, same = [], 0
-    for sample in facts.verdict.samples:
-        ids = model.continue_prompt(sample.prompt, max_tokens)
-        is_same = model.tokenizer.decode(list(ids)) == sample.continuation
-        same += is_same
-        # Other machines round differently, so another text is no fault by itself; a degenerate one is.
-        if not is_same and (fault := degeneracy(ids)):
-            faults.append(f"{sample.prompt!r}: {fault}")
-    detail = "; ".join(faults) or f"{same} of {len(facts.verdict.samples)} prompts continued as recorded"
-    return Check(name="generation", passed=not faults, detail=detail)
+def _check_samples(model: ReleaseModel, samples: Sequence[Sample], max_tokens: int) -> Check:
+    """Return whether the release's weights choose the tokens that were recorded when it was made."""
+    total, faults = Agreement(), []
+    for sample in samples:
+        found = _compare_sample(model, sample, max_tokens)
+        total += found
+        if not found.is_near:
+            faults.append(f"{sample.prompt!r}: {found.words}")
+    figures = {"tokens_agreeing": float(total.agreeing), "tokens_total": float(total.total)}
+    detail = "; ".join(faults) or f"{len(samples)} recorded continuations: {total.words}"
+    return Check(name="generation", passed=not faults and total.is_near, detail=detail, figures=figures)
+
+
+def _compare_sample(model: ReleaseModel, sample: Sample, max_tokens: int) -> Agreement:
+    prompt_ids = model.tokenizer.encode(sample.prompt, with_special=True)
+    ids = [*prompt_ids, *sample.ids]
+    if not all(0 <= token < vocabulary_size(model.skeleton) for token in ids):
+        return Agreement(len(ids), 0, math.inf)
+    logits_LV = model.logits(ids)
+    found = compare_choices(logits_LV, ids, len(prompt_ids))
+    has_ended = len(sample.ids) < max_tokens
+    return found + compare_choice(logits_LV[-1], model.tokenizer.end_ids) if has_ended else found

@@ -138,9 +138,22 @@ def test_a_file_that_changed_since_it_was_hashed_does_not_appear(
     path = tmp_path / "file"
     path.write_bytes(b"x" * size_bytes)
     with pytest.raises(StorageError, match="changed while it was being uploaded"):
-        store.upload(path, "file", digest_bytes(b"before"))
+        store.upload(path, "releases/file", digest_bytes(b"before"))
     assert list(store.list("")) == []
-    assert store.sweep_partial(datetime.now(UTC) + timedelta(hours=1)) == ()
+    assert store.sweep_partial("releases/", datetime.now(UTC) + timedelta(hours=1)) == ()
+
+
+def test_a_sweep_of_everything_is_refused(store: ObjectStore) -> None:
+    for prefix in ("", "/", "../"):
+        with pytest.raises(StorageError, match="cannot be the key"):
+            store.sweep_partial(prefix, datetime.now(UTC) + timedelta(hours=1))
+
+
+def test_a_file_that_vanished_before_its_upload_is_named(store: ObjectStore, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot read .*/gone to publish it: No such file") as caught:
+        store.upload(tmp_path / "gone", "file", digest_bytes(b"before"))
+    assert "run the same command again" in caught.value.hint
+    assert list(store.list("")) == []
 
 
 def test_of_eight_racing_processes_exactly_one_creates(new_url: Callable[[], str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import signal
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -12,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import ConflictError, CorruptReleaseError, SpecError, StorageError
+from pipeline.errors import ConflictError, CorruptReleaseError, SpecError, StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes
 from pipeline.settings import Settings
 from pipeline.storage.locate import (
+    copy_release,
     download_release,
     locate_release,
     require_own_files,
@@ -25,13 +28,22 @@ from pipeline.storage.manifest import MANIFEST_NAME, Manifest, release_prefix
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.refs import MAX_HISTORY, Ref, move_ref, read_ref
 from pipeline.storage.release import (
+    PARTIAL_UPLOAD_AGE,
     ListedRelease,
     PublishedRelease,
     list_releases,
     publish_release,
-    sweep_unfinished,
 )
-from tests.contract.storage_actors import PART_BYTES, PROVENANCE, open_for_test, process_context, publish_and_die
+from tests.contract.conftest import BUCKET
+from tests.contract.storage_actors import (
+    PART_BYTES,
+    PROVENANCE,
+    file_names,
+    open_for_test,
+    process_context,
+    publish_and_die,
+)
+from tests.s3_server import S3Server
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 ADDRESS = ("org", "model-GPTQ")
@@ -49,8 +61,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 def publish(store: ObjectStore, folder: Path, **changed: object) -> PublishedRelease:
-    arguments: dict[str, object] = {"provenance": PROVENANCE, "verdict_passed": True, "now": lambda: NOW, **changed}
+    arguments: dict[str, object] = {
+        "provenance": PROVENANCE,
+        "file_names": file_names(folder),
+        "verdict_passed": True,
+        "now": lambda: NOW,
+        **changed,
+    }
     return publish_release(store, folder, *ADDRESS, **arguments)  # type: ignore[arg-type]
+
+
+def tomorrow() -> datetime:
+    """A time at which everything that was left behind now is old."""
+    return datetime.now(UTC) + PARTIAL_UPLOAD_AGE + timedelta(minutes=5)
 
 
 def contents(store: ObjectStore, prefix: str = "releases/") -> dict[str, str]:
@@ -129,7 +152,16 @@ def test_names_that_cannot_be_addresses_are_refused_before_anything_is_written(
 ) -> None:
     for namespace, name, ref in (("a/b", "n", "main"), ("a", "..", "main"), ("a", "n", "@"), ("", "n", "main")):
         with pytest.raises(SpecError, match="cannot be the"):
-            publish_release(store, folder, namespace, name, PROVENANCE, verdict_passed=True, refs=(ref,))
+            publish_release(
+                store,
+                folder,
+                namespace,
+                name,
+                PROVENANCE,
+                file_names=file_names(folder),
+                verdict_passed=True,
+                refs=(ref,),
+            )
     assert contents(store, "") == {}
 
 
@@ -246,23 +278,15 @@ def test_a_manifest_in_another_releases_folder_is_refused(store: ObjectStore, se
         locate_release(f"{store.url}/{moved}", settings)
 
 
-def test_a_downloaded_release_is_a_release(
+def test_a_copy_has_the_files_of_the_release(
     store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
 ) -> None:
     located = locate_release(publish(store, folder).path_or_uri, settings)
     copy = tmp_path / "copy"
-    (copy / "assets").mkdir(parents=True)
-    (copy / "config.json").write_text("interrupted")
-    download_release(located, copy)
-    found = locate_release(str(copy), settings)
-    assert verify_release_files(found) == []
-    assert (found.manifest, found.local_path) == (located.manifest, copy)
-    assert sorted(path.name for path in copy.iterdir()) == [
-        "assets",
-        "config.json",
-        "manifest.json",
-        "model.safetensors",
-    ]
+    assert copy_release(located, copy) == []
+    assert {name: (copy / name).read_bytes() for name in file_names(copy)} == {
+        name: (folder / name).read_bytes() for name in file_names(folder)
+    }
 
 
 def test_only_a_folder_of_the_release_s_own_files_is_downloaded_to(
@@ -286,6 +310,19 @@ def test_only_a_folder_of_the_release_s_own_files_is_downloaded_to(
     assert (copy / "assets" / others).exists()
 
 
+def test_a_download_goes_on_where_it_was_interrupted(
+    store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    located = locate_release(publish(store, folder).path_or_uri, settings)
+    copy = tmp_path / "copy"
+    (copy / "assets").mkdir(parents=True)
+    (copy / "config.json").write_text("interrupted")
+    download_release(located, copy)
+    found = locate_release(str(copy), settings)
+    assert verify_release_files(found) == []
+    assert (found.manifest, found.local_path) == (located.manifest, copy)
+
+
 def test_a_damaged_file_is_not_downloaded(store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path) -> None:
     located = locate_release(publish(store, folder).path_or_uri, settings)
     store.put(located.prefix + "config.json", b"damaged")
@@ -293,6 +330,19 @@ def test_a_damaged_file_is_not_downloaded(store: ObjectStore, settings: Settings
         download_release(located, tmp_path / "copy")
     assert not (tmp_path / "copy" / "config.json").exists()
     assert not (tmp_path / "copy" / MANIFEST_NAME).exists()
+
+
+def test_a_copy_does_not_trust_what_is_there_already(
+    store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    located = locate_release(publish(store, folder).path_or_uri, settings)
+    copy_release(located, tmp_path / "copy")
+    store.put(located.prefix + "config.json", b'{"model_type": "lLama"}')
+    (problem,) = copy_release(located, tmp_path / "copy")
+    assert "config.json has SHA-256" in problem
+    store.delete(located.prefix + "config.json")
+    store.put(located.prefix + "added.txt", b"x")
+    assert copy_release(located, tmp_path / "copy") == ["config.json is missing", "added.txt is not in the manifest"]
 
 
 @pytest.mark.parametrize("case", ["empty", "absent", "manifest"])
@@ -304,6 +354,22 @@ def test_a_folder_that_cannot_be_a_release_is_refused(store: ObjectStore, tmp_pa
         (folder / MANIFEST_NAME).write_text("{}")
     with pytest.raises(StorageError, match=r"no files to publish|rename or remove it"):
         publish(store, folder)
+    assert contents(store, "") == {}
+
+
+def test_a_folder_with_other_files_than_were_written_is_refused(store: ObjectStore, folder: Path) -> None:
+    names = file_names(folder)
+    (folder / "assets" / "size.png").unlink()
+    (folder / "notes.txt").write_text("of another job")
+    with pytest.raises(StorageError, match=r"assets/size\.png is missing, notes\.txt was not written by") as caught:
+        publish(store, folder, file_names=names)
+    assert str(folder) in caught.value.message
+    assert "run the same command again" in caught.value.hint
+    (folder / "notes.txt").unlink()
+    with pytest.raises(StorageError, match="is missing"):
+        publish(store, folder, file_names=names)
+    with pytest.raises(StorageError, match=r"model\.safetensors was not written by"):
+        publish(store, folder, file_names={"config.json"})
     assert contents(store, "") == {}
 
 
@@ -348,25 +414,24 @@ def test_a_publisher_killed_anywhere_leaves_nothing_half_done_and_a_rerun_comple
     revision = publish(undisturbed, folder).revision
     expected = contents(undisturbed)
     num_killed = 0
-    # The first four requests only look what is there.
-    for step in itertools.count(5 if undisturbed.url.startswith("s3://") else 1):
+    # The first five requests only look what is there.
+    for step in itertools.count(6 if undisturbed.url.startswith("s3://") else 1):
         url = new_url()
         process = process_context().Process(target=publish_and_die, args=(url, str(folder), dict(os.environ), step))
         process.start()
         process.join()
         store = open_for_test(url)
         _require_whole_or_nothing(store, settings, revision)
-        publish(store, folder)
+        publish(store, folder, now=tomorrow)
+        assert store.sweep_partial("releases/org/", tomorrow()) == ()
         assert contents(store) == expected
         assert list_releases(store) == (ListedRelease(*ADDRESS, revision, ("main",)),)
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
         num_killed += 1
-        store.sweep_partial(datetime.now(UTC) + timedelta(hours=1))
         leftovers = {info.key for info in store.list("")} - expected.keys() - {"refs/org/model-GPTQ/main"}
         assert leftovers == set()
-        assert store.sweep_partial(datetime.now(UTC) + timedelta(hours=1)) == ()
     assert num_killed > 8
 
 
@@ -379,19 +444,44 @@ def _require_whole_or_nothing(store: ObjectStore, settings: Settings, revision: 
     assert ref is None or [found.refs for found in list_releases(store)] == [("main",)]
 
 
-def test_a_sweep_removes_unfinished_publications_and_nothing_else(store: ObjectStore, folder: Path) -> None:
-    publish(store, folder)
-    finished = contents(store, "")
-    prefix = release_prefix("org", "killed", "b" * 64)
-    store.put(f"{prefix}config.json", b"{}")
-    store.put(f"{prefix}model.safetensors", b"1234")
-    long_ago, later = datetime.now(UTC) - timedelta(hours=1), datetime.now(UTC) + timedelta(hours=1)
-    assert sweep_unfinished(store, before=long_ago).releases == ()
-    planned = sweep_unfinished(store, before=later, dry_run=True)
-    assert [(found.prefix, found.num_files, found.size_bytes) for found in planned.releases] == [(prefix, 2, 6)]
-    assert len(contents(store, "")) == len(finished) + 2
-    assert sweep_unfinished(store, before=later) == planned
-    assert contents(store, "") == finished
+def test_publishing_gives_up_old_uploads_of_the_same_release_and_no_others(s3_server: S3Server, folder: Path) -> None:
+    client = s3_server.client()
+    root = uuid.uuid4().hex
+    mine = f"{root}/releases/org/model-GPTQ/{'b' * 64}/model.safetensors"
+    others = {
+        f"{root}/releases/org/model-GPTQ-2/{'b' * 64}/model.safetensors",
+        f"{root}/releases/other/model-GPTQ/{'b' * 64}/model.safetensors",
+        f"{root}-2/releases/org/model-GPTQ/{'b' * 64}/model.safetensors",
+        f"somebody-elses-{root}",
+    }
+    for key in (mine, *others):
+        client.create_multipart_upload(Bucket=BUCKET, Key=key)
+
+    def unfinished() -> set[str]:
+        found = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ())
+        return {upload["Key"] for upload in found if root in upload["Key"]}
+
+    store = open_for_test(f"s3://{BUCKET}/{root}")
+    publish(store, folder, now=lambda: datetime.now(UTC))
+    assert unfinished() == {mine, *others}
+    publish(store, folder, now=tomorrow)
+    assert unfinished() == others
+
+
+def test_a_store_that_refuses_to_list_leftovers_takes_the_release_all_the_same(
+    store: ObjectStore, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class RefusesSweeps:
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+        def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
+            raise TargetUnavailableError(f"listing unfinished uploads under {prefix} failed: HTTP 403")
+
+    with caplog.at_level(logging.WARNING):
+        publish(RefusesSweeps(), folder)  # type: ignore[arg-type]
+    assert [found.refs for found in list_releases(store)] == [("main",)]
+    assert "listing unfinished uploads under releases/org/model-GPTQ/ failed: HTTP 403" in caplog.text
 
 
 def test_a_ref_that_is_no_ref_is_refused(store: ObjectStore) -> None:

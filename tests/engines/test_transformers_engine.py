@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pipeline.graph.verify import verify
 from pipeline.settings import load_settings
 from pipeline.spec import build_spec
 from tests.acceptance.conftest import DEMO_MODEL
-from tests.architectures import make_model
+from tests.architectures import drop_prefix, make_model
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(3000)]
 VARIANTS = ["gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128"]
@@ -66,22 +67,36 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_engine_computes_what_the_reference_computes_for_other_architectures(name: str, tmp_path: Path) -> None:
-    folder = make_model(name, tmp_path / name)
-    (tmp_path / "out").mkdir()
+    check_tiny(make_model(name, tmp_path / name), ARCHITECTURES[name], tmp_path)
+
+
+def test_engine_leaves_ignored_linears_dense_whatever_the_checkpoint_calls_them(tmp_path: Path) -> None:
+    folder = drop_prefix(make_model("llama", tmp_path / "llama", tie_word_embeddings=True), "model.")
+    common = {"bits": 4, "group_size": 64, "ignore": ["re:down_proj$"]}
+    variants = [
+        {"name": "gptq", "method": "gptq", "format": "gptq", **common},
+        {"name": "awq", "method": "awq", "format": "awq", "symmetric": False, **common},
+    ]
+    check_tiny(folder, variants, tmp_path)
+
+
+def check_tiny(source: Path, variants: Sequence[str | dict[str, Any]], folder: Path) -> None:
+    """Convert a tiny random model and have the engine check every release."""
+    (folder / "out").mkdir()
     gates = {"max_kl": None, "max_perplexity_ratio": None, "heldout_samples": 1, "heldout_length": 64}
     found = run(
         {
-            "source": str(folder),
-            "variants": ARCHITECTURES[name],
-            "targets": [str(tmp_path / "out")],
+            "source": str(source),
+            "variants": list(variants),
+            "targets": [str(folder / "out")],
             "calibration": {"samples": 8, "length": 64},
-            "gates": {**gates, "max_relative_error": None, "generated_tokens": 4},
+            "gates": {**gates, "max_relative_error": None, "generated_tokens": 8},
         },
-        tmp_path,
+        folder,
     )
     for release in found.values():
         check = engine_check(release)
-        print(name, check.detail)
+        print(source.name, check.detail)
         assert check.passed, check.detail
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -33,7 +33,7 @@ from pipeline.spec import Format, build_spec
 from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import read_tensors
 from pipeline.validate.dense import DenseReader
-from tests.architectures import DENSE, TOKENIZER_FOLDER, make_model
+from tests.architectures import DENSE, TOKENIZER_FOLDER, drop_prefix, make_model
 
 VARIANTS = ("rtn-w8-g128", "gptq-w4-g64", "awq-w4-g64")
 TRANSPOSED_VARIANTS = ("rtn-w8-g128-gptq", "gptq-w4-g64", "awq-w4-g64-gptq")
@@ -53,7 +53,7 @@ OPEN_GATES = {
     "max_degradations": 0,
     "heldout_samples": 2,
     "heldout_length": 32,
-    "generated_tokens": 4,
+    "generated_tokens": 8,
     "prompts": [{"prompt": "It was a cold morning"}],
 }
 
@@ -93,7 +93,7 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return convert_folder(make_model(name, root / name), root / "out", variants)
 
 
-def convert_folder(source: Path, target: Path, variants: list[str]) -> Converted:
+def convert_folder(source: Path, target: Path, variants: Sequence[str | dict[str, Any]]) -> Converted:
     target.mkdir()
     settings = Settings("http://127.0.0.1:9", None, target.parent / "cache", s3_endpoint=None, ray_address=None)
     text = target.parent / "text.txt"
@@ -101,7 +101,7 @@ def convert_folder(source: Path, target: Path, variants: list[str]) -> Converted
     spec = build_spec(
         {
             "source": str(source),
-            "variants": variants,
+            "variants": list(variants),
             "targets": [str(target)],
             "gates": {**OPEN_GATES, "heldout": str(text)},
             "calibration": {"text": str(text), "samples": 16, "length": 64},
@@ -189,6 +189,29 @@ def test_compressed_tensors_release_loads_in_plain_transformers(converted: Conve
         folder = converted.folder(variant)
         loaded = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
         dense = logits_of(published_net(folder, converted.source))
+        assert relative_error(loaded, dense) < 1e-5, variant
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("llama", "model."), ("gemma3_vlm", "")])
+def test_ignored_linears_stay_dense_in_plain_transformers_whatever_the_checkpoint_calls_them(
+    name: str, prefix: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = drop_prefix(make_model(name, tmp_path / name, tie_word_embeddings=True), prefix)
+    names = open_folder(source).outline.skeleton.names
+    assert not [model for model, stored in names.items() if "layers.0" in model and model == stored], "not renamed"
+    variants = [
+        {"name": "one-grid", "method": "rtn", "bits": 8, "group_size": 64, "ignore": ["re:down_proj$"]},
+        {"name": "two-grids", "method": "rtn", "bits": 8, "group_size": 256, "ignore": ["re:o_proj$"]},
+    ]
+    found = convert_folder(source, tmp_path / "out", variants)
+    for variant, outcome in found.outcomes.items():
+        kept = [module.name for module in outcome.facts.modules if module.note and not module.group_size]
+        assert len(kept) == 2, variant
+        folder = found.folder(variant)
+        loaded = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        dense = logits_of(published_net(folder, source))
         assert relative_error(loaded, dense) < 1e-5, variant
 
 

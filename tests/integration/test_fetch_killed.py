@@ -12,10 +12,10 @@ from tests.loopback_hub import Fault, LoopbackHub
 
 PIECE = 65_536
 FETCH = f"""
-from pipeline.hub import fetch
+from pipeline.hub import client, fetch
 from pipeline.hub.source import pin_source
 from pipeline.settings import load_settings
-fetch.RANGE_BYTES = {PIECE}
+client.RANGE_BYTES = {PIECE}
 settings = load_settings()
 fetched = fetch.fetch(pin_source("org/model", settings), settings)
 print(fetched.folder)

@@ -27,6 +27,7 @@ api = HfApi()
 print(json.dumps({
     "folder": snapshot_download("org/model"),
     "dataset": hf_hub_download("org/texts", "data/train.txt", repo_type="dataset"),
+    "gated": api.model_info("org/gated").gated,
     "pull_request": api.model_info("org/model", revision="refs/pr/1").sha,
     "files": sorted(entry.path for entry in api.list_repo_tree("org/model", recursive=True)),
     "top": sorted(entry.path for entry in api.list_repo_tree("org/model")),
@@ -39,7 +40,7 @@ print(json.dumps({
         raised(lambda: api.model_info("org/model", revision="absent")),
         raised(lambda: hf_hub_download("org/model", "absent.json")),
         raised(lambda: list(api.list_repo_tree("org/model", "absent"))),
-        raised(lambda: api.model_info("org/gated")),
+        raised(lambda: hf_hub_download("org/gated", "config.json")),
     ],
 }))
 """
@@ -61,6 +62,7 @@ def test_the_released_client_reads_models_and_datasets(tmp_path: Path) -> None:
     seen = json.loads(done.stdout)
     assert {path: (Path(seen["folder"]) / path).read_bytes() for path in files} == files
     assert Path(seen["dataset"]).read_bytes() == b"some text"
+    assert seen["gated"] == "manual"
     assert seen["pull_request"] == pull_request
     assert seen["files"] == ["config.json", "model.safetensors", "sub", "sub/note.txt"]
     assert seen["top"] == ["config.json", "model.safetensors", "sub"]

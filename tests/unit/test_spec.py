@@ -104,11 +104,27 @@ def test_flags_override_a_file_key_by_key(tmp_path: Path) -> None:
         ({"calibration": {"samples": 0}}, r"calibration.samples: .*greater than or equal to 1 \(got 0\)"),
         ({"gates": {"prompts": [{"promt": "x"}]}}, "gates.prompts.0.promt: unknown key; legal here: expect, prompt"),
         ({"surprise": 1}, "surprise: unknown key; legal here: .*source"),
+        ({"gates": {"prompt": []}}, "gates.prompt: unknown key; legal here: .*prompts"),
+        ({"variants": [{"method": "gptq", "ignore": ["a", "re:("]}]}, r"variants.0.ignore.1: '\(' is no regular"),
+        ({"gates": {"prompts": [{"prompt": "x", "expect": "("}]}}, r"gates.prompts.0.expect: '\(' is no regular"),
+        ({"gates": {"prompts": [{"prompt": ""}]}}, "gates.prompts.0.prompt: .*nothing to continue"),
+        ({"gates": {"prompts": [{"prompt": " \n"}]}}, "gates.prompts.0.prompt: .*nothing to continue"),
+        ({"gates": {"prompts": []}}, "gates.prompts: .*at least 1 item"),
+        ({"gates": {"generated_tokens": 7}}, "gates.generated_tokens: .*greater than or equal to 8"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         build_spec(MINIMAL | change, "spec test.yaml")
+
+
+@pytest.mark.parametrize(
+    "change", [{"variants": [{"method": "gptq", "ignore": ["re:("]}]}, {"gates": {"prompts": [{"prompt": " "}]}}]
+)
+def test_a_list_whose_only_entry_is_wrong_is_not_called_empty_too(change: dict[str, Any]) -> None:
+    with pytest.raises(SpecError) as caught:
+        build_spec(MINIMAL | change, "spec test.yaml")
+    assert len(caught.value.message.splitlines()) == 2
 
 
 @pytest.mark.parametrize(("text", "words"), [("a: [", "not YAML"), ("- 1", "not a mapping"), ("\x00", "not YAML")])
@@ -141,3 +157,16 @@ def test_auto_budgets_depend_on_the_bits_and_null_is_not_judged(bits: int) -> No
     assert budgets.max_kl == BUDGETS_BY_BITS[bits]["max_kl"]
     assert budgets.max_perplexity_ratio is None
     assert resolve_budgets(GateSpec(max_kl=0.5), variant).max_kl == 0.5
+
+
+def test_what_a_short_name_does_not_say_is_in_the_name_all_the_same() -> None:
+    plain = VariantSpec(method=Method.GPTQ, format=Format.GPTQ, group_size=64)
+    others = [
+        VariantSpec.model_validate({**plain.model_dump(), "name": "", **change}).name
+        for change in ({"ignore": ["re:down"]}, {"ignore": ["re:up"]}, {"damping": 0.05}, {"act_order": False})
+    ]
+    assert plain.name == "gptq-w4-g64"
+    assert len(set(others)) == 4
+    assert all(name.startswith("gptq-w4-g64-x") for name in others)
+    named = VariantSpec.model_validate({**plain.model_dump(), "name": "mine", "damping": 0.05})
+    assert named.name == "mine"

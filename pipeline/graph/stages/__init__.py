@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.graph.dag import Kind
-from pipeline.graph.stages.calibrate import calibrate, embed, forward, merge_spans
+from pipeline.graph.stages.calibrate import add_spans, calibrate, embed, forward, merge_spans
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.evaluate import generate, score
 from pipeline.graph.stages.pack import outer, pack
 from pipeline.graph.stages.solve import factor_group, scales, solve_range
+from pipeline.graph.stages.verify import verify
 
 ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2)
 """Part of every key: raised when a stage's code changes its output, so that stale outputs are not found."""
@@ -19,6 +20,7 @@ ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2)
 STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {
     Kind.EMBED: embed,
     Kind.CALIBRATE: calibrate,
+    Kind.ADD: add_spans,
     Kind.MERGE: merge_spans,
     Kind.FACTOR: factor_group,
     Kind.SCALES: scales,
@@ -28,4 +30,5 @@ STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {
     Kind.FORWARD: forward,
     Kind.SCORE: score,
     Kind.GENERATE: generate,
+    Kind.VERIFY: verify,
 }

@@ -2,8 +2,9 @@
 
 A *token slice* is a few sequences, fixed by the spec; a unit handles a span of slices, one after the other, while a
 block's weights are in place. Statistics add up in a binary tree over the slices: whoever handles a span that is a node
-of the tree adds inside it, and ``merge_spans`` adds above. So the sums are the same bits for any number of workers, and
-a worker sends one sum, not one for each slice.
+of the tree adds inside it, ``add_spans`` adds neighbouring spans up to a node above them, and ``merge_spans`` the rest.
+So the sums are the same bits for any number of workers, a worker sends one sum, not one for each slice, and nobody
+takes in the sums of all workers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from pipeline.quantize.statistics import add, from_tensors, merge, to_tensors
 from pipeline.quantize.types import Statistics
 
 Node = TypeVar("Node")
+
+HIDDEN_PREFIX = "hidden."
+"""What the names of hidden states start with among a unit's tensors."""
 
 
 def split_node(low: int, high: int) -> int:
@@ -80,30 +84,53 @@ def calibrate(call: Call) -> dict[str, Any]:
         sums = add_up(low, high, slice_sums, _add_all)
     save_hidden(call)
     for position, statistics in enumerate(sums):
-        call.put({f"{position}.{name}": tensor for name, tensor in to_tensors(statistics).items()})
+        call.put(_named(position, statistics))
     return {}
+
+
+def _named(position: int, statistics: Statistics) -> dict[str, Tensor]:
+    """Return a group's sums by their names among a unit's tensors."""
+    return {f"{sums_prefix(position)}{name}": tensor for name, tensor in to_tensors(statistics).items()}
+
+
+def sums_prefix(position: int) -> str:
+    """Return what the names of a group's sums start with among a unit's tensors."""
+    return f"sums.{position}."
 
 
 def _add_all(totals: list[Statistics], parts: list[Statistics]) -> list[Statistics]:
     return [add(total, part) for total, part in zip(totals, parts, strict=True)]
 
 
+def add_spans(call: Call) -> dict[str, Any]:
+    """Make the sums of every linear group over neighbouring spans that are together a node of the tree."""
+    for position in range(len(call.source.outline.groups[call.unit.block])):
+        call.put(_named(position, _sum_of_needs(call, position, call.params["low"], call.params["high"])))
+    return {}
+
+
 def merge_spans(call: Call) -> dict[str, Any]:
     """Write the statistics of one linear group: the spans' sums, added as the tree over all slices says."""
-    prefix = f"{call.params['group']}."
-    spans = {(need.params["low"], need.params["high"]): need for need in call.needs(Kind.CALIBRATE)}
+    end = max(need.params["high"] for need in call.unit.needs)
+    total = _sum_of_needs(call, call.params["group"], 0, end)
+    call.put(to_tensors(total))
+    return {"tokens": total.num_tokens}
+
+
+def _sum_of_needs(call: Call, position: int, low: int, high: int) -> Statistics:
+    """Return a group's sums over slices, added up from the spans that the unit's needs are of."""
+    prefix = sums_prefix(position)
+    spans = {(need.params["low"], need.params["high"]): need for need in call.unit.needs}
 
     def span_sum(start: int, end: int) -> Statistics | None:
         need = spans.get((start, end))
         if need is None:
             return None
-        found = call.get(need, lambda name: name.startswith(prefix))
+        found = call.get(need, prefix)
         return from_tensors({name.removeprefix(prefix): tensor for name, tensor in found.items()})
 
     # Parts may lie on a shelf and be read again, so they are not added to in place.
-    total = add_up(0, max(high for _, high in spans), span_sum, lambda first, second: merge([first, second]))
-    call.put(to_tensors(total))
-    return {"tokens": total.num_tokens}
+    return add_up(low, high, span_sum, lambda first, second: merge([first, second]))
 
 
 def forward(call: Call) -> dict[str, Any]:
@@ -120,7 +147,7 @@ def forward(call: Call) -> dict[str, Any]:
 
 def hidden_name(number: int) -> str:
     """Return the name of a slice's hidden states among a unit's tensors."""
-    return f"hidden.{number}"
+    return f"{HIDDEN_PREFIX}{number}"
 
 
 def hidden_states(call: Call) -> dict[int, Tensor]:
@@ -140,7 +167,7 @@ def slice_states(call: Call, need: WorkUnit, numbers: Sequence[int]) -> dict[int
     places = call.unit.stand_ins.get(need.key, ())
     if places and call.shelf.get(need.key) is None and all(call.work.lookup(*place) for place in places):
         return {number: call.read(place)["hidden"] for number, place in zip(numbers, places, strict=True)}
-    found = call.get(need, lambda name: name.startswith("hidden."))
+    found = call.get(need, HIDDEN_PREFIX)
     return {number: found[hidden_name(number)] for number in numbers}
 
 

@@ -20,6 +20,7 @@ from pipeline.errors import StorageError
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.outline import Source
 from pipeline.graph.shelf import Shelf, Tensors
+from pipeline.hub.source import Source as HubSource
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import Skeleton
 from pipeline.storage.work import StageWriter, WorkStore
@@ -39,25 +40,27 @@ class JobContext:
     """What every work unit of a job needs to know; no part of any key.
 
     Attributes:
-        work_root: Folder of the work store, reachable by every worker.
+        work_url: Where the work store is; every worker opens it with its own environment.
         source_folder: Folder with the source's files.
+        streamed: The source on its hub when its weights are streamed; None when they are in ``source_folder``.
         source_commit: The source's commit, or the fingerprint of its files' digests.
         stamps: What each weights file was when its digest was taken.
         device: ``cpu`` or ``cuda``.
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
     """
 
-    work_root: str
+    work_url: str
     source_folder: str
     source_commit: str
     stamps: tuple[tuple[str, FileStamp], ...]
     device: str
     shelf_bytes: int
+    streamed: HubSource | None = None
 
 
-FetchFrom = Callable[[str], Tensors]
-"""Gives the passing output of a unit, by its key, that another worker holds; raises ``GraphError`` with the code
-``LOST`` when nobody does any more."""
+FetchFrom = Callable[[str, str], Tensors]
+"""``fetch(key, prefix)`` gives the tensors whose names start so of the passing output of a unit that another worker
+holds; raises ``GraphError`` with the code ``LOST`` when nobody does any more."""
 
 
 @dataclass
@@ -111,8 +114,8 @@ class Call:
         (need,) = self.needs(kind)
         return need
 
-    def get(self, need: WorkUnit, select: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-        """Return the tensors of another unit's output that ``select`` accepts, on the job's device.
+    def get(self, need: WorkUnit, prefix: str = "") -> dict[str, Tensor]:
+        """Return the tensors of another unit's output whose names start with ``prefix``, on the job's device.
 
         They are looked for on the shelf, then in the work store (digest checked) or at the worker that holds them. They
         may be shared with other units: nobody writes to them.
@@ -123,17 +126,18 @@ class Call:
         """
         found = self.shelf.get(need.key)
         if found is None:
-            found = self.read(need.place, select) if need.is_durable else self.fetch(need.key)
-        return {name: tensor.to(self.context.device) for name, tensor in found.items() if select(name)}
+            found = self.read(need.place, prefix) if need.is_durable else self.fetch(need.key, prefix)
+        return {name: tensor.to(self.context.device) for name, tensor in found.items() if name.startswith(prefix)}
 
-    def read(self, place: Stored, select: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
-        """Return tensors of a place in the work store, its digest checked.
+    def read(self, place: Stored, prefix: str = "") -> dict[str, Tensor]:
+        """Return the tensors of a place in the work store whose names start with ``prefix``, its digest checked.
 
         Raises:
             StorageError: when it is gone or damaged.
         """
         path = self.work.open_checked(*place, OUTPUT)
-        return {name: tensor.to(self.context.device) for name, tensor in read_file_tensors(path, select).items()}
+        found = read_file_tensors(path, lambda name: name.startswith(prefix))
+        return {name: tensor.to(self.context.device) for name, tensor in found.items()}
 
     def summary(self, need: WorkUnit) -> dict[str, Any]:
         """Return the summary of another unit's record.
@@ -144,7 +148,7 @@ class Call:
         record = self.work.lookup(*need.place)
         if record is None:
             raise StorageError(
-                f"{need.title} is not in {self.work.root} any more",
+                f"{need.title} is not in {self.work.url} any more",
                 code="storage.missing_stage",
                 context=need.place._asdict(),
             )

@@ -23,6 +23,7 @@ from pipeline.quantize.solve import (
 )
 from pipeline.quantize.statistics import rescale
 from pipeline.quantize.types import QuantizedLinear, Scheme
+from pipeline.skeleton.groups import LinearRef
 from pipeline.spec import Method
 
 
@@ -91,22 +92,28 @@ def solve_range(call: Call) -> dict[str, Any]:
 def _stack(call: Call, results: Mapping[int, ScaleResult]) -> Tensor:
     """Return the members' weights [out_features, in_features], one below the other, with every scale of the block that
     concerns their rows taken up."""
-    members = {linear.local_name + ".weight": linear for linear in call.group.linears}
+    members = {linear.local_name + ".weight": linear for linear in _members(call, call.unit)}
     weights = call.source.block(call.unit.block, members)
     folded = fold_block({name: tensor.to(call.context.device) for name, tensor in weights.items()}, results.values())
     return torch.cat([linear.to_rows(folded[name]).float() for name, linear in members.items()])
 
 
+def _members(call: Call, unit: WorkUnit) -> list[LinearRef]:
+    """Return the linears of its group that a unit solves."""
+    group = call.source.outline.groups[call.unit.block][unit.params["group"]]
+    return [linear for linear in group.linears if linear.local_name in unit.params["members"]]
+
+
 def solved_group(call: Call, parts: Sequence[WorkUnit]) -> dict[str, QuantizedLinear]:
-    """Return a linear group's members by name from the row ranges that it was solved in, in order."""
-    group = call.source.outline.groups[call.unit.block][parts[0].params["group"]]
+    """Return a linear group's quantized members by name from the row ranges that they were solved in, in order."""
+    members = _members(call, parts[0])
     rows = SolvedRows.join([SolvedRows(**call.get(part)) for part in parts])
     facts = call.summary(parts[0])
-    sizes = [linear.out_features for linear in group.linears]
+    sizes = [linear.out_features for linear in members]
     scheme, options = scheme_of(parts[0].params), options_of(parts[0].params)
     return {
         linear.name: as_linear(
             part, scheme, options, num_tokens=facts["num_tokens"], num_dead_inputs=facts["num_dead_inputs"]
         )
-        for linear, part in zip(group.linears, rows.split(sizes), strict=True)
+        for linear, part in zip(members, rows.split(sizes), strict=True)
     }

@@ -25,12 +25,9 @@ from pipeline.facts import Check
 from pipeline.fingerprint import fingerprint
 from pipeline.settings import engine_environment
 from pipeline.tensors.local import read_file_tensors
+from pipeline.validate.agreement import Agreement, compare_choices
 
 RECORD = "installed.json"
-
-NEAR_TIE = 0.15
-"""Largest lead, in units of the standard deviation of the logits, that another token may have over the engine's choice
-in our reference. Engines compute in 16 bit: near ties of 0.05 at a spread of 1.3 were seen without any error."""
 
 MAX_LOGIT_ERROR = 0.05
 """Largest relative difference (Frobenius) of a sequence's logits: 16-bit arithmetic gives about 0.01, a wrong zero
@@ -119,13 +116,19 @@ def check_engine(
     python = ensure_environment(engine, cache_dir, on_line) / "bin" / "python"
     on_line(f"loading {release_folder.name[:12]} in {engine}")
     with tempfile.TemporaryDirectory(prefix="bitmill-engine-") as name:
-        out = Path(name)
+        out, hub_home = Path(name), Path(name) / "hub"
+        hub_home.mkdir()
         (out / "job.json").write_text(json.dumps({"prompts": [ids for _, ids in prompts], "max_tokens": max_tokens}))
         script = resources.files("pipeline.validate.engines") / f"run_{engine}.py"
         command = [str(python), str(script), str(release_folder), str(out / "job.json"), str(out)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, env=engine_environment(), timeout=ENGINE_TIMEOUT_S, check=False
+                command,
+                capture_output=True,
+                text=True,
+                env=engine_environment(hub_home),
+                timeout=ENGINE_TIMEOUT_S,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return Check(name="engine", passed=False, detail=f"{engine}: no answer within {ENGINE_TIMEOUT_S:.0f} s")
@@ -145,25 +148,19 @@ def judge_engine(
     prompts: Sequence[tuple[str, list[int]]],
 ) -> Check:
     """Return the check of an engine's answers: each token it chose, and all logits, against the reference."""
-    agreeing, total, worst_gap, worst_error = 0, 0, 0.0, 0.0
+    found, worst_error = Agreement(), 0.0
     for number, ((_, ids), sequence) in enumerate(zip(prompts, result["sequences"], strict=True)):
         ours_LV, theirs_LV = reference(sequence), logits[str(number)]
         worst_error = max(worst_error, float((theirs_LV - ours_LV).norm() / ours_LV.norm()))
-        for position in range(len(ids), len(sequence)):
-            row_V = ours_LV[position - 1]
-            gap = float((row_V.max() - row_V[sequence[position]]) / row_V.std())
-            total, agreeing, worst_gap = total + 1, agreeing + (gap == 0.0), max(worst_gap, gap)
+        found += compare_choices(ours_LV, sequence, len(ids))
     versions = ", ".join(f"{name} {number}" for name, number in sorted(result["versions"].items()))
-    detail = (
-        f"{engine} ({versions}; {result['dtype']}): {agreeing} of {total} greedy tokens as the reference, widest gap "
-        f"{worst_gap:.4f} of the logits' spread, relative logit error {worst_error:.4f}"
-    )
+    detail = f"{engine} ({versions}; {result['dtype']}): {found.words}, relative logit error {worst_error:.4f}"
     figures = {
-        "tokens_agreeing": float(agreeing),
-        "tokens_total": float(total),
-        "worst_gap": worst_gap,
+        "tokens_agreeing": float(found.agreeing),
+        "tokens_total": float(found.total),
+        "worst_gap": found.worst_gap,
         "max_relative_logit_error": worst_error,
         "tokens_per_s": result["tokens_per_s"],
     }
-    passed = total > 0 and worst_gap <= NEAR_TIE and worst_error <= MAX_LOGIT_ERROR
+    passed = found.is_near and worst_error <= MAX_LOGIT_ERROR
     return Check(name="engine", passed=passed, detail=detail, figures=figures)

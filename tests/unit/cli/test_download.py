@@ -24,7 +24,7 @@ def release(tmp_path: Path) -> str:
     for name, text in FILES.items():
         (folder / name).write_text(text)
     target = DirectoryStore(tmp_path / "out")
-    publish_release(target, folder, "org", "tiny-gptq", {"source": "x"}, verdict_passed=True)
+    publish_release(target, folder, "org", "tiny-gptq", {"source": "x"}, file_names=FILES.keys(), verdict_passed=True)
     return f"{tmp_path / 'out'}/releases/org/tiny-gptq"
 
 

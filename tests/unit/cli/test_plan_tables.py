@@ -27,7 +27,18 @@ def report() -> PlanReport:
     row = MatrixRow(NAME, 17, 14336, 4096, 4, 128, "", 117_000_000, 30_300_000)
     rows = (row, replace(row, name=NAME + "_2", note=NOTE))
     variant = VariantReport(
-        "gptq-w4-g128", "gptq", 4_070_000_000, 2, 2, 1e15, 2e15, {NOTE: 1}, (), {"8 GB GPU or laptop": True}, rows
+        "gptq-w4-g128",
+        "an-organisation/a-model-gptq-w4-g128",
+        "gptq",
+        4_070_000_000,
+        2,
+        2,
+        1e15,
+        2e15,
+        {NOTE: 1},
+        (),
+        {"8 GB GPU or laptop": True},
+        rows,
     )
     return PlanReport(
         source="an-organisation/a-model-with-a-long-name",
@@ -42,10 +53,12 @@ def report() -> PlanReport:
         kv_cache_tokens=8192,
         kv_cache_bytes=1_070_000_000,
         worker_bytes=6_000_000_000,
+        held_bytes=1e9,
         work_bytes=60_000_000_000,
         workers=2,
-        rate=60e9,
+        hardware="one thread",
         seconds=9000.0,
+        bottleneck="solves",
         variants=(variant,),
     )
 

@@ -311,3 +311,20 @@ def test_zero_points_of_a_symmetric_configuration_are_a_contradiction(make_linea
         codec.unpack("x", tensors, SYMMETRIC[0])
     with pytest.raises(FormatError, match="weight_g_idx"):
         codec.unpack("x", tensors | {"x.weight_g_idx": torch.zeros(48, dtype=torch.int32)}, ASYMMETRIC[0])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 16), (24, 48), (136, 80)])
+@pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
+def test_size_is_known_from_the_shape_alone(
+    format_: Format, scheme: Scheme, rows: int, columns: int, make_linear: MakeLinear
+) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        packed = codec_for(format_).pack("m", make_linear(rows, columns, scheme), dtype)
+        stated = codec_for(format_).num_bytes(rows, columns, scheme, dtype.itemsize)
+        assert stated == sum(tensor.nbytes for tensor in packed.values())
+
+
+def test_size_counts_words_that_are_not_full(make_linear: MakeLinear) -> None:
+    scheme, codec = Scheme(4, 9, False), codec_for(Format.COMPRESSED_TENSORS)
+    packed = codec.pack("m", make_linear(5, 27, scheme), torch.float16)
+    assert codec.num_bytes(5, 27, scheme, 2) == sum(tensor.nbytes for tensor in packed.values())

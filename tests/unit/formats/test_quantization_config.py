@@ -67,7 +67,33 @@ def _one_block_differs(format_: Format) -> Schemes:
     return {name: wide if ".5." in name else scheme for name, scheme in _uniform(format_).items()}
 
 
-SHAPES = [_uniform, _some_kept, _column_kept, _mixed_groups, _mixed_attention, _one_block_differs]
+def _renamed(format_: Format) -> Schemes:
+    """A vision model with one column kept, every linear under the model's name and the checkpoint's."""
+    both: Schemes = {}
+    for name, scheme in _column_kept(format_).items():
+        both |= {name.replace("model.", f"{prefix}.", 1): scheme for prefix in ("model.language_model", "text")}
+    vision = ("model.vision_tower.layers.0.self_attn.q_proj", "vision_tower.layers.0.self_attn.q_proj")
+    return {**both, **dict.fromkeys(vision), "text.lm_head": None}
+
+
+def _prefixless(format_: Format) -> Schemes:
+    """One column kept, every linear under the model's name and without its prefix."""
+    both: Schemes = {}
+    for name, scheme in _some_kept(format_).items():
+        both |= {name: scheme, name.removeprefix("model."): scheme}
+    return both
+
+
+SHAPES = [
+    _uniform,
+    _some_kept,
+    _column_kept,
+    _mixed_groups,
+    _mixed_attention,
+    _one_block_differs,
+    _renamed,
+    _prefixless,
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -186,12 +212,12 @@ def _as_optimum_reads(config: Mapping[str, Any], name: str) -> bool:
     return listed is None or any(name.endswith(ending) for endings in listed for ending in endings)
 
 
-@pytest.mark.parametrize("shape", [_uniform, _some_kept, _column_kept])
+@pytest.mark.parametrize("shape", [_uniform, _some_kept, _column_kept, _renamed, _prefixless])
 def test_transformers_and_the_configuration_agree_on_what_is_quantized(shape: Any) -> None:
-    schemes = shape(Format.GPTQ)
+    schemes = {name: scheme for name, scheme in shape(Format.GPTQ).items() if "lm_head" not in name}
     config = _written(Format.GPTQ, schemes)
-    assert {name: _as_optimum_reads(config, name) for name in NAMES} == {
-        name: schemes[name] is not None for name in NAMES
+    assert {name: _as_optimum_reads(config, name) for name in schemes} == {
+        name: scheme is not None for name, scheme in schemes.items()
     }
 
 
@@ -201,7 +227,7 @@ def test_in_block_names_are_short_where_they_tell_linears_apart() -> None:
     assert "modules_in_block_to_quantize" not in _written(Format.GPTQ, _uniform(Format.GPTQ))
 
 
-@pytest.mark.parametrize("shape", [_some_kept, _column_kept, _mixed_groups, _mixed_attention, _one_block_differs])
+@pytest.mark.parametrize("shape", SHAPES[1:])
 def test_the_owning_package_matches_names_to_the_same_grids(shape: Any) -> None:
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_name
@@ -221,10 +247,11 @@ def test_the_owning_package_matches_names_to_the_same_grids(shape: Any) -> None:
         assert found == [(scheme.bits, scheme.group_size)]
 
 
-def test_transformers_skips_exactly_what_awq_leaves_alone() -> None:
+@pytest.mark.parametrize("shape", [_some_kept, _column_kept, _renamed, _prefixless])
+def test_transformers_skips_exactly_what_awq_leaves_alone(shape: Any) -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    schemes = _some_kept(Format.AWQ)
+    schemes = shape(Format.AWQ)
     listed = _written(Format.AWQ, schemes)["modules_to_not_convert"]
     assert {name: should_convert_module(name, listed) for name in schemes} == {
         name: scheme is not None for name, scheme in schemes.items()

@@ -49,3 +49,17 @@ def test_another_form_is_a_mistake_in_the_spec(settings: Settings, text: str) ->
     with pytest.raises(SpecError, match="is not of the form") as caught:
         fetch_dataset_file(text, settings)
     assert "hub:org/dataset@main:data/train.jsonl" in caught.value.hint
+
+
+def test_a_gated_dataset_says_where_its_conditions_are(hub: LoopbackHub, settings: Settings) -> None:
+    hub.add("org/texts", {"train.txt": b"some text"}, kind="dataset", gated=True)
+    with pytest.raises(SourceNotFoundError, match=r"^dataset org/texts is gated") as caught:
+        fetch_dataset_file("hub:org/texts:train.txt", settings)
+    assert f"accept its conditions at {hub.url}/datasets/org/texts, then" in caught.value.hint
+
+
+def test_an_absent_revision_of_a_dataset_says_where_they_are_listed(hub: LoopbackHub, settings: Settings) -> None:
+    hub.add("org/texts", {"train.txt": b"some text"}, kind="dataset")
+    with pytest.raises(SourceNotFoundError, match="has no revision 'v9'") as caught:
+        fetch_dataset_file("hub:org/texts@v9:train.txt", settings)
+    assert f"{hub.url}/datasets/org/texts/tree/main" in caught.value.hint

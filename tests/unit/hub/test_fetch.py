@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -16,6 +18,7 @@ import pytest
 
 from pipeline.errors import CorruptWeightsError, DiskFullError, SourceError, SourceNotFoundError, StorageError
 from pipeline.fingerprint import fingerprint
+from pipeline.hub import client as client_module
 from pipeline.hub import digests
 from pipeline.hub import fetch as fetch_module
 from pipeline.hub.client import MAX_ATTEMPTS
@@ -38,7 +41,7 @@ def source(hub: LoopbackHub, settings: Settings, model_files: dict[str, bytes]) 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch_module, "RANGE_BYTES", PIECE)
+    monkeypatch.setattr(client_module, "RANGE_BYTES", PIECE)
     monkeypatch.setattr(fetch_module, "PROGRESS_BYTES", 1)
 
 
@@ -158,7 +161,7 @@ def test_dropped_connections_continue_where_they_broke(
     hub.faults.append(Fault(WEIGHTS, times=2, drop_after=30_000))
     waits: list[float] = []
     assert (quick(source, settings, waits).folder / WEIGHTS).read_bytes() == model_files[WEIGHTS]
-    assert hub.ranges(WEIGHTS)[:3] == ["bytes=0-99999", "bytes=30000-99999", "bytes=60000-99999"]
+    assert hub.ranges(WEIGHTS)[:3] == ["bytes=0-99999", "bytes=30000-129999", "bytes=60000-159999"]
     assert waits == [1.0, 1.0]
 
 
@@ -167,6 +170,19 @@ def test_a_server_that_ignores_ranges_is_still_read_right(
 ) -> None:
     hub.faults.append(Fault(WEIGHTS, times=9, ignore_range=True))
     assert (quick(source, settings).folder / WEIGHTS).read_bytes() == model_files[WEIGHTS]
+    # The first reply held everything that the later pieces would have been.
+    assert hub.ranges(WEIGHTS) == ["bytes=0-99999"]
+
+
+def test_a_whole_file_that_breaks_off_is_continued_with_the_next_one(
+    hub: LoopbackHub, settings: Settings, source: Source, model_files: dict[str, bytes]
+) -> None:
+    hub.faults.append(Fault(WEIGHTS, ignore_range=True, drop_after=130_000))
+    hub.faults.append(Fault(WEIGHTS, times=9, ignore_range=True))
+    waits: list[float] = []
+    assert (quick(source, settings, waits).folder / WEIGHTS).read_bytes() == model_files[WEIGHTS]
+    assert hub.ranges(WEIGHTS) == ["bytes=0-99999", "bytes=130000-229999"]
+    assert waits == [1.0]
 
 
 class Answer(NamedTuple):
@@ -206,6 +222,13 @@ def test_a_date_to_wait_for_is_read_by_the_servers_clock(
     assert waits == [42.0]
 
 
+def test_patience_begins_anew_after_every_piece(hub: LoopbackHub, settings: Settings, source: Source) -> None:
+    hub.faults += [Fault(WEIGHTS, times=2, status=503), Fault(WEIGHTS, times=1, skip=1, status=503)]
+    waits: list[float] = []
+    quick(source, settings, waits)
+    assert waits == [1.0, 2.0, 1.0]
+
+
 def test_patience_ends(hub: LoopbackHub, settings: Settings, source: Source) -> None:
     hub.faults.append(Fault("config.json", times=99, status=503))
     waits: list[float] = []
@@ -231,13 +254,26 @@ def test_refusals_are_not_repeated(hub: LoopbackHub, settings: Settings, source:
     assert len(hub.ranges("config.json")) == 1
 
 
-def test_a_file_shorter_than_listed_is_corrupt(settings: Settings, source: Source) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("config.json", times=0),
+        Fault("config.json", times=99, ignore_range=True),
+        Fault("config.json", times=99, ignore_range=True, chunked=True),
+    ],
+)
+def test_a_file_shorter_than_listed_is_corrupt(
+    hub: LoopbackHub, settings: Settings, source: Source, fault: Fault
+) -> None:
+    hub.faults.append(dataclasses.replace(fault))
     files = tuple(
         dataclasses.replace(file, size_bytes=file.size_bytes + 5) if file.path == "config.json" else file
         for file in source.files
     )
+    waits: list[float] = []
     with pytest.raises(CorruptWeightsError, match=r"config\.json is shorter on"):
-        quick(dataclasses.replace(source, files=files), settings)
+        quick(dataclasses.replace(source, files=files), settings, waits)
+    assert waits == []
 
 
 def test_a_file_without_any_digest_is_refused(settings: Settings, source: Source) -> None:
@@ -338,6 +374,57 @@ def test_a_changed_folder_has_another_identity(settings: Settings, folder: Path)
     assert fetch(pin_source(str(folder), settings), settings).commit != first.commit
 
 
+def test_progress_is_told_in_steps_and_at_the_end_of_every_file(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_module, "PROGRESS_BYTES", 4 << 20)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "model.safetensors").write_bytes(bytes((21 << 20) + 5))
+    told: list[tuple[str, int, int]] = []
+    fetch(pin_source(str(folder), settings), settings, lambda *event: told.append(event))
+    total = (21 << 20) + 5
+    steps = [4 << 20, 8 << 20, 12 << 20, 16 << 20, 20 << 20, total]
+    assert told == [("config.json", 2, 2), *(("model.safetensors", done, total) for done in steps)]
+
+
+def test_progress_starts_again_with_a_file_that_is_fetched_again(
+    settings: Settings, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_module, "PROGRESS_BYTES", PIECE)
+    path = quick(source, settings).folder / WEIGHTS
+    path.write_bytes(b"!" + path.read_bytes()[1:])
+    told: list[int] = []
+    fetch(source, settings, lambda name, done, total: told.append(done) if name == WEIGHTS else None)
+    assert (told[0], told[-1]) == (256_000, 256_000)
+    again = told[1:]
+    assert again == sorted(set(again))
+    assert again[0] < 256_000
+    assert all(after - before >= PIECE for before, after in itertools.pairwise(again[:-1]))
+
+
+def test_a_folder_that_another_process_fetches_into_is_waited_for_and_said(
+    hub: LoopbackHub, settings: Settings, source: Source
+) -> None:
+    folder = settings.cache_dir / "sources" / "org/model" / str(source.commit)
+    folder.parent.mkdir(parents=True)
+    other = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    said: list[str] = []
+
+    def go_on(reason: str) -> None:
+        said.append(reason)
+        assert hub.requests == []
+        os.close(other)
+
+    assert (fetch(source, settings, on_wait=go_on).folder / WEIGHTS).is_file()
+    (reason,) = said
+    assert str(folder) in reason
+    fetch(source, settings, on_wait=said.append)
+    assert len(said) == 1
+
+
 def test_a_folder_that_changes_while_it_is_read_is_refused(settings: Settings, folder: Path) -> None:
     source = pin_source(str(folder), settings)
     (folder / WEIGHTS).write_bytes(b"still being copied")
@@ -346,3 +433,24 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(settings: Settings, f
     (folder / WEIGHTS).unlink()
     with pytest.raises(SourceNotFoundError, match="No such file"):
         fetch(source, settings)
+
+
+def test_weights_can_stay_on_the_hub_and_are_known_by_what_it_announces(
+    hub: LoopbackHub, settings: Settings, source: Source, model_files: dict[str, bytes]
+) -> None:
+    fetched = fetch(source, settings, with_weights=False)
+    assert fetched.digests == fetch(source, settings).digests
+    assert not [path for path in source.weight_files if path not in fetched.digests]
+    hub.requests.clear()
+    again = dataclasses.replace(settings, cache_dir=settings.cache_dir / "other")
+    fetch(source, again, with_weights=False)
+    assert not [request for request in hub.requests if request.path.endswith(".safetensors")]
+    assert not list(again.cache_dir.rglob("*.safetensors"))
+
+
+def test_weights_without_an_announced_digest_do_not_stay(settings: Settings, source: Source) -> None:
+    files = tuple(dataclasses.replace(file, sha256=None) for file in source.files)
+    with pytest.raises(SourceError, match=r"00001-of-00002\.safetensors: the hub states no SHA-256") as caught:
+        fetch(dataclasses.replace(source, files=files), settings, with_weights=False)
+    assert caught.value.code == "source.no_digest"
+    assert "--stream" in caught.value.hint

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pipeline.errors import (
     CorruptWeightsError,
@@ -21,9 +23,11 @@ from pipeline.errors import (
     SourceNotFoundError,
     UnsafeWeightsError,
 )
-from pipeline.hub.client import SourceFile
+from pipeline.hub.repository import SourceFile
 from pipeline.hub.source import companion_files, needed_files, pin_source, range_reader, read_bytes, read_range
 from pipeline.settings import Settings
+from pipeline.tensors.index import read_index
+from pipeline.tensors.local import read_folder_index
 from tests.loopback_hub import Fault, LoopbackHub
 
 NEEDED = [
@@ -127,10 +131,25 @@ def test_a_folder_is_read_in_place(settings: Settings, tmp_path: Path, monkeypat
         read_bytes(source, settings, "absent")
 
 
-@pytest.mark.parametrize("text", ["./x", "/nonexistent/x", "~/no-such-folder-of-a-model", "../x", "./org/name@main"])
+@pytest.mark.parametrize(
+    "text", ["./x", "/nonexistent/x", "~/no-such-folder-of-a-model", "~nosuchuser123/x", "../x", "./org/name@main"]
+)
 def test_an_absent_path_is_called_a_folder(settings: Settings, text: str) -> None:
     error = refusal(text, settings)
     assert error.message == f"there is no folder {text!r}"
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "a/" * 3000, "org/" + "a" * 300])
+def test_a_name_that_no_file_system_takes_is_no_folder(settings: Settings, hub: LoopbackHub, text: str) -> None:
+    error = refusal(text, settings)
+    assert error.code in ("source.bad_name", "source.not_found")
+    assert len(error.message) < 500
+
+
+def test_an_overlong_path_is_called_a_folder(settings: Settings) -> None:
+    error = refusal("/" + "a" * 5000, settings)
+    assert error.message.startswith("there is no folder '/aaa")
+    assert len(error.message) < 500
 
 
 def test_a_file_is_not_a_folder(settings: Settings, tmp_path: Path) -> None:
@@ -166,10 +185,26 @@ def test_an_absent_revision_names_it(settings: Settings, hub: LoopbackHub, model
 def test_a_gated_repository_says_what_to_accept(
     settings: Settings, hub: LoopbackHub, model_files: dict[str, bytes]
 ) -> None:
+    # An index is read when the source is pinned, a config later.
     hub.add("org/model", model_files, gated=True)
     error = refusal("org/model@main", settings)
-    assert error.code == "source.gated"
-    assert f"{hub.url}/org/model," in error.hint
+    assert (error.code, error.message.partition(":")[0]) == ("source.gated", "org/model is gated")
+    assert f"accept its conditions at {hub.url}/org/model, then" in error.hint
+    hub.add("org/single", {"config.json": b"{}", "model.safetensors": b"x"}, gated=True)
+    source = pin_source("org/single", settings)
+    with pytest.raises(SourceNotFoundError, match=r"^org/single is gated") as caught:
+        read_bytes(source, settings, "config.json")
+    assert f"accept its conditions at {hub.url}/org/single, then" in caught.value.hint
+
+
+def test_a_repository_that_is_gone_after_it_was_pinned_is_named_without_the_file(
+    settings: Settings, hub: LoopbackHub, model_files: dict[str, bytes]
+) -> None:
+    hub.add("org/model", model_files)
+    source = pin_source("org/model", settings)
+    del hub.repos["model", "org/model"]
+    with pytest.raises(SourceNotFoundError, match=rf"^{hub.url} has no repository org/model,"):
+        read_bytes(source, settings, "config.json")
 
 
 @pytest.mark.parametrize(("token", "code"), [(None, "source.not_found"), ("wrong", "source.unauthorized")])
@@ -263,21 +298,60 @@ def test_a_folder_without_a_model_is_refused(settings: Settings, tmp_path: Path,
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
-        (b"{", "no JSON object with a weight_map"),
-        (b"[]", "no JSON object with a weight_map"),
-        (b'{"weight_map": 1}', "no JSON object with a weight_map"),
-        (b'{"weight_map": {"a": ["x"]}}', "no JSON object with a weight_map"),
-        (b'{"weight_map": {}}', "names no file"),
-        (b'{"weight_map": {"a": "absent.safetensors"}}', "names 'absent.safetensors'"),
-        (b'{"weight_map": {"a": "pytorch_model.bin"}}', "names 'pytorch_model.bin'"),
-        (b'{"weight_map": {"a": 7}}', "names 7"),
+        (b"{", "is not a UTF-8 JSON object"),
+        (b"[]", "is not a UTF-8 JSON object"),
+        (b"\xff", "is not a UTF-8 JSON object"),
+        (b'{"weight_map": {"a": "x", "a": "y"}}', "the name 'a' occurs twice"),
+        (b'{"weight_map": 1}', "has no weight_map"),
+        (b'{"weight_map": {}}', "has no weight_map"),
+        (b'{"weight_map": {"a": ["x"]}}', "'a' is in ['x'], which is no safetensors file"),
+        (b'{"weight_map": {"a": "absent.safetensors"}}', "'a' is in 'absent.safetensors', which is absent"),
+        (b'{"weight_map": {"a": "pytorch_model.bin"}}', "'a' is in 'pytorch_model.bin', which is no safetensors file"),
+        (b'{"weight_map": {"a": "sub/a.safetensors"}}', "'a' is in 'sub/a.safetensors', which is not beside"),
+        (b'{"weight_map": {"a": 7}}', "'a' is in 7, which is no safetensors file"),
     ],
 )
 def test_an_index_that_cannot_be_followed_is_refused(
     settings: Settings, hub: LoopbackHub, model_files: dict[str, bytes], index: bytes, reason: str
 ) -> None:
-    hub.add("org/model", {**model_files, "model.safetensors.index.json": index})
-    assert reason in refusal("org/model", settings, CorruptWeightsError).message
+    files = {**model_files, "sub/a.safetensors": b"x", "model.safetensors.index.json": index}
+    hub.add("org/model", files)
+    message = refusal("org/model", settings, CorruptWeightsError).message
+    assert reason in message
+    assert message.startswith("org/model@")
+
+
+def test_several_files_without_an_index_are_refused_before_anything_is_fetched(
+    settings: Settings, hub: LoopbackHub, model_files: dict[str, bytes]
+) -> None:
+    del model_files["model.safetensors.index.json"]
+    hub.add("org/model", model_files)
+    error = refusal("org/model", settings, CorruptWeightsError)
+    assert "there are 2 safetensors files" in error.message
+    assert "add the index" in error.hint
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["model.safetensors", "adapter_model.safetensors"], "model.safetensors"),
+        (["weights.safetensors", "consolidated.safetensors"], "weights.safetensors"),
+        (["consolidated.safetensors", "sub/model.safetensors"], "consolidated.safetensors"),
+    ],
+)
+def test_a_plan_and_a_conversion_choose_the_same_weights(
+    settings: Settings, hub: LoopbackHub, tmp_path: Path, names: list[str], chosen: str, is_local: bool
+) -> None:
+    (tmp_path / "one").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "one" / "file")
+    files = {"config.json": b"{}", **dict.fromkeys(names, (tmp_path / "one" / "file").read_bytes())}
+    hub.add("org/model", files)
+    folder = write(tmp_path / "model", files)
+    source = pin_source(str(folder) if is_local else "org/model", settings)
+    assert source.weight_files == (chosen,)
+    assert read_index(source.file_sizes, range_reader(source, settings)).files == (chosen,)
+    assert read_folder_index(folder).files == (chosen,)
 
 
 def test_a_listing_is_asked_for_again_after_an_outage(
@@ -296,6 +370,20 @@ def test_a_pinned_source_holds_no_secret(hub: LoopbackHub, settings: Settings, m
     assert pickle.loads(pickle.dumps(source)) == source
     assert "hf_secret" not in repr(source)
     assert b"hf_secret" not in pickle.dumps(source)
+
+
+def test_a_token_file_matters_to_a_hub_and_not_to_a_folder(
+    settings: Settings, hub: LoopbackHub, tmp_path: Path, model_files: dict[str, bytes]
+) -> None:
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    own = dataclasses.replace(settings, hub_token_file=tmp_path / "token")
+    folder = write(tmp_path / "model", {"config.json": b"{}", "model.safetensors": b"0123456789"})
+    assert pin_source(str(folder), own).is_local
+    hub.add("org/model", model_files)
+    assert str(tmp_path / "token") in refusal("org/model", own, SourceError).message
+    (tmp_path / "token").write_text("hf_x\n")
+    pin_source("org/model", own)
+    assert {request.headers["authorization"] for request in hub.requests} == {"Bearer hf_x"}
 
 
 def test_nobody_logged_in_means_anonymous(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -13,11 +14,23 @@ from huggingface_hub import ModelCard, metadata_load
 from jinja2 import UndefinedError
 from markdown_it import MarkdownIt
 
-from pipeline.facts import Check, ReleaseFacts, Sample
+from jobs.cli.convert import convert_command
+from jobs.cli.flags import spec_from_flags
+from pipeline.facts import Check, ReleaseFacts
 from pipeline.publish import card
-from pipeline.publish.card import front_matter, render_card, reproduce_command, reproduce_spec
-from pipeline.spec import VariantSpec, build_spec, parse_variant
-from tests.factories import make_facts, make_module, make_modules, make_verdict
+from pipeline.publish.card import front_matter, render_card
+from pipeline.publish.reproduce import reproduce_command, reproduce_spec
+from pipeline.publish.tensor_parallel import TP_SIZES
+from pipeline.spec import (
+    CalibrationSpec,
+    ConversionSpec,
+    GateSpec,
+    VariantSpec,
+    build_spec,
+    parse_variant,
+    resolve_budgets,
+)
+from tests.factories import make_facts, make_module, make_modules, make_sample, make_verdict
 
 VARIANTS = ("gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128", "gptq-w4-g64-ct-asym", "rtn-w8-channel")
 
@@ -143,10 +156,35 @@ def test_sizes_figures_and_siblings_are_there() -> None:
     assert "made one variant" in render_card(make_facts(siblings=()))
 
 
+def test_a_variant_that_failed_is_not_offered() -> None:
+    facts = make_facts()
+    failed = facts.siblings[0].model_copy(update={"passed": False})
+    text = render_card(facts.model_copy(update={"siblings": (failed, *facts.siblings[1:])}))
+    family = section(text, "Variants of the same conversion")
+    assert "| awq-w4-g128 (failed its gates, not published) | 152 MB |" in family
+    assert family.count("not published") == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1234])
+def test_text_that_calibration_has_seen_is_admitted(share: float) -> None:
+    facts = make_facts()
+    facts = facts.model_copy(update={"quality": facts.quality.model_copy(update={"heldout_overlap": share})})
+    quality = section(render_card(facts), "Quality")
+    assert ("12.34 % of its tokens lie in runs of 32 that are in the calibration tokens too" in quality) is bool(share)
+    assert ("No 32 tokens in a row of it are among the calibration tokens." in quality) is not share
+
+
 def test_tensor_parallel_sizes_are_answered_with_the_limiting_linear() -> None:
     answers = section(render_card(make_facts()), "Load it")
     assert "| 2 | yes |  |" in answers
     assert "| 4 | no | `model.layers.0.mlp.down_proj`: 704 inputs per rank are not whole groups of 128 |" in answers
+
+
+def test_a_release_that_no_kernel_takes_is_not_said_to_load() -> None:
+    load = section(render_card(make_facts("awq-w8-g128")), "Load it")
+    assert "| 1 | no | vLLM's Marlin kernel takes zero points with 4-bit codes only" in load
+    assert "fast kernel" not in load
+    assert load.count("takes zero points with 4-bit codes only") == 1 + len(TP_SIZES)
 
 
 def test_a_passing_verdict_shows_every_figure_against_its_budget() -> None:
@@ -180,13 +218,13 @@ def test_what_was_left_out_or_done_otherwise_is_named_with_its_reason() -> None:
         modules=(
             make_module("m.0.down_proj", group_size=64, note="128 does not divide 576"),
             make_module("m.1.down_proj", group_size=64, note="128 does not divide 576"),
-            make_module("m.0.up_proj", bits=16, group_size=0, note="ignored by the spec"),
+            make_module("m.0.up_proj", bits=16, group_size=0, note="left unquantized: the spec ignores it"),
         ),
         dropped={"m.0.inv_freq": "recomputed", "m.1.inv_freq": "recomputed", "mtp.weight": "not part of the model"},
     )
     text = section(render_card(facts), "What differs from the scheme")
     assert "| `m.*.down_proj` | 2 | 4 bit, groups of 64: 128 does not divide 576 |" in text
-    assert "| `m.0.up_proj` | 1 | left in 16 bit: ignored by the spec |" in text
+    assert "| `m.0.up_proj` | 1 | left unquantized: the spec ignores it |" in text
     assert "| `m.*.inv_freq` | 2 | recomputed |" in text
     assert "| `mtp.weight` | 1 | not part of the model |" in text
     assert "Copied unquantized: embedding (1), norm (13)." in text
@@ -210,6 +248,7 @@ def test_provenance_names_source_calibration_versions_and_fingerprint() -> None:
         "| licence | apache-2.0 |",
         "| calibration text | `builtin` |",
         "| calibration tokens | 128 × 512, seed 0 |",
+        "| special tokens | none added |",
         facts.calibration.tokens_digest,
         facts.spec_fingerprint,
         "bitmill 0.1.0, compressed-tensors 0.20.0, torch 2.13.0, transformers 5.23.0",
@@ -258,9 +297,61 @@ def test_what_flags_cannot_say_is_reproduced_by_a_spec_file() -> None:
     assert text in fences(render_card(facts))
 
 
+def reproduced(facts: ReleaseFacts, folder: Path) -> ConversionSpec:
+    """Return the spec that the card's command means to the command line."""
+    words = shlex.split(reproduce_command(facts))
+    text = reproduce_spec(facts)
+    assert ("--spec" in words) is (text is not None)
+    with convert_command.make_context("convert", words[2:]) as context:
+        names = inspect.signature(spec_from_flags).parameters.keys() - {"command"}
+        flags = {name: context.params[name] for name in names}
+    if text is not None:
+        (folder / "spec.yaml").write_text(text, encoding="utf-8")
+        flags["spec_file"] = folder / flags["spec_file"]
+    return spec_from_flags(command="convert", **flags)
+
+
+GATES: list[dict[str, Any]] = [
+    {},
+    {"max_kl": 2.5, "max_relative_error": None, "max_degradations": 7},
+    {"max_perplexity_ratio": 1e-9, "generated_tokens": 8},
+    {"heldout": "my text.txt", "heldout_samples": 3, "heldout_length": 64},
+    {"prompts": [{"prompt": "2 + 2 =", "expect": "^ 4\\b"}, {"prompt": "Çok güzel: \n"}]},
+]
+
+
+@pytest.mark.parametrize("gates", GATES, ids=str)
+@pytest.mark.parametrize("variant", ["gptq-w4-g128", "rtn-w8-g128"])
+def test_the_command_judges_by_the_same_gates(variant: str, gates: dict[str, Any], tmp_path: Path) -> None:
+    spec = GateSpec.model_validate(gates)
+    facts = make_facts(variant)
+    heldout = {
+        "heldout_text": "builtin:heldout" if spec.heldout == "builtin" else spec.heldout,
+        "heldout_samples": spec.heldout_samples,
+        "heldout_length": spec.heldout_length,
+    }
+    verdict = {
+        "budgets": resolve_budgets(spec, facts.variant),
+        "samples": tuple(make_sample(item.prompt, " and", expect=item.expect) for item in spec.prompts),
+    }
+    facts = facts.model_copy(
+        update={
+            "quality": facts.quality.model_copy(update=heldout),
+            "verdict": make_verdict(facts.variant, **verdict),
+            "generated_tokens": spec.generated_tokens,
+        }
+    )
+    again = reproduced(facts, tmp_path)
+    assert resolve_budgets(again.gates, again.variants[0]) == resolve_budgets(spec, facts.variant)
+    same = ("heldout", "heldout_samples", "heldout_length", "prompts", "generated_tokens")
+    assert again.gates.model_dump(include=set(same)) == spec.model_dump(include=set(same))
+    assert again.variants == (facts.variant,)
+    assert again.calibration == CalibrationSpec()
+
+
 def test_samples_keep_the_border_between_prompt_and_continuation() -> None:
     facts = make_facts()
-    samples = (Sample(prompt="```\n# heading", continuation='"\n---\n\x1b[2J```` </p>'),)
+    samples = (make_sample("```\n# heading", '"\n---\n\x1b[2J```` </p>'),)
     text = render_card(facts.model_copy(update={"verdict": make_verdict(facts.variant, samples=samples)}))
     shown = [fence for fence in fences(text) if fence.startswith("prompt:")]
     assert shown == ['prompt:  "```\\n# heading"\nrelease: "\\"\\n---\\n\\u001b[2J```` </p>"\n']

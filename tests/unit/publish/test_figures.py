@@ -58,7 +58,7 @@ def test_the_quantized_share_counts_weights() -> None:
     assert quantized_share(facts) == pytest.approx(1024 * 1024 / facts.source.num_parameters)
 
 
-def test_worst_modules_come_in_falling_order_without_those_in_16_bit() -> None:
+def test_worst_modules_come_in_falling_order_without_unquantized_ones() -> None:
     errors = {"b": 0.1, "a": 0.1, "c": 0.3, "d": 0.2}
     modules = [make_module(name, relative_error=error) for name, error in errors.items()]
     modules.append(make_module("e", bits=16, relative_error=0.9))
@@ -97,12 +97,12 @@ def test_exceptions_say_how_and_why() -> None:
     note = "group size 128 does not divide 576"
     modules = (
         make_module("m.0.q", group_size=64, note=note),
-        make_module("m.0.o", bits=16, group_size=0, note="ignored by the spec"),
+        make_module("m.0.o", bits=16, group_size=0, note="left unquantized: the spec ignores it"),
         make_module("m.0.v"),
     )
     assert list_exceptions(make_facts(modules=modules)) == (
         Folded("m.0.q", 1, f"4 bit, groups of 64: {note}"),
-        Folded("m.0.o", 1, "left in 16 bit: ignored by the spec"),
+        Folded("m.0.o", 1, "left unquantized: the spec ignores it"),
     )
 
 

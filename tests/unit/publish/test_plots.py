@@ -69,13 +69,23 @@ def test_other_figures_give_another_plot(plot: Plot) -> None:
         make_facts(num_blocks=60),
         make_facts(modules=()),
         make_facts(modules=(make_module(relative_error=math.nan), make_module("b", relative_error=0.0))),
-        make_facts(siblings=(SiblingFacts(variant="$x_1", size_bytes=1, kl=math.inf, perplexity=math.inf),)),
-        make_facts(siblings=(SiblingFacts(variant="a", size_bytes=200_000_000, kl=0.0, perplexity=1.0),)),
+        make_facts(
+            siblings=(SiblingFacts(variant="$x_1", passed=True, size_bytes=1, kl=math.inf, perplexity=math.inf),)
+        ),
+        make_facts(siblings=(SiblingFacts(variant="a", passed=False, size_bytes=200_000_000, kl=0.0, perplexity=1.0),)),
     ],
     ids=["one block", "many blocks", "nothing quantized", "undefined error", "infinite KL", "zero KL"],
 )
 def test_every_shape_of_release_can_be_drawn(plot: Plot, facts: ReleaseFacts) -> None:
     assert plot(facts).startswith(b"\x89PNG")
+
+
+def test_a_variant_that_failed_looks_otherwise() -> None:
+    facts = make_facts()
+    failed = facts.siblings[0].model_copy(update={"passed": False})
+    assert plot_size_quality(facts.model_copy(update={"siblings": (failed, *facts.siblings[1:])})) != (
+        plot_size_quality(facts)
+    )
 
 
 def test_an_error_plot_without_a_budget_can_be_drawn() -> None:

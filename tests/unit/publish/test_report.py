@@ -79,6 +79,21 @@ def test_the_summary_names_what_failed_and_what_was_done_otherwise() -> None:
         assert expected in text
 
 
+def test_the_summary_admits_seen_text_and_marks_what_was_not_published() -> None:
+    facts = make_facts()
+    assert "calibration has seen" not in summary(facts)
+    assert "not published" not in summary(facts)
+    facts = facts.model_copy(
+        update={
+            "quality": facts.quality.model_copy(update={"heldout_overlap": 0.1234}),
+            "siblings": (facts.siblings[0].model_copy(update={"passed": False}), *facts.siblings[1:]),
+        }
+    )
+    assert "calibration has seen 12.34 % of it" in summary(facts, 200)
+    assert "awq-w4-g128 (not published)" in summary(facts)
+    assert summary(facts).count("not published") == 1
+
+
 def test_long_lists_end_with_how_many_more_there_are() -> None:
     facts = make_facts(modules=tuple(make_module(f"m.{i}.q", degradations=(f"damping {i}",)) for i in range(25)))
     assert summary(facts).count(": damping ") == 20
@@ -111,7 +126,7 @@ def test_rows_hold_the_figures_of_their_linear() -> None:
     rows = [line.split() for line in text.splitlines()[2:5]]
     assert rows == [
         ["m.0.q", "1024", "x", "1024", "4", "128", "8.00", "%", "9.00", "%", "0.0123", "0.01", "0.45"],
-        ["m.0.k", "1024", "x", "1024", "16", "-", "-", "-", "-", "-", "-"],
+        ["m.0.k", "1024", "x", "1024", "-", "-", "-", "-", "-", "-", "-"],
         ["m.0.v", "1024", "x", "1024", "4", "row", "8.00", "%", "9.00", "%", "0.0123", "-", "-"],
     ]
     assert text.endswith("Notes\n  m.0.q: why\n  m.0.q: damping 0.04\n")

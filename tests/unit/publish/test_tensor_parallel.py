@@ -76,7 +76,7 @@ def test_only_formats_with_a_second_kernel_load_on_odd_shapes() -> None:
     assert loadings(module, variant="gptq-w4-g64-ct-asym")[0] is REFUSED
 
 
-def test_a_linear_in_16_bit_only_has_to_divide() -> None:
+def test_an_unquantized_linear_only_has_to_divide() -> None:
     assert loadings(linear("down_proj", 100, 100, bits=16, group_size=0)) == [FAST, FAST, FAST, REFUSED]
     assert loadings(linear("gate", 7, 100, bits=16, group_size=0)) == [FAST] * 4
     assert loadings(linear("mystery", 7, 99, bits=16, group_size=0)) == [FAST] * 4
@@ -94,3 +94,14 @@ def test_the_answer_names_the_linear_and_the_rule_and_a_refusal_wins_over_a_slow
 
 def test_a_release_without_linears_loads() -> None:
     assert loadings() == [FAST] * 4
+
+
+@pytest.mark.parametrize("variant", ["awq-w8-g128", "rtn-w8-g128-asym", "gptq-w8-channel-ct-asym"])
+def test_zero_points_with_8_bit_codes_have_no_kernel_whatever_the_shapes(variant: str) -> None:
+    perfect = linear("q_proj", 4096, 4096, bits=8)
+    answers = tp_answers([perfect], parse_variant(variant))
+    assert {answer.loading for answer in answers} == {REFUSED}
+    assert all("zero points with 4-bit codes only" in answer.reason and not answer.module for answer in answers)
+    assert loadings(perfect, variant="rtn-w8-g128") == [FAST] * 4
+    assert loadings(linear("q_proj", 4096, 4096), variant="awq-w4-g128-ct") == [FAST] * 4
+    assert loadings(linear("q_proj", 4096, 4096, bits=16, group_size=0), variant=variant) == [FAST] * 4

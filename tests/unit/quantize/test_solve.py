@@ -106,9 +106,7 @@ def test_stack_is_bit_identical_to_each_linear_alone(
     stacked = solve(method, weight, sizes, statistics, Scheme(4, 16, False), SolveOptions())
     for linear, part in zip(stacked, weight.split(sizes), strict=True):
         (alone,) = solve(method, part, [part.shape[0]], statistics, Scheme(4, 16, False), SolveOptions())
-        assert torch.equal(linear.codes_OI, alone.codes_OI)
-        assert torch.equal(linear.scale_OG, alone.scale_OG)
-        assert torch.equal(linear.zero_OG, alone.zero_OG)
+        assert _same(linear, alone)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -168,6 +166,39 @@ def test_raised_damping_is_reported_as_a_degradation(layer: Layer) -> None:
     assert linear.report.damping == pytest.approx(0.1)
     assert len(linear.report.degradations) == 1
     assert "from 0.01 to 0.1" in linear.report.degradations[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_that_need_a_scale_out_of_range_are_counted(layer: Layer, method: Method, symmetric: bool) -> None:
+    weight, statistics = layer(9, 64)
+    weight = weight.sign()
+    weight[1] *= 2.0**-15 * 7  # exactly half the smallest scale, at 4 bits and symmetric
+    weight[2, :16] *= 2.0**-14
+    weight[2, 16:32] = 0.0  # an empty group needs no scale at all
+    weight[4] *= 2.0**-14
+    weight[6, 48:] *= 1e6
+    sizes, scheme = [3, 4, 2], Scheme(4, 16, symmetric)
+    first, second, third = solve(method, weight, sizes, statistics, scheme, SolveOptions())
+    # Asymmetric grids have more codes for the same range, hence the smaller scale.
+    below = 1 if symmetric else 5
+    assert first.report.degradations == (f"{below} of 12 groups need a scale below half the smallest normal float16",)
+    assert second.report.degradations == (
+        "4 of 16 groups need a scale below half the smallest normal float16",
+        "1 of 16 groups need a scale above the largest that can be stored",
+    )
+    assert third.report.degradations == ()
+    alone = [solve(method, part, [len(part)], statistics, scheme, SolveOptions())[0] for part in weight.split(sizes)]
+    assert [one.report for one in alone] == [first.report, second.report, third.report]
+
+
+def test_the_silent_loss_of_tiny_weights_is_a_degradation(layer: Layer) -> None:
+    weight, statistics = layer(64, 512)
+    scheme = Scheme(8, 128, True)
+    (normal,) = solve(Method.RTN, weight, [64], statistics, scheme, SolveOptions())
+    (tiny,) = solve(Method.RTN, weight / 200, [64], statistics, scheme, SolveOptions())
+    assert tiny.report.relative_error > 5 * normal.report.relative_error
+    assert (normal.report.degradations, len(tiny.report.degradations)) == ((), 1)
 
 
 def test_moment_that_no_damping_saves_is_an_error_and_not_rounding(layer: Layer) -> None:

@@ -50,9 +50,10 @@ def test_a_dead_writers_leftovers_are_not_listed_and_are_removed_by_the_next_wri
     (private / "abc").write_bytes(b"half of an object")
     (private / "abc.lock").touch()
     assert list(store.list("")) == []
-    assert store.sweep_partial(datetime.now(UTC), dry_run=True) == ("abc",)
-    assert (private / "abc").exists()
     store.put("a", b"x")
+    assert [path.name for path in private.iterdir()] == ["commit"]
+    (private / "def.lock").touch()
+    assert store.sweep_partial("releases/", datetime.now(UTC)) == ("def",)
     assert [path.name for path in private.iterdir()] == ["commit"]
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3
+from botocore.response import StreamingBody
 
 from pipeline.errors import (
     ConditionalWriteError,
@@ -48,9 +51,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
+        # Said and not only done: a client that reuses the connection may not have seen yet that it is closed.
+        self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
-        self.close_connection = True
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _reply
 
@@ -130,6 +134,36 @@ def test_a_full_store_is_named_while_uploading_and_the_upload_is_given_up(
     assert script.requests[-1][:2] == ("DELETE", "/b-1/models/file?uploadId=7")
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_lost_answer_to_the_end_of_an_upload_is_no_failure_where_the_object_is_there(
+    store: S3Store, script: Script, tmp_path: Path, is_there: bool
+) -> None:
+    """The first request completes the upload but its answer is lost; the retry finds no such upload any more."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 25)
+    sha256 = digest_file(path)
+
+    def answer(method: str, path: str, _: Any) -> Answer:
+        if method == "POST" and "uploads" in path:
+            return 200, {}, b"<InitiateMultipartUploadResult><UploadId>7</UploadId></InitiateMultipartUploadResult>"
+        if method == "POST":
+            num_tried = sum(asked == "POST" and "uploads" not in what for asked, what, _ in script.requests)
+            return error_answer(500, "InternalError") if num_tried == 1 else error_answer(404, "NoSuchUpload")
+        if method == "HEAD":
+            facts = {"Content-Length": "25", "x-amz-meta-sha256": sha256 if is_there else "0" * 64}
+            return 200, {"ETag": '"1"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT", **facts}, b""
+        return 200, {"ETag": '"1"'}, b""
+
+    script.answer = answer
+    store.part_bytes = 10
+    if is_there:
+        store.upload(path, "file", sha256)
+    else:
+        with pytest.raises(StorageError, match=r"writing file failed: HTTP 404"):
+            store.upload(path, "file", sha256)
+    assert "HEAD" in {asked for asked, *_ in script.requests}
+
+
 def test_a_server_that_stumbles_once_is_asked_again(store: S3Store, script: Script) -> None:
     script.answer = lambda *_: (
         error_answer(503, "SlowDown") if len(script.requests) == 1 else (200, {"ETag": '"1"'}, b"")
@@ -165,6 +199,67 @@ def test_a_transfer_that_keeps_breaking_is_given_up(store: S3Store, script: Scri
         list(store.stream("a"))
 
 
+def test_breaks_that_each_bring_bytes_are_not_counted_together(store: S3Store, script: Script) -> None:
+    whole = bytes(range(200))
+
+    def answer(_: str, __: str, headers: Any) -> Answer:
+        start = int(headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in headers else 0
+        partial = {"Content-Range": f"bytes {start}-199/200"} if start else {}
+        length = {"Content-Length": str(200 - start)}
+        return 206 if start else 200, {"ETag": '"1"', **length, **partial}, whole[start : start + 20]
+
+    script.answer = answer
+    assert b"".join(store.stream("a")) == whole
+    assert len(script.requests) == 10
+
+
+def test_a_connection_whose_encryption_breaks_is_a_broken_transfer(
+    store: S3Store, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = StreamingBody.read
+    broken = []
+
+    def break_once(self: StreamingBody, amt: int | None = None) -> bytes:
+        if broken:
+            return read(self, amt)
+        broken.append(True)
+        raise urllib3.exceptions.SSLError("bad record mac")
+
+    script.answer = lambda *_: (200, {"ETag": '"1"'}, b"content")
+    monkeypatch.setattr(StreamingBody, "read", break_once)
+    assert b"".join(store.stream("a")) == b"content"
+    assert len(script.requests) == 2
+
+
+def test_a_small_object_that_came_with_a_wrong_checksum_is_read_again(store: S3Store, script: Script) -> None:
+    script.answer = lambda *_: (
+        200,
+        {"ETag": '"1"', "x-amz-checksum-crc32": "AAAAAA==" if len(script.requests) == 1 else "NhCmhg=="},
+        b"hello",
+    )
+    blob = store.read("a")
+    assert blob is not None
+    assert (blob.data, len(script.requests)) == (b"hello", 2)
+
+
+@pytest.mark.parametrize("use", [S3Store.read, lambda store, key: list(store.stream(key))])
+def test_a_checksum_that_stays_wrong_is_an_error_of_the_store(
+    store: S3Store, script: Script, use: Callable[[S3Store, str], object]
+) -> None:
+    script.answer = lambda *_: (200, {"ETag": '"1"', "x-amz-checksum-crc32": "AAAAAA=="}, b"hello")
+    with pytest.raises(StorageError, match=r"bucket 'b-1' at .*reading a failed: Expected checksum AAAAAA==") as caught:
+        use(store, "a")
+    assert caught.value.hint
+    assert len(script.requests) == (2 if use is S3Store.read else 1)
+
+
+def test_a_damaged_download_leaves_no_file(store: S3Store, script: Script, tmp_path: Path) -> None:
+    script.answer = lambda *_: (200, {"ETag": '"1"', "x-amz-checksum-crc32": "AAAAAA=="}, b"hello")
+    with pytest.raises(StorageError, match="Expected checksum"):
+        store.download("a", tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_object_replaced_while_it_is_read_is_a_conflict(store: S3Store, script: Script) -> None:
     script.answer = lambda _, __, headers: (
         error_answer(412, "PreconditionFailed")
@@ -179,3 +274,18 @@ def test_a_store_that_refuses_conditions_that_hold_is_unfit(store: S3Store, scri
     script.answer = lambda *_: error_answer(412, "PreconditionFailed")
     with pytest.raises(ConditionalWriteError, match="refused to create an object that did not exist"):
         probe(store)
+
+
+def test_uploads_that_are_not_ours_stay_even_when_the_server_lists_them(store: S3Store, script: Script) -> None:
+    entry = "<Upload><Key>%s</Key><UploadId>%s</UploadId><Initiated>2026-01-01T00:00:00.000Z</Initiated></Upload>"
+    keys = ("models/releases/a/1", "models/releases/ab/2", "releases/a/3", "models/releases/a/4")
+    entries = "".join(entry % (key, key[-1]) for key in keys)
+    listing = f"<ListMultipartUploadsResult>{entries}</ListMultipartUploadsResult>".encode()
+    script.answer = lambda method, *_: (200, {}, listing) if method == "GET" else (204, {}, b"")
+    swept = store.sweep_partial("releases/a/", datetime(2026, 1, 2, tzinfo=UTC))
+    assert swept == ("releases/a/1", "releases/a/4")
+    assert [path for method, path, _ in script.requests if method == "DELETE"] == [
+        "/b-1/models/releases/a/1?uploadId=1",
+        "/b-1/models/releases/a/4?uploadId=4",
+    ]
+    assert "prefix=models%2Freleases%2Fa%2F" in script.requests[0][1]

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.errors import CorruptWeightsError, PipelineError, SourceNotFoundError
-from pipeline.tensors.index import INDEX_FILE, WeightIndex, read_index
+from pipeline.tensors.index import WeightIndex, read_index
+from pipeline.weights import INDEX_FILE
 
 Reader = Callable[[str, int, int], bytes]
 
@@ -64,6 +65,7 @@ def test_the_only_other_file_is_taken(tmp_path: Path, folder_reader: Reader, nam
         ({"x": A, "y": B, "z": "model-00003.safetensors"}, "in 'model-00003.safetensors', which is absent"),
         ({"x": A, "y": B, "z": B}, f"tensor 'z' is in {B}, whose header has none"),
         ({"x": B, "y": A}, f"tensor 'x' is in {B}, but it is in {A}"),
+        ({"x": A, "y": f"sub/{B}"}, f"in 'sub/{B}', which is not beside"),
         ({"x": A, "y": "pytorch_model.bin"}, "which is no safetensors file"),
         ({"x": A, "y": 3}, "which is no safetensors file"),
         ({}, "has no weight_map"),
@@ -73,7 +75,7 @@ def test_the_only_other_file_is_taken(tmp_path: Path, folder_reader: Reader, nam
 def test_a_contradicting_index_is_refused(
     tmp_path: Path, folder_reader: Reader, weight_map: object, reason: str
 ) -> None:
-    weights(tmp_path, {A: ["x"], B: ["y"]})
+    weights(tmp_path, {A: ["x"], B: ["y"], f"sub/{B}": ["y"]})
     index(tmp_path, weight_map)
     with pytest.raises(CorruptWeightsError) as caught:
         read(tmp_path, folder_reader)

@@ -1,0 +1,411 @@
+"""A conversion on a cluster that is not there: the real units and the real driver, on a virtual clock.
+
+``SimulatedExecutor`` stands where Ray does. A unit takes its cost, and no less than its bytes need on their way:
+
+- The source's weights and stored outputs come and go through one link of each node; what a node has read or written
+  stays in its memory for its other workers. Reads of a queued unit go on while the unit before it runs.
+- Passing outputs that another worker holds come directly within a node, and between nodes through the receiver's and
+  the sender's network link. They are fetched when the unit's turn has come.
+- A link carries one thing after the other, in the order in which they were asked for.
+
+What comes out is the schedule that would run, as far as costs and rates are right. What is left out: the driver's own
+time, the start of workers, faults, and memory that runs short (``Prediction.held_bytes`` says how much would be held).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pipeline.graph.build import UnitInputs, build_units, make_tuning
+from pipeline.graph.cost import CostModel, cost_model
+from pipeline.graph.dag import Kind, Stored, WorkUnit
+from pipeline.graph.driver import Driver, Observer
+from pipeline.graph.executor import Event, Finished, WorkerId
+from pipeline.graph.traffic import Route, Traffic
+from pipeline.graph.worker import Outcome
+from pipeline.storage.work import StageRecord
+
+
+class Limit(StrEnum):
+    """What the end of a schedule waited for."""
+
+    FORWARD = "forward chain"
+    REDUCTION = "adding up statistics"
+    SOLVES = "solves"
+    PACKING = "packing"
+    GENERATION = "generation and scores"
+    WEIGHTS = "weight reads"
+    STORE = "work store"
+    NETWORK = "moving outputs between workers"
+
+
+LIMIT_OF: dict[Kind, Limit] = {
+    Kind.EMBED: Limit.FORWARD,
+    Kind.CALIBRATE: Limit.FORWARD,
+    Kind.FORWARD: Limit.FORWARD,
+    Kind.ADD: Limit.REDUCTION,
+    Kind.MERGE: Limit.REDUCTION,
+    Kind.FACTOR: Limit.SOLVES,
+    Kind.SCALES: Limit.SOLVES,
+    Kind.SOLVE: Limit.SOLVES,
+    Kind.PACK: Limit.PACKING,
+    Kind.OUTER: Limit.PACKING,
+    Kind.SCORE: Limit.GENERATION,
+    Kind.GENERATE: Limit.GENERATION,
+    Kind.VERIFY: Limit.WEIGHTS,
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a conversion would run.
+
+    Attributes:
+        nodes: Machines.
+        workers: Workers of each.
+    """
+
+    nodes: int
+    workers: int
+
+    @property
+    def num_workers(self) -> int:
+        """Workers of all nodes."""
+        return self.nodes * self.workers
+
+
+class Link:
+    """Something that carries bytes, one thing after the other.
+
+    Attributes:
+        busy_s: Seconds for which it carried something.
+    """
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_s = 0.0
+        self.busy_s = 0.0
+
+    def carry(self, now_s: float, num_bytes: float) -> float:
+        """Return when bytes asked for now have passed."""
+        seconds = num_bytes / self._bytes_per_s
+        self._free_s = max(self._free_s, now_s) + seconds
+        self.busy_s += seconds
+        return self._free_s
+
+
+class _Node:
+    """A machine: its links, and when what it has read or written was there."""
+
+    def __init__(self, model: CostModel) -> None:
+        self.store = Link(model.rates.store_bytes)
+        self.inward, self.outward = Link(model.rates.network_bytes), Link(model.rates.network_bytes)
+        self.has: dict[str, float] = {}
+
+
+@dataclass
+class _Ticket:
+    """A unit at a worker.
+
+    Attributes:
+        unit: What to do.
+        holders: Who holds the passing outputs that it reads and the worker lacks.
+        read_s: When its reads are there.
+        read_limit: What they are waited for.
+        cause: The unit whose end had it submitted; empty for none.
+    """
+
+    unit: WorkUnit
+    holders: Mapping[str, WorkerId]
+    read_s: float
+    read_limit: Limit
+    cause: str
+
+
+@dataclass
+class _Seat:
+    """A worker."""
+
+    node: _Node
+    queue: deque[_Ticket] = field(default_factory=deque)
+    last: str = ""
+    busy_s: float = 0.0
+    held: dict[str, float] = field(default_factory=dict)
+    held_bytes: float = 0.0
+    peak_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How one unit ran.
+
+    Attributes:
+        unit: Which.
+        worker: Where.
+        begin_s: When its turn had come.
+        compute_s: When everything it reads was there.
+        computed_s: When it had computed.
+        end_s: When its output was there.
+        waited_for: What it waited for before it could compute.
+        before: The units that ended before it began, one of which it waited for: on its worker, and what caused it.
+    """
+
+    unit: WorkUnit
+    worker: WorkerId
+    begin_s: float
+    compute_s: float
+    computed_s: float
+    end_s: float
+    waited_for: Limit
+    before: tuple[str, ...]
+
+
+class SimulatedExecutor:
+    """Workers on a virtual clock.
+
+    Attributes:
+        is_expecting: All workers are there from the start.
+        now_s: The time.
+        ran: Units that ran, by key, in the order in which they ended.
+        moved: Bytes by the kind of the unit that moved them and how they went.
+    """
+
+    is_expecting = False
+
+    def __init__(self, cluster: Cluster, model: CostModel, traffic: Traffic) -> None:
+        """Start with idle workers, those of a node one after the other."""
+        self._model, self._traffic = model, traffic
+        self._nodes = [_Node(model) for _ in range(cluster.nodes)]
+        self._seats = {
+            f"node-{number}-worker-{place}": _Seat(node)
+            for number, node in enumerate(self._nodes)
+            for place in range(cluster.workers)
+        }
+        self._names = tuple(self._seats)
+        self._ends: list[tuple[float, int, WorkerId, Ran]] = []
+        self._number = 0
+        self._last_ended = ""
+        self.now_s = 0.0
+        self.ran: dict[str, Ran] = {}
+        self.moved: dict[tuple[Kind, Route], float] = {}
+
+    @property
+    def workers(self) -> Sequence[WorkerId]:
+        """All workers."""
+        return self._names
+
+    def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
+        """Queue a unit; what it reads starts to come."""
+        seat = self._seats[worker]
+        read_s, limit = self._read(unit, seat.node)
+        seat.queue.append(_Ticket(unit, holders, read_s, limit, self._last_ended))
+        if len(seat.queue) == 1:
+            self._begin(worker, seat)
+
+    def wait(self, timeout_s: float) -> Event | None:
+        """Go to the time at which the next unit ends."""
+        if not self._ends:
+            return None
+        self.now_s, _, worker, ran = heapq.heappop(self._ends)
+        seat, unit = self._seats[worker], ran.unit
+        seat.queue.popleft()
+        seat.last = self._last_ended = unit.key
+        self.ran[unit.key] = ran
+        if not unit.is_durable:
+            seat.held[unit.key] = unit.out_bytes
+            seat.held_bytes += unit.out_bytes
+            seat.peak_bytes = max(seat.peak_bytes, seat.held_bytes)
+        if seat.queue:
+            self._begin(worker, seat)
+        record = StageRecord(stage=unit.kind.value, key=unit.key, files={}, summary={}) if unit.is_durable else None
+        return Finished(worker, unit, Outcome(record, None, ran.end_s - ran.begin_s, 0))
+
+    def forget(self, worker: WorkerId, keys: Iterable[str]) -> None:
+        """Have a worker drop passing outputs."""
+        seat = self._seats[worker]
+        for key in keys:
+            seat.held_bytes -= seat.held.pop(key, 0.0)
+
+    def close(self) -> None:
+        """Nothing is to be let go of."""
+
+    def _read(self, unit: WorkUnit, node: _Node) -> tuple[float, Limit]:
+        """Ask for weights and stored outputs that the node has not; return when all are there, and what is last."""
+        last_s, limit = self.now_s, Limit.STORE
+        for read in self._traffic.reads(unit):
+            there_s = node.has.get(read.name, node.has.get(read.whole))
+            if there_s is None:
+                there_s = node.has[read.name] = node.store.carry(self.now_s, read.num_bytes)
+                self._count(unit, read.route, read.num_bytes)
+            if there_s > last_s:
+                last_s, limit = there_s, Limit.WEIGHTS if read.route is Route.WEIGHTS else Limit.STORE
+        return last_s, limit
+
+    def _begin(self, worker: WorkerId, seat: _Seat) -> None:
+        """Let the first unit of a worker's queue have its turn, and note when it will end."""
+        ticket = seat.queue[0]
+        unit, rates = ticket.unit, self._model.rates
+        fetched_s = self._fetch(ticket, seat)
+        compute_s = max(self.now_s, ticket.read_s, fetched_s)
+        end_s = computed_s = compute_s + unit.cost
+        if written := self._traffic.written_bytes(unit):
+            self._count(unit, Route.WRITTEN, written)
+            carried_s = seat.node.store.carry(self.now_s, written)
+            end_s = max(computed_s, carried_s, compute_s + written / rates.store_bytes)
+            if unit.is_durable:
+                seat.node.has[unit.key] = end_s
+        seat.busy_s += unit.cost
+        waited_for = Limit.NETWORK if fetched_s >= ticket.read_s else ticket.read_limit
+        ran = Ran(unit, worker, self.now_s, compute_s, computed_s, end_s, waited_for, (ticket.cause, seat.last))
+        self._number += 1
+        heapq.heappush(self._ends, (end_s, self._number, worker, ran))
+
+    def _fetch(self, ticket: _Ticket, seat: _Seat) -> float:
+        """Ask other workers for what they hold; return when all of it is here."""
+        done_s = self.now_s
+        needs = {need.key: need for need in ticket.unit.needs}
+        for key, holder in ticket.holders.items():
+            num_bytes = self._traffic.fetched_bytes(ticket.unit, needs[key])
+            other = self._seats[holder].node
+            if other is seat.node:
+                done_s += num_bytes / self._model.rates.peer_bytes
+                self._count(ticket.unit, Route.PEER, num_bytes)
+            else:
+                sent_s = other.outward.carry(self.now_s, num_bytes)
+                done_s = max(done_s, sent_s, seat.node.inward.carry(self.now_s, num_bytes))
+                self._count(ticket.unit, Route.NETWORK, num_bytes)
+        return done_s
+
+    def _count(self, unit: WorkUnit, route: Route, num_bytes: float) -> None:
+        place = (unit.kind, route)
+        self.moved[place] = self.moved.get(place, 0.0) + num_bytes
+
+    def prediction(self, cluster: Cluster) -> Prediction:
+        """Return how everything went that ran so far."""
+        seconds = self.now_s
+        waits = critical_waits(self.ran)
+        moved: dict[str, dict[str, float]] = {}
+        for (kind, route), num_bytes in self.moved.items():
+            moved.setdefault(kind.value, {})[route.value] = num_bytes
+        links = {
+            "store": max(node.store.busy_s for node in self._nodes),
+            "into a node": max(node.inward.busy_s for node in self._nodes),
+            "out of a node": max(node.outward.busy_s for node in self._nodes),
+        }
+        return Prediction(
+            cluster=cluster,
+            hardware=self._model.rates.hardware,
+            seconds=seconds,
+            num_units=len(self.ran),
+            busy_shares=tuple(seat.busy_s / seconds for seat in self._seats.values()),
+            bottleneck=max(waits, key=lambda limit: waits[limit]).value,
+            waits={limit.value: waits[limit] for limit in sorted(waits, key=lambda limit: -waits[limit])},
+            tail_s=tail_seconds(self.ran.values(), cluster.num_workers, seconds),
+            moved_bytes=moved,
+            held_bytes=max(seat.peak_bytes for seat in self._seats.values()),
+            busy_links={name: busy_s / seconds for name, busy_s in links.items()},
+        )
+
+
+class EmptyStore:
+    """Stands in for a work store that holds nothing but what the driver was told of."""
+
+    def lookup_all(self, places: Iterable[Stored]) -> dict[Stored, StageRecord]:
+        """Nothing is there from earlier runs."""
+        return {}
+
+    def discard(self, stage: str, key: str) -> None:
+        """Nothing is kept."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How a conversion would go.
+
+    Attributes:
+        cluster: Where.
+        hardware: What the rates are of, and how they are known.
+        seconds: From the first unit to the last.
+        num_units: Work units.
+        busy_shares: Of each worker, the share of the time for which it computed.
+        bottleneck: What the end waited for longest.
+        waits: Seconds that the end waited for each thing, along the chain of units that led to it; they add up to
+            ``seconds``.
+        tail_s: Seconds at the end in which fewer than half of the workers had something to do.
+        moved_bytes: Bytes by kind of unit and how they went.
+        held_bytes: Most bytes of passing outputs that one worker held.
+        busy_links: Share of the time for which the busiest node's link was busy: to the store, and into the node.
+    """
+
+    cluster: Cluster
+    hardware: str
+    seconds: float
+    num_units: int
+    busy_shares: tuple[float, ...]
+    bottleneck: str
+    waits: Mapping[str, float]
+    tail_s: float
+    moved_bytes: Mapping[str, Mapping[str, float]]
+    held_bytes: float
+    busy_links: Mapping[str, float]
+
+    @property
+    def busy_share(self) -> float:
+        """The workers' mean share of busy time."""
+        return sum(self.busy_shares) / len(self.busy_shares)
+
+
+def simulate(inputs: UnitInputs, cluster: Cluster, model: CostModel | None = None) -> Prediction:
+    """Return how a conversion would go on a cluster whose work store is empty.
+
+    Args:
+        inputs: What to convert.
+        cluster: Where.
+        model: Costs and rates (default: those of the job's device).
+    """
+    costs = model or cost_model(inputs.device)
+    executor = SimulatedExecutor(cluster, costs, Traffic(inputs.outline))
+    driver = Driver(
+        lambda cut: build_units(inputs, cut, costs).goals,
+        make_tuning(cluster.num_workers, costs),
+        EmptyStore(),
+        executor,
+        Observer(),
+        clock=lambda: executor.now_s,
+    )
+    driver.run()
+    return executor.prediction(cluster)
+
+
+def critical_waits(ran: Mapping[str, Ran]) -> dict[Limit, float]:
+    """Return for how long the end of a schedule waited for what: back from the unit that ended last, always to the
+    one whose end had it begin."""
+    waits: dict[Limit, float] = {}
+
+    def add(limit: Limit, seconds: float) -> None:
+        if seconds > 0:
+            waits[limit] = waits.get(limit, 0.0) + seconds
+
+    step = max(ran.values(), key=lambda one: one.end_s, default=None)
+    while step is not None:
+        add(LIMIT_OF[step.unit.kind], step.computed_s - step.compute_s)
+        add(step.waited_for, step.compute_s - step.begin_s)
+        add(Limit.STORE, step.end_s - step.computed_s)
+        earlier = [ran[key] for key in (*(need.key for need in step.unit.needs), *step.before) if key in ran]
+        step = max((one for one in earlier if one.end_s <= step.begin_s), key=lambda one: one.end_s, default=None)
+    return waits
+
+
+def tail_seconds(ran: Iterable[Ran], num_workers: int, end_s: float) -> float:
+    """Return the seconds at the end in which fewer than half of the workers had something to do."""
+    changes = sorted(change for one in ran for change in ((one.begin_s, 1), (one.end_s, -1)))
+    active, last_s = 0, 0.0
+    for time_s, change in changes:
+        if 2 * active >= num_workers:
+            last_s = time_s
+        active += change
+    return end_s - last_s

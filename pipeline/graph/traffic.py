@@ -1,0 +1,103 @@
+"""What units move: weights, stored outputs, and what one worker hands to another. Bytes, for the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from functools import cache
+from typing import NamedTuple
+
+from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.shape import ModelShape
+
+
+class Route(StrEnum):
+    """How bytes went."""
+
+    WEIGHTS = "weights"
+    READ = "store, read"
+    WRITTEN = "store, written"
+    PEER = "within a node"
+    NETWORK = "between nodes"
+
+
+class Read(NamedTuple):
+    """Something that a unit reads through the link of its node.
+
+    Attributes:
+        name: What it is; a node reads it once.
+        num_bytes: Its size.
+        route: Whether it is the source's, or of the work store.
+        whole: Name of what it is a part of; a node that has that need not read the part.
+    """
+
+    name: str
+    num_bytes: float
+    route: Route
+    whole: str = ""
+
+
+class Traffic:
+    """Bytes that the units of one source move."""
+
+    def __init__(self, outline: ModelShape) -> None:
+        self._outline = outline
+        self.block_bytes = cache(self._block_bytes)
+
+    def reads(self, unit: WorkUnit) -> Iterator[Read]:
+        """Yield what a unit reads of the source's weights and of the work store."""
+        for need in unit.needs:
+            if need.is_durable:
+                yield Read(need.key, need.out_bytes, Route.READ)
+        match unit.kind:
+            case Kind.EMBED | Kind.OUTER | Kind.SCORE:
+                yield Read("outer", self._outer_bytes, Route.WEIGHTS)
+            case Kind.CALIBRATE | Kind.SCALES | Kind.PACK:
+                yield self._block(unit.block)
+            case Kind.SOLVE:
+                yield self._group(unit)
+            case Kind.FORWARD:
+                if not unit.variant:
+                    yield self._block(unit.block)
+            case Kind.GENERATE:
+                if not unit.variant:
+                    yield Read("outer", self._outer_bytes, Route.WEIGHTS)
+                    for block in range(self._outline.skeleton.num_blocks):
+                        yield self._block(block)
+            case Kind.VERIFY:
+                yield Read(unit.label, unit.params["size_bytes"], Route.WEIGHTS)
+            case Kind.ADD | Kind.MERGE | Kind.FACTOR:
+                pass
+
+    def written_bytes(self, unit: WorkUnit) -> float:
+        """Return what a unit writes to the work store: its output, or the hidden states that it saves on the way."""
+        if unit.is_durable:
+            return unit.out_bytes
+        return unit.out_bytes - self._sum_bytes(unit) if unit.saves else 0.0
+
+    def fetched_bytes(self, unit: WorkUnit, need: WorkUnit) -> float:
+        """Return what a unit takes of another's passing output."""
+        if unit.kind in (Kind.ADD, Kind.MERGE):
+            return unit.out_bytes  # sums are as large as what becomes of them
+        return need.out_bytes - self._sum_bytes(need)
+
+    def _sum_bytes(self, unit: WorkUnit) -> float:
+        if unit.kind is not Kind.CALIBRATE:
+            return 0.0
+        return sum(4.0 * group.in_features**2 for group in self._outline.groups[unit.block])
+
+    def _block(self, block: int) -> Read:
+        return Read(f"block {block}", self.block_bytes(block), Route.WEIGHTS)
+
+    def _group(self, unit: WorkUnit) -> Read:
+        position: int = unit.params["group"]
+        members = self._outline.groups[unit.block][position].linears
+        size = sum(self._outline.tensor_bytes(linear.name + ".weight") for linear in members)
+        return Read(f"block {unit.block}, group {position}", size, Route.WEIGHTS, whole=f"block {unit.block}")
+
+    def _block_bytes(self, block: int) -> float:
+        return sum(map(self._outline.tensor_bytes, self._outline.skeleton.block_tensors(block).values()))
+
+    @property
+    def _outer_bytes(self) -> float:
+        return sum(map(self._outline.tensor_bytes, self._outline.skeleton.outer_tensors().values()))
