@@ -95,7 +95,9 @@ class Worker:
             record = self._run(unit, fetch)
         except PipelineError as caught:
             error = caught
-        except (MemoryError, torch.OutOfMemoryError) as caught:
+        except (MemoryError, RuntimeError) as caught:
+            if not _is_lack_of_memory(caught):
+                raise
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         damaged = tuple(self._work.take_damaged())
@@ -151,6 +153,11 @@ class Worker:
         if unit.kind in KEPT_COPIES:
             self.shelf.put(unit.key, call.outputs, is_copy=True)
         return record
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out; torch has an exception of its own for that on accelerators only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def lost_output(key: str) -> GraphError:

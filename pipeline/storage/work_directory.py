@@ -113,11 +113,14 @@ class DirectoryWorkStore(DamageLog):
             raise missing_file(stage, key, name, self.url)
         path = self.stage_dir(stage, key) / name
         with self._errors():
-            facts = path.stat()
-            seen = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
-            if self._checked.get(path) == seen:
-                return path
-            found = digest_file(path)
+            try:
+                facts = path.stat()
+                seen = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+                if self._checked.get(path) == seen:
+                    return path
+                found = digest_file(path)
+            except FileNotFoundError as error:  # another process has discarded it since the look at its record
+                raise missing_file(stage, key, name, self.url) from error
         if found != record.files[name].sha256:
             reason = f"{name} has SHA-256 {found}, its record says {record.files[name].sha256}"
             self.note_damage(stage, key, reason)

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import StorageError
+from pipeline.errors import SourceNotFoundError, StorageError
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.outline import Source
 from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.hub.source import Source as HubSource
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import Skeleton
-from pipeline.storage.work import StageWriter, WorkStore
+from pipeline.storage.work import StageWriter, WorkStore, missing_file
 from pipeline.tensors.local import read_file_tensors
 from pipeline.tensors.reader import FileStamp
 from pipeline.tensors.writer import write_safetensors
@@ -136,7 +136,11 @@ class Call:
             StorageError: when it is gone or damaged.
         """
         path = self.work.open_checked(*place, OUTPUT)
-        found = read_file_tensors(path, lambda name: name.startswith(prefix))
+        try:
+            found = read_file_tensors(path, lambda name: name.startswith(prefix))
+        except (FileNotFoundError, SourceNotFoundError) as error:
+            # Another run has discarded it since the check: saved hidden states are dropped by whoever is done first.
+            raise missing_file(*place, OUTPUT, self.work.url) from error
         return {name: tensor.to(self.context.device) for name, tensor in found.items()}
 
     def summary(self, need: WorkUnit) -> dict[str, Any]:
