@@ -152,8 +152,12 @@ class Conversion:
         """The share of the announced units that is done."""
         announced = [event for _, event in self.events if event["event"] == "job_started"]
         total = sum(phase["num_units"] for phase in announced[-1]["work"]) if announced else 0
-        done = sum(event["event"] == "stage_finished" for _, event in list(self.events))
-        return done / total if total else 0.0
+        return sum(event["event"] == "stage_finished" for _, event in self.events) / total if total else 0.0
+
+    @property
+    def num_finished(self) -> int:
+        """Units that this run has finished itself."""
+        return sum(event["event"] == "stage_finished" and not event["reused"] for _, event in self.events)
 
     def finish(self, meanwhile: Callable[[], object] = lambda: None) -> Timing:
         """Wait for the end and return how long it took.

@@ -151,8 +151,8 @@ def test_in_recorded_runs_the_time_left_is_within_a_factor_of_two_and_never_absu
             continue
         num_checked += 1
         assert said_s < 3 * (end_s - first_s), f"{said_s} s at {at_s}"
-        # At the end one unit is left here and there, and a few seconds are right enough.
-        is_right = true_s / 2 <= said_s <= 2 * true_s or abs(said_s - true_s) < 0.1 * (end_s - first_s)
+        # What comes last (scores, generation) takes longer for its cost: a few seconds of a short run are right enough.
+        is_right = true_s / 2 <= said_s <= 2 * true_s or abs(said_s - true_s) < 0.2 * (end_s - first_s)
         if cost_done >= 0.1 * cost and not is_right:
             wrong.append((at_s, said_s, true_s))
     assert num_checked > 50
