@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from pipeline.formats.loaders import Contents, Limit, limits
 from pipeline.graph.build import VariantPlan, make_variant_plan
 from pipeline.graph.outline import Outline, make_outline
 from pipeline.hub.source import Source, pin_source, range_reader, read_bytes
 from pipeline.quantize.types import Scheme
 from pipeline.settings import Settings
-from pipeline.spec import CalibrationSpec, ConversionSpec, Format, Method, VariantSpec
+from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, Format, Method, VariantSpec
 from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
@@ -75,6 +76,7 @@ class VariantReport:
         solve_flops: Scale search and solves.
         notes: Each deviation from the variant's scheme with the number of linears that it concerns.
         cautions: What weakens the result without being a fault.
+        limits: What loaders cannot do with it.
         fits: For each device, whether weights, KV cache and runtime fit.
     """
 
@@ -87,6 +89,7 @@ class VariantReport:
     evaluate_flops: float
     notes: dict[str, int]
     cautions: tuple[str, ...]
+    limits: tuple[Limit, ...]
     fits: dict[str, bool]
     matrices: tuple[MatrixRow, ...]
 
@@ -226,9 +229,18 @@ def _report_variant(
         evaluate_flops=evaluate,
         notes=notes,
         cautions=plan.cautions(calibration),
+        limits=limits(_contents(outline, plan)),
         fits={device: needed <= gib * 2**30 for device, gib in DEVICES.items()},
         matrices=rows,
     )
+
+
+def _contents(outline: Outline, plan: VariantPlan) -> Contents:
+    spec = plan.spec
+    schemes = {name: matrix.scheme for name, matrix in plan.matrices.items() if matrix.scheme is not None}
+    sizes = {PER_CHANNEL if spec.group_size == PER_CHANNEL else scheme.group_size for scheme in schemes.values()}
+    architecture = outline.skeleton.architecture
+    return Contents(architecture, spec.format, spec.bits, spec.symmetric, frozenset(sizes), tuple(schemes))
 
 
 def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -> MatrixRow:

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 
 from pipeline.errors import PlanError
 from pipeline.formats.codec import codec_for
+from pipeline.formats.loaders import LOADED_TRANSPOSED
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup, LinearRef
 from pipeline.spec import ENGINE_GROUP_SIZES, PER_CHANNEL, Format, GroupFallback, VariantSpec
-
-LOADED_TRANSPOSED = frozenset({Format.GPTQ})
-"""Formats whose loaders replace transposed linears (GPT-2's Conv1D) too. Those of the others replace ``nn.Linear``
-only: a quantized Conv1D would load without complaint and compute with weights that were never set."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,12 @@ def plan_matrices(variant: VariantSpec, blocks: Sequence[Sequence[LinearGroup]])
 def _checkpoint_group_size(variant: VariantSpec, groups: Iterable[LinearGroup]) -> int:
     """Return the group size to start from, lowered for all linears or for none.
 
-    AWQ files hold one size, and of GPTQ files with several not every loader reads the overrides, so one that divides
-    every in_features is preferred for both. compressed-tensors holds several.
+    AWQ files hold one size, and of GPTQ and asymmetric compressed-tensors files with several not every loader reads
+    them all, so one that divides every in_features is preferred. Symmetric compressed-tensors files hold several.
     """
     widths = {group.in_features for group in groups}
     wanted = variant.group_size
-    holds_several = variant.format is Format.COMPRESSED_TENSORS
+    holds_several = variant.format is Format.COMPRESSED_TENSORS and variant.symmetric
     if holds_several or wanted == PER_CHANNEL or variant.group_fallback is not GroupFallback.DIVISOR:
         return wanted
     tried = (wanted, *(size for size in ENGINE_GROUP_SIZES if size < wanted))

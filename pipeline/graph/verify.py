@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.facts import Check, ReleaseFacts
+from pipeline.formats.loaders import Contents, limits
 from pipeline.settings import Settings
 from pipeline.storage.locate import LocatedRelease, download_release, locate_release, verify_release_files
 from pipeline.validate.engines.environment import check_engine
@@ -75,7 +76,8 @@ def _check_engine(
     model = ReleaseModel(folder)
     model.attach()
     prompts = [(s.prompt, model.tokenizer.encode(s.prompt, with_special=True)) for s in facts.verdict.samples]
-    return check_engine(engine, folder, model.logits, prompts, VERIFY_TOKENS, settings.cache_dir, on_line)
+    known = [limit.text for limit in limits(Contents.of_release(facts)) if limit.loader == engine]
+    return check_engine(engine, folder, model.logits, prompts, VERIFY_TOKENS, settings.cache_dir, on_line, known)
 
 
 def inspect(location: str, settings: Settings) -> tuple[LocatedRelease, ReleaseFacts]:

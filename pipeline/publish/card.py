@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.errors import SpecError
 from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
+from pipeline.formats.loaders import Contents
 from pipeline.publish import figures, markdown
 from pipeline.publish.loading import loading_guide
 from pipeline.publish.plots import LAYER_ERROR_FILE, SIZE_QUALITY_FILE
@@ -117,7 +118,7 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
         "scheme": figures.describe_scheme(facts.variant),
         "judged": figures.judge(facts),
         "checks": [(check, _check_figures(check)) for check in facts.verdict.checks],
-        "guide": loading_guide(facts.variant, facts.release, runs_half_only=runs_half_only),
+        "guide": loading_guide(Contents.of_release(facts), facts.release, runs_half_only=runs_half_only),
         "tp_answers": answers,
         "runs_half_only": runs_half_only,
         "ratio": figures.size_ratio(facts),
