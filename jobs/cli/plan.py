@@ -129,6 +129,8 @@ def _render(report: PlanReport, console: Console, matrices: bool) -> None:
 
 
 def _render_variant(report: PlanReport, variant: VariantReport, console: Console) -> None:
+    from rich.markup import escape
+
     console.print(f"\n[bold]{variant.name}[/bold] ({variant.format}), to be released as {variant.release}")
     console.print(
         f"  {format_bytes(report.size_bytes)} -> {format_bytes(variant.size_bytes)}, "
@@ -140,6 +142,8 @@ def _render_variant(report: PlanReport, variant: VariantReport, console: Console
         console.print(f"  [yellow]{count} linears: {note}[/yellow]")
     for caution in variant.cautions:
         console.print(f"  [yellow]{caution}[/yellow]")
+    for limit in variant.limits:
+        console.print(f"  [{'yellow' if limit.loads else 'red'}]{escape(limit.text)}[/]")
     fits = [device for device, does in variant.fits.items() if does]
     where = f"from {fits[0]} up" if fits else "none of the common devices"
     console.print(

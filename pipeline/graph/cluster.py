@@ -238,7 +238,8 @@ class RayExecutor:
         if seat.ready is not None:
             self._start_failures += 1
             self._last_failure = reason
-        is_memory = isinstance(error, self._ray.exceptions.OutOfMemoryError) or "OOM" in str(error)
+        # Ray's words for any sudden death name the out-of-memory killer as one of the possible causes.
+        is_memory = isinstance(error, self._ray.exceptions.OutOfMemoryError)
         self._fill_seats()
         return WorkerLost(name, tuple(seat.units.values()), reason, is_memory)
 
