@@ -13,8 +13,8 @@ What loaders make of it, and what follows:
   always lists full names. ``dequantize`` is for transformers (``loaders.py``).
 
 transformers asks under the names of its own modules, which need not be the checkpoint's (``layers.0.mlp.up_proj`` may
-be loaded as ``model.layers.0.mlp.up_proj``); vLLM maps either to its own. So every linear is written under both. What no
-configuration can help is in ``loaders.py``.
+be loaded as ``model.layers.0.mlp.up_proj``); vLLM maps either to its own. So every linear is written under both. What
+no configuration can help is in ``loaders.py``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.formats.loaders import Contents, Limit, Loader, limits
 from pipeline.publish.tensor_parallel import kernel_refusal
-from pipeline.spec import Format
+from pipeline.spec import Format, VariantSpec
 
 
 @dataclass(frozen=True)

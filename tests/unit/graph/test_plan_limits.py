@@ -19,7 +19,7 @@ from tests.factories import make_facts, make_module
 def planned(source: Path, variant: str) -> list[str]:
     """Return the limits of a planned variant."""
     spec = build_spec({"source": str(source), "variants": [variant], "targets": ["nowhere"]}, "test")
-    (report,) = plan_conversion(spec, load_settings(), 1).variants
+    (report,) = plan_conversion(spec, load_settings(), 1)[0].variants
     return [limit.text for limit in report.limits]
 
 
@@ -37,7 +37,7 @@ def test_the_plan_and_the_release_have_the_same_limits(
 ) -> None:
     source = make_model(name, tmp_path / name)
     spec = build_spec({"source": str(source), "variants": [variant], "targets": ["nowhere"]}, "test")
-    (report,) = plan_conversion(spec, load_settings(), 1).variants
+    (report,) = plan_conversion(spec, load_settings(), 1)[0].variants
     assert len(report.limits) == count
     modules = tuple(
         make_module(row.name, bits=row.bits, group_size=row.group_size, in_features=row.in_features)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pipeline.facts import Check
-from pipeline.validate.engines.environment import NEAR_TIE, judge_engine
+from pipeline.validate.agreement import NEAR_TIE
+from pipeline.validate.engines.environment import judge_engine
 
 VOCABULARY = 16
 PROMPT = [3, 1, 4]
