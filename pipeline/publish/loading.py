@@ -19,7 +19,7 @@ class LoadingGuide:
     """What to type to load a release, as plain text to be fenced.
 
     Attributes:
-        vllm_shell: Shell commands that install and serve.
+        vllm_shell: Shell commands that install and serve; empty when vLLM does not load it.
         vllm_notes: Known limits in vLLM, as Markdown sentences.
         transformers_shell: Shell command that installs what is needed; empty when transformers does not load it.
         transformers_python: Python program that generates; empty when transformers does not load it.
@@ -43,12 +43,14 @@ def loading_guide(contents: Contents, release: str, *, runs_half_only: bool) -> 
     """
     dtype = " --dtype half" if runs_half_only else ""
     known = limits(contents)
+    vllm = [limit for limit in known if limit.loader is Loader.VLLM]
+    serve = f"pip install vllm\nvllm serve {shlex.quote(release)}{dtype}"
     transformers = [limit for limit in known if limit.loader is Loader.TRANSFORMERS]
     loads = all(limit.loads for limit in transformers)
     packages = (_packages_note(contents.format),) if loads else ()
     return LoadingGuide(
-        vllm_shell=f"pip install vllm\nvllm serve {shlex.quote(release)}{dtype}",
-        vllm_notes=tuple(limit.text for limit in known if limit.loader is Loader.VLLM),
+        vllm_shell=serve if all(limit.loads for limit in vllm) else "",
+        vllm_notes=tuple(limit.text for limit in vllm),
         transformers_shell=f"pip install {_requirements(contents.format, transformers)}" if loads else "",
         transformers_python=_python(release) if loads else "",
         transformers_notes=(*packages, *(limit.text for limit in transformers)),
