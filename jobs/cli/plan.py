@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from jobs.cli.flags import default_workers, spec_from_flags, with_spec_flags
+from jobs.cli.flags import HELP_NAMES, default_workers, spec_from_flags, with_spec_flags
 from jobs.cli.forecast import render_forecast
 from pipeline.errors import SpecError
 from pipeline.units import format_bytes, format_count, format_duration, parse_bytes
@@ -22,7 +22,7 @@ UNLIMITED_COLUMNS = 100_000
 """A width that nothing reaches; what is not a terminal has none."""
 
 
-@click.command("plan", short_help="Show what converting SOURCE would do.")
+@click.command("plan", context_settings=HELP_NAMES, short_help="Show what converting SOURCE would do.")
 @with_spec_flags
 @click.option(
     "--workers",
@@ -129,6 +129,8 @@ def _render(report: PlanReport, console: Console, matrices: bool) -> None:
 
 
 def _render_variant(report: PlanReport, variant: VariantReport, console: Console) -> None:
+    from rich.markup import escape
+
     console.print(f"\n[bold]{variant.name}[/bold] ({variant.format}), to be released as {variant.release}")
     console.print(
         f"  {format_bytes(report.size_bytes)} -> {format_bytes(variant.size_bytes)}, "
@@ -140,6 +142,8 @@ def _render_variant(report: PlanReport, variant: VariantReport, console: Console
         console.print(f"  [yellow]{count} linears: {note}[/yellow]")
     for caution in variant.cautions:
         console.print(f"  [yellow]{caution}[/yellow]")
+    for limit in variant.limits:
+        console.print(f"  [{'yellow' if limit.loads else 'red'}]{escape(limit.text)}[/]")
     fits = [device for device, does in variant.fits.items() if does]
     where = f"from {fits[0]} up" if fits else "none of the common devices"
     console.print(

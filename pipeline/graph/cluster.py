@@ -249,8 +249,8 @@ class RayExecutor:
         if seat.ready is not None:
             self._start_failures += 1
             self._last_failure = reason
-        # Only where Ray itself killed it. What it says of a SIGKILL from elsewhere names the kernel's OOM killer among
-        # the possible causes, always.
+        # Only where Ray itself killed it: what it says of any sudden death names the kernel's OOM killer among the
+        # possible causes.
         is_memory = isinstance(error, self._ray.exceptions.OutOfMemoryError)
         self._fill_seats()
         return WorkerLost(name, tuple(seat.units.values()), reason, is_memory)

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.errors import PlanError
 from pipeline.formats.codec import codec_for
+from pipeline.formats.loaders import Contents, Limit, limits
 from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan
 from pipeline.graph.chains import shape_of
@@ -30,7 +31,7 @@ from pipeline.hub.source import Source, pin_source, range_reader, read_bytes
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
 from pipeline.skeleton.limits import kv_cache, position_limit
-from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
+from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, Method, VariantSpec
 from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
@@ -78,6 +79,7 @@ class VariantReport:
         solve_flops: Scale search and solves.
         notes: Each deviation from the variant's scheme, and what engines refuse, with the number of linears concerned.
         cautions: What weakens the result without being a fault.
+        limits: What loaders cannot do with it.
         fits: For each device, whether weights, KV cache and runtime fit.
     """
 
@@ -91,6 +93,7 @@ class VariantReport:
     evaluate_flops: float
     notes: dict[str, int]
     cautions: tuple[str, ...]
+    limits: tuple[Limit, ...]
     fits: dict[str, bool]
     matrices: tuple[MatrixRow, ...]
 
@@ -289,9 +292,18 @@ def _report_variant(
         evaluate_flops=evaluate,
         notes=notes,
         cautions=plan.cautions(calibration),
+        limits=limits(_contents(outline, plan)),
         fits={device: needed <= gib * 2**30 for device, gib in DEVICES.items()},
         matrices=rows,
     )
+
+
+def _contents(outline: Outline, plan: VariantPlan) -> Contents:
+    spec = plan.spec
+    schemes = {name: matrix.scheme for name, matrix in plan.matrices.items() if matrix.scheme is not None}
+    sizes = {PER_CHANNEL if spec.group_size == PER_CHANNEL else scheme.group_size for scheme in schemes.values()}
+    architecture = outline.skeleton.architecture
+    return Contents(architecture, spec.format, spec.bits, spec.symmetric, frozenset(sizes), tuple(schemes))
 
 
 def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -> MatrixRow:

@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.facts import FACTS_FILE, OVERLAP_TOKENS, Check, ReleaseFacts
+from pipeline.formats.loaders import Contents
 from pipeline.publish import figures, markdown
 from pipeline.publish.loading import loading_guide
 from pipeline.publish.plots import LAYER_ERROR_FILE, SIZE_QUALITY_FILE
@@ -91,7 +92,7 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
         "scheme": figures.describe_scheme(facts.variant, facts.modules),
         "judged": figures.judge(facts),
         "checks": [(check, _check_figures(check)) for check in facts.verdict.checks],
-        "guide": loading_guide(facts.variant, facts.release, runs_half_only=runs_half_only),
+        "guide": loading_guide(Contents.of_release(facts), facts.variant, facts.release, runs_half_only=runs_half_only),
         "tp_answers": answers,
         "runs_half_only": runs_half_only,
         "ratio": figures.size_ratio(facts),

@@ -44,7 +44,7 @@ def generate(call: Call) -> dict[str, Any]:
     """Continue the smoke prompts greedily with the variant's dense weights, or the source's."""
     skeleton = call.skeleton
     tokenizer = TextTokenizer(call.source.folder)
-    load = BlockCache(VariantReader(call), skeleton.dtype)
+    load = BlockCache(VariantReader(call), skeleton.dtype, call.context.shelf_bytes)
     skeleton.attach_outer(outer_weights(call))
     found = []
     for prompt in call.params["prompts"]:

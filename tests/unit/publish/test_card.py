@@ -128,9 +128,37 @@ def test_the_card_says_how_to_load_each_format() -> None:
     assert "compressed-tensors==0.20.0" in ct
     assert "gptqmodel" not in ct
     assert "it needs a GPU" in ct
-    assert "transformers~=5.17.0" in section(render_card(make_facts("gptq-w4-g64-ct-asym")), "Load it")
+    asymmetric = section(render_card(make_facts("gptq-w4-g64-ct-asym")), "Load it")
+    assert '"transformers>=5" accelerate compressed-tensors==0.20.0' in asymmetric
     assert "--dtype half" not in gptq
     assert "vllm serve ./TinyLlama-gptq-w4-g64 --dtype half" in section(render_card(needs_half), "Load it")
+
+
+def test_the_card_offers_no_program_where_transformers_does_not_load_the_files() -> None:
+    modules = (make_module("gpt_neox.layers.0.attention.dense"),)
+    facts = with_source(make_facts("awq-w4-g128", modules=modules), architecture="GPTNeoXForCausalLM")
+    text = section(render_card(facts), "Load it")
+    assert "transformers 5.23.0 does not load these files: " in text
+    assert "vllm serve" in text
+    assert "AutoModelForCausalLM" not in text
+    assert "gptqmodel" not in text
+
+
+def test_the_card_offers_no_command_where_vllm_does_not_load_the_files() -> None:
+    modules = (make_module("transformer.h.0.self_attention.query_key_value"),)
+    facts = with_source(make_facts("gptq-w4-g128", modules=modules), architecture="BloomForCausalLM")
+    text = section(render_card(facts), "Load it")
+    assert "vLLM 0.32.0 does not load these files: " in text
+    assert "vllm serve" not in text
+    assert "AutoModelForCausalLM" in text
+
+
+def test_the_card_names_the_package_that_reads_asymmetric_files_with_several_group_sizes() -> None:
+    modules = (make_module(), make_module("model.layers.0.mlp.down_proj", group_size=64))
+    text = section(render_card(make_facts("gptq-w4-g128-ct-asym", modules=modules)), "Load it")
+    assert "compressed-tensors==0.17.0" in text
+    assert "several group sizes" in text
+    assert "AutoModelForCausalLM" in text
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
