@@ -171,8 +171,20 @@ def test_two_runs_at_once_in_one_work_directory_do_not_disturb_each_other(undist
     target.mkdir()
     runs = [
         subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", "convert", str(DEMO_MODEL), "--variant", variant, *SMALL]
-            + ["--to", str(target), "--work-dir", str(work)],
+            [
+                sys.executable,
+                "-m",
+                "jobs.cli",
+                "convert",
+                str(DEMO_MODEL),
+                "--variant",
+                variant,
+                *SMALL,
+                "--to",
+                str(target),
+                "--work-dir",
+                str(work),
+            ],
             cwd=ROOT,
             env=environment(tmp_path),
             stdout=subprocess.DEVNULL,
