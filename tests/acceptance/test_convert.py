@@ -156,7 +156,7 @@ def test_run_killed_while_it_fetches_continues_with_the_missing_bytes(
         env = {**hub.environment(tmp_path), "HF_TOKEN": "secret"}
         hub.faults.append(Fault("model.safetensors", stall_after=1_000_000))
         kill_once(start(arguments, tmp_path, **env), hub.stalled.is_set)
-        assert files_below(target) == []
+        assert files_below(target / "releases") == []
         hub.requests.clear()
         done = bitmill(*arguments, env=env)
         assert done.returncode == 0, done.stderr
@@ -169,22 +169,10 @@ def test_two_runs_at_once_in_one_work_directory_do_not_disturb_each_other(undist
     """They calibrate alike, save the same hidden states, and the one that ends first drops them."""
     target, work = tmp_path / "out", tmp_path / "work"
     target.mkdir()
+    places = ("--to", str(target), "--work-dir", str(work))
     runs = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "jobs.cli",
-                "convert",
-                str(DEMO_MODEL),
-                "--variant",
-                variant,
-                *SMALL,
-                "--to",
-                str(target),
-                "--work-dir",
-                str(work),
-            ],
+            [sys.executable, "-m", "jobs.cli", "convert", str(DEMO_MODEL), "--variant", variant, *SMALL, *places],
             cwd=ROOT,
             env=environment(tmp_path),
             stdout=subprocess.DEVNULL,
