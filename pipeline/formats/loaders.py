@@ -231,7 +231,7 @@ def _ways(contents: Contents) -> str:
     """Return what loads the model where transformers does not load these files."""
     ways = ["vLLM loads the files as they are"] if contents.architecture in LOADED_BY_VLLM else []
     if contents.architecture not in TRANSPOSED:
-        ways.append("Files that transformers unpacks while loading have no such limit (for example awq-w4-g64-ct)")
+        ways.append("Asymmetric compressed-tensors files have no such limit (for example awq-w4-g64-ct)")
     return ". ".join(ways)
 
 
