@@ -528,6 +528,32 @@ def test_a_straggler_is_looked_for_while_others_are_busy(tmp_path: Path) -> None
     assert bench.ran().index("stuck") < bench.ran().index("100")
 
 
+def test_a_unit_that_waits_its_turn_is_no_straggler(tmp_path: Path) -> None:
+    """One worker has long units, the other is idle most of the time: nothing is done twice."""
+    first = passing("0", home="c:0", cost=30.0, rank=-1)
+    chain, others = [first], []
+    for number in range(1, 5):
+        chain.append(passing(str(number), chain[-1], home="c:0", cost=30.0))
+        others.append(unit(f"short{number}", chain[-2], home="c:0", cost=0.1, rank=1))
+    goals = [unit("end", chain[-1], cost=1.0), *others]
+
+    def work(executor: ScriptedExecutor, name: WorkerId, wanted: WorkUnit) -> None:
+        bench.clock.now_s += wanted.cost
+
+    bench = Bench(tmp_path, goals, workers=2, fault=work)
+    assert bench.run() == expected(goals)
+    assert len(bench.ran()) == len(set(bench.ran()))
+    assert bench.noted.reasons == []
+
+
+def test_what_waits_behind_a_straggler_is_started_elsewhere_with_it(tmp_path: Path) -> None:
+    goals = paced(unit("stuck", cost=1.0, rank=5), unit("behind1", rank=6), unit("behind2", rank=6))
+    bench, stall = stalled_bench(tmp_path, goals, "stuck")
+    assert bench.run() == expected(bench.goals)
+    assert bench.clock.now_s <= STRAGGLER_FLOOR_S + 3
+    assert len(bench.executor.queued(stall.worker)) == UNITS_AHEAD
+
+
 def test_a_straggler_that_ends_after_all_leaves_nothing_behind(tmp_path: Path) -> None:
     goals = paced(unit("end", passing("stuck", cost=1.0), rank=5), unit("last", unit("slow", rank=6), rank=7))
     bench, stall = stalled_bench(tmp_path, goals, "stuck")
