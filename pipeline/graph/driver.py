@@ -48,7 +48,9 @@ STRAGGLER_FLOOR_S = 20.0
 POLL_S = 1.0
 """Seconds between looks at what does not announce itself: a wish to cancel, stragglers."""
 
-_RECOVERABLE = frozenset({"storage.missing_stage", "storage.damaged_stage", LOST})
+RECOVERABLE = frozenset({"storage.missing_stage", "storage.damaged_stage", LOST})
+"""Codes of errors that are met by computing something again."""
+
 _OUT_OF_MEMORY = "graph.out_of_memory"
 
 
@@ -395,7 +397,7 @@ class Driver:
         if run is None or worker not in run.workers:
             return  # a second worker has done it, or does it
         run.workers.remove(worker)
-        if error.code in _RECOVERABLE:
+        if error.code in RECOVERABLE:
             self._recover(run, error)
         elif run.workers:
             return
