@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import PipelineError
+from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import WorkUnit
 from pipeline.graph.driver import STRAGGLER_FLOOR_S, UNITS_AHEAD
 from pipeline.graph.executor import WorkerId
