@@ -48,7 +48,9 @@ STRAGGLER_FLOOR_S = 20.0
 POLL_S = 1.0
 """Seconds between looks at what does not announce itself: a wish to cancel, stragglers."""
 
-_RECOVERABLE = frozenset({"storage.missing_stage", "storage.damaged_stage", LOST})
+RECOVERABLE = frozenset({"storage.missing_stage", "storage.damaged_stage", LOST})
+"""Codes of errors that are met by computing something again."""
+
 _OUT_OF_MEMORY = "graph.out_of_memory"
 
 
@@ -114,13 +116,13 @@ class _Run:
     Attributes:
         unit: The unit.
         workers: Who has it: one, or for a straggler more.
-        started_s: When the last of them was given it.
+        began_s: When its turn came at the last of them; None while it waits behind others there.
         sources: Who held each of its passing needs then.
     """
 
     unit: WorkUnit
     workers: list[WorkerId]
-    started_s: float
+    began_s: float | None = None
     sources: dict[str, WorkerId] = field(default_factory=dict)
 
 
@@ -140,7 +142,7 @@ class _State:
         records: Stored outputs known to be there.
         holders: Which worker holds each passing output.
         running: Units on their way, by key.
-        queues: Keys of the units that each worker has, those that were done elsewhere meanwhile included.
+        queues: Keys of the units that each worker has, in order; those that were done elsewhere meanwhile included.
         overtaken: Of these, the keys of the units that were given to another worker since.
         homes: Which worker each home is at.
         losses: Workers that died under a unit, by its key.
@@ -157,7 +159,7 @@ class _State:
     records: dict[Stored, StageRecord] = field(default_factory=dict)
     holders: dict[str, WorkerId] = field(default_factory=dict)
     running: dict[str, _Run] = field(default_factory=dict)
-    queues: dict[WorkerId, set[str]] = field(default_factory=dict)
+    queues: dict[WorkerId, list[str]] = field(default_factory=dict)
     overtaken: dict[WorkerId, set[str]] = field(default_factory=dict)
     homes: dict[str, WorkerId] = field(default_factory=dict)
     losses: dict[str, int] = field(default_factory=dict)
@@ -311,20 +313,20 @@ class Driver:
         state.ready.pop(unit.key, None)
         if unit.home:
             state.homes.setdefault(unit.home, worker)
-        run = state.running.setdefault(unit.key, _Run(unit, [], 0.0))
+        run = state.running.setdefault(unit.key, _Run(unit, []))
         for slower in run.workers:
             state.overtaken.setdefault(slower, set()).add(unit.key)
         run.workers.append(worker)
-        run.started_s = self._clock()
+        queue = state.queues.setdefault(worker, [])
+        queue.append(unit.key)
+        run.began_s = self._clock() if len(queue) == 1 else None
         run.sources = {need.key: state.holders[need.key] for need in unit.needs if need.key in state.holders}
-        state.queues.setdefault(worker, set()).add(unit.key)
         self._executor.submit(unit, worker, {key: holder for key, holder in run.sources.items() if holder != worker})
 
     # What became of it.
 
     def _ended(self, worker: WorkerId, unit: WorkUnit, outcome: Outcome) -> None:
-        for keys in (self._state.queues, self._state.overtaken):
-            keys.get(worker, set()).discard(unit.key)
+        self._take_off_queue(worker, unit)
         for stage in outcome.damaged:
             self._forget_record(Stored(stage.stage, stage.key))
             self._observer.recovered(f"{stage.stage} {stage.key[:12]} was damaged: {stage.reason}")
@@ -334,6 +336,15 @@ class Driver:
             self._finished(worker, unit, outcome)
             if outcome.damaged:
                 self._replan()
+
+    def _take_off_queue(self, worker: WorkerId, unit: WorkUnit) -> None:
+        """A worker is done with a unit, and comes to the next one that it has."""
+        self._state.overtaken.get(worker, set()).discard(unit.key)
+        queue = self._state.queues[worker]
+        queue.remove(unit.key)
+        run = self._state.running.get(queue[0]) if queue else None
+        if run is not None and run.workers[-1] == worker and run.began_s is None:
+            run.began_s = self._clock()
 
     def _finished(self, worker: WorkerId, unit: WorkUnit, outcome: Outcome) -> None:
         state = self._state
@@ -386,7 +397,7 @@ class Driver:
         if run is None or worker not in run.workers:
             return  # a second worker has done it, or does it
         run.workers.remove(worker)
-        if error.code in _RECOVERABLE:
+        if error.code in RECOVERABLE:
             self._recover(run, error)
         elif run.workers:
             return
@@ -487,16 +498,21 @@ class Driver:
         return any(self._state.queues.values()) or (not self._executor.workers and self._executor.is_expecting)
 
     def _reissue_stragglers(self) -> None:
-        """Start units that take far too long once more, on a worker that has nothing to do."""
+        """Start units that take far too long once more, on workers that have nothing to do."""
         idle = [worker for worker in self._executor.workers if not self._state.queues.get(worker)]
         if not idle:
             return
         for run in list(self._state.running.values()):
-            patience_s = max(STRAGGLER_FLOOR_S, STRAGGLER_FACTOR * self._expected_s(run.unit))
-            if idle and self._clock() - run.started_s > patience_s:
+            if idle and self._is_late(run):
                 self._observer.recovered(f"{run.unit.title} takes long on {run.workers[-1]}: started again elsewhere")
                 self._move_homes(run.workers[-1])
                 self._start(run.unit, idle.pop())
+
+    def _is_late(self, run: _Run) -> bool:
+        """Return whether a unit takes far too long, or waits behind one that does."""
+        if run.began_s is None:
+            return bool(self._state.overtaken.get(run.workers[-1]))
+        return self._clock() - run.began_s > max(STRAGGLER_FLOOR_S, STRAGGLER_FACTOR * self._expected_s(run.unit))
 
     def _expected_s(self, unit: WorkUnit) -> float:
         """Return how long a unit should take: at the pace of its kind, else of all kinds, else by its cost."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import CorruptWeightsError
+from pipeline.errors import CorruptWeightsError, StorageError
 from pipeline.graph.build import Inputs, JobUnits, build_units, make_tuning
 from pipeline.graph.cost import cost_model
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
-from pipeline.graph.driver import Driver, Observer, StoredRecords, Tuning
+from pipeline.graph.driver import MAX_RECOVERIES, RECOVERABLE, Driver, Observer, StoredRecords, Tuning
 from pipeline.graph.executor import Executor, InlineExecutor
 from pipeline.graph.stages.proof import proof_units, require_proven, weight_places
 from pipeline.graph.worker import Worker
@@ -68,21 +68,28 @@ def run_job(
     units, proofs = build_units(inputs, tuning), _proofs(inputs, work, context)
     num_workers = 1 if options.inline else options.workers
     observer = _Telling(inputs, num_workers, sink)
-    executor: Executor = _Absent()
-    goals = {unit.place for unit in (*units.goals, *proofs)}
-    if len(work.lookup_all(goals)) < len(goals):
-        sink.emit(WorkersStarting(num_workers))
-        executor = _executor(context, options)
-        observer.staffed(len(executor.workers))
     names = tuple(plan.spec.name for plan in inputs.variants)
+    goals = {unit.place for unit in (*units.goals, *proofs)}
 
     def make_goals(cut: Tuning) -> Sequence[WorkUnit]:
         return [*build_units(inputs, cut).goals, *proofs]
 
-    try:
+    def drive() -> Records:
+        executor: Executor = _Absent()
+        if len(work.lookup_all(goals)) < len(goals):
+            sink.emit(WorkersStarting(num_workers))
+            executor = _executor(context, options)
+            observer.staffed(len(executor.workers))
         with closing(executor), announced(jobs, inputs.spec.source, names) as announcement:
             is_cancelled = announcement.is_cancelled
-            records = Driver(make_goals, tuning, work, executor, observer, is_cancelled=is_cancelled).run()
+            return Driver(make_goals, tuning, work, executor, observer, is_cancelled=is_cancelled).run()
+
+    try:
+        records = drive()
+        for _ in range(MAX_RECOVERIES):
+            if not _discard_damaged(units, records, work, observer):
+                break
+            records = drive()
         require_proven(inputs, proofs, records, work)
     except CorruptWeightsError:
         # No worker is left that could still write something.
@@ -99,6 +106,22 @@ def _proofs(inputs: Inputs, work: WorkStore, context: JobContext) -> list[WorkUn
     if context.streamed is None and not work.lookup_all(weight_places(inputs)):
         return []
     return proof_units(inputs)
+
+
+def _discard_damaged(units: JobUnits, records: Records, work: WorkStore, observer: Observer) -> bool:
+    """Return whether something of what will be published was not what was written, and is gone now. Stages are found by
+    their sizes; here every file's digest is checked, which the assembly of a release relies on."""
+    is_any = False
+    for unit in (units.outer, *(pack for variant in units.variants.values() for pack in variant.packs)):
+        try:
+            for name in records[unit.key].files:
+                work.open_checked(*unit.place, name)
+        except StorageError as error:
+            if error.code not in RECOVERABLE:
+                raise
+            observer.recovered(error.message)
+            is_any = True
+    return is_any
 
 
 def _discard_results(inputs: Inputs, units: JobUnits, work: WorkStore) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,9 +154,10 @@ def test_workers_killed_at_random_change_no_byte(
     def kill() -> None:
         nonlocal killed
         pids = sorted(place["pid"] for place in executors[-1].places.values())
-        if pids:
-            os.kill(chance.choice(pids), signal.SIGKILL)
-            killed += 1
+        with suppress(ProcessLookupError):  # one whose death is not known yet
+            if pids:
+                os.kill(chance.choice(pids), signal.SIGKILL)
+                killed += 1
 
     moments = sorted(chance.sample(range(5, 150), 2 + workers))
     sink = Sink(kill, moments)
@@ -219,6 +220,23 @@ def test_nodes_that_leave_and_join_change_no_byte(
         (executor,) = executors
         assert executor.workers == [], "closed"
         assert executor._number >= 4, "the node that joined was given a worker"
+
+
+def test_a_cluster_that_loses_all_its_nodes_ends_the_job_in_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "REPLACEMENT_TIMEOUT_S", 5.0)
+    with nodes({"num_cpus": 0}, {"num_cpus": 1}) as made:
+        lost_s: list[float] = []
+
+        def lose() -> None:
+            made.remove_node(min(made.worker_nodes, key=lambda node: node.unique_id), allow_graceful=False)
+            lost_s.append(time.monotonic())
+
+        with pytest.raises(GraphError, match=r"no worker is left, and [0-9]+ work units are to be done") as caught:
+            run(tmp_path, Sink(lose, [20]), workers=1, address=made.address)
+    assert time.monotonic() - lost_s[0] < 60
+    assert caught.value.code == "graph.no_workers"
 
 
 def context(folder: Path, **changes: Any) -> JobContext:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pipeline.fingerprint import digest_file
+from pipeline.graph import worker
 from pipeline.graph.build import Inputs
 from pipeline.graph.convert import gather_inputs, load_texts
+from pipeline.graph.dag import Kind
+from pipeline.graph.stages.call import Call
 from pipeline.hub.fetch import FetchedSource, fetch
 from pipeline.hub.source import pin_source
 from pipeline.settings import Settings
 from pipeline.spec import ConversionSpec, build_spec
 from tests.architectures import make_model
+from tests.unit.graph.toys import run_toy
 
 SENTENCES = [f"In the year {year} the ship left the harbour with {year % 97} men.\n" for year in range(1500, 1800)]
 
@@ -71,4 +77,15 @@ def gather(settings: Settings) -> Callable[..., Inputs]:
 def fetched(spec: ConversionSpec, settings: Settings) -> FetchedSource:
     found = fetch(pin_source(spec.source, settings), settings)
     assert found.digests["config.json"] == digest_file(found.folder / "config.json")
+    return found
+
+
+@pytest.fixture
+def toy_stages(monkeypatch: pytest.MonkeyPatch) -> dict[Kind, Callable[[Call], dict[str, Any]]]:
+    """The stage functions: toys, which a test may replace. Nothing waits for disks: power cuts are not tried here."""
+    source = SimpleNamespace(expect_block=lambda index: None)
+    found: dict[Kind, Callable[[Call], dict[str, Any]]] = dict.fromkeys(Kind, run_toy)
+    monkeypatch.setattr(worker, "open_source", lambda *arguments: source)
+    monkeypatch.setattr(worker, "STAGES", found)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return found

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pipeline.errors import PipelineError
-from pipeline.graph import worker as worker_module
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.stages import call as call_module
 from pipeline.graph.stages.call import LOST, Call, JobContext
@@ -25,15 +22,7 @@ from tests.unit.graph.toys import as_digest, as_tensors, combine, hidden, passin
 Stage = Callable[[Call], dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def stages(monkeypatch: pytest.MonkeyPatch) -> dict[Kind, Stage]:
-    """The stage functions: toys, which a test may replace."""
-    source = SimpleNamespace(expect_block=lambda index: None)
-    found: dict[Kind, Stage] = dict.fromkeys(Kind, run_toy)
-    monkeypatch.setattr(worker_module, "open_source", lambda *arguments: source)
-    monkeypatch.setattr(worker_module, "STAGES", found)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    return found
+pytestmark = pytest.mark.usefixtures("toy_stages")
 
 
 @pytest.fixture
@@ -89,9 +78,9 @@ def test_inputs_come_from_the_shelf_the_store_or_another_worker(worker: Worker) 
     assert asked == [(foreign.key, "")]
 
 
-def test_a_finished_unit_is_not_run_again(worker: Worker, stages: dict[Kind, Stage]) -> None:
+def test_a_finished_unit_is_not_run_again(worker: Worker, toy_stages: dict[Kind, Stage]) -> None:
     first = worker.run(unit("a"), nobody_holds)
-    stages[Kind.SOLVE] = lambda call: pytest.fail("it is finished")
+    toy_stages[Kind.SOLVE] = lambda call: pytest.fail("it is finished")
     assert worker.run(unit("a"), nobody_holds).record == first.record
 
 
@@ -188,44 +177,44 @@ def out_of_memory_in_torch(call: Call) -> dict[str, Any]:
 @pytest.mark.parametrize("make", [unit, passing])
 def test_memory_that_runs_out_is_told_as_such_and_leaves_nothing(
     worker: Worker,
-    stages: dict[Kind, Stage],
+    toy_stages: dict[Kind, Stage],
     tmp_path: Path,
     stage: Stage,
     make: Callable[[str], WorkUnit],
 ) -> None:
     wanted = replace(make("greedy"), block=3)
-    stages[wanted.kind] = stage
+    toy_stages[wanted.kind] = stage
     error = failure(worker, wanted)
     assert error.code == "graph.out_of_memory"
     assert f"{wanted.kind} of block 3, greedy ran out of memory" in error.message
     assert not any(name.endswith((".safetensors", ".json")) for name in files(tmp_path))
     assert worker.shelf.get(wanted.key) is None
-    stages[wanted.kind] = run_toy
+    toy_stages[wanted.kind] = run_toy
     assert worker.run(wanted, nobody_holds).error is None
 
 
-def test_a_bug_is_not_taken_for_a_lack_of_memory(worker: Worker, stages: dict[Kind, Stage]) -> None:
+def test_a_bug_is_not_taken_for_a_lack_of_memory(worker: Worker, toy_stages: dict[Kind, Stage]) -> None:
     def multiply(call: Call) -> dict[str, Any]:
         torch.zeros(2, 3) @ torch.zeros(2, 3)
         return {}
 
-    stages[Kind.SOLVE] = multiply
+    toy_stages[Kind.SOLVE] = multiply
     with pytest.raises(RuntimeError, match="shapes"):
         worker.run(unit("a"), nobody_holds)
 
 
 def test_a_unit_that_fails_leaves_nothing_and_can_be_run_again(
-    worker: Worker, work: DirectoryWorkStore, stages: dict[Kind, Stage], tmp_path: Path
+    worker: Worker, work: DirectoryWorkStore, toy_stages: dict[Kind, Stage], tmp_path: Path
 ) -> None:
     def half(call: Call) -> dict[str, Any]:
         call.put(as_tensors(combine("half", [])))
         call.write()
         raise PipelineError("the weights are not finite", code="source.not_finite")
 
-    stages[Kind.SOLVE] = half
+    toy_stages[Kind.SOLVE] = half
     assert failure(worker, unit("a")).code == "source.not_finite"
     assert "output.safetensors" not in files(tmp_path)
-    stages[Kind.SOLVE] = run_toy
+    toy_stages[Kind.SOLVE] = run_toy
     assert worker.run(unit("a"), nobody_holds).record == work.lookup(*unit("a").place)
 
 
