@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.formats.config import quantization_config
 from pipeline.graph.chains import Chain, ChainBuilder, Tokens, shape_of
+from pipeline.graph.continuations import ContinuationBuilder
 from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Tuning
@@ -166,6 +167,7 @@ class UnitBuilder:
         self.outline = inputs.outline
         self.keys = Keyring(inputs.outline, inputs.digests, inputs.device)
         self.chains = ChainBuilder(self.keys, costs)
+        self.continuations = ContinuationBuilder(self.keys, costs)
         self.num_blocks = inputs.outline.skeleton.num_blocks
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
 
@@ -188,11 +190,10 @@ class UnitBuilder:
         """Return for each linear group of a block the unit that adds up its statistics."""
         units, parts = [], self.chains.sums(chain, block)
         for position, group in enumerate(self.outline.groups[block]):
-            identity = {"chain": chain.identities[block], "names": _names(group)}
             units.append(
                 WorkUnit(
                     Kind.MERGE,
-                    self.keys.key(Kind.MERGE, identity),
+                    self.chains.merge_key(chain.identities[block], group),
                     {"group": position},
                     parts,
                     rank=chain.blocks[block][0].rank,
@@ -262,6 +263,7 @@ class UnitBuilder:
             (merged,),
             rank=group.block,
             cost=self.costs.scales_s(shape_of(group)),
+            out_bytes=4.0 * group.in_features,
             block=group.block,
             variant=plan.spec.name,
             label=group.label,
@@ -360,7 +362,7 @@ class UnitBuilder:
         }
         prompts = [prompt.prompt for prompt in gates.prompts]
         params = {"prompts": prompts, "max_tokens": gates.generated_tokens, "quantization_config": config}
-        return WorkUnit(
+        unit = WorkUnit(
             Kind.GENERATE,
             self.keys.key(Kind.GENERATE, {**identity, **params}),
             params,
@@ -369,6 +371,7 @@ class UnitBuilder:
             cost=self.costs.generate_s(self._parameters, len(prompts), gates.generated_tokens),
             variant=variant,
         )
+        return self.continuations.split(unit, needs[:-1], needs[-1:]) if self.continuations.is_split else unit
 
 
 def make_tuning(num_workers: int, costs: CostModel) -> Tuning:

@@ -30,6 +30,9 @@ SAVE_EVERY = 4
 SAVE_SHARE = 0.05
 """Most of the time of a chain that saving may take; where it would take more, hidden states are saved less often."""
 
+MIN_HELD_BLOCKS = 2
+"""Blocks whose sums a span may have outstanding at least, before it waits for them to be added up."""
+
 ADDED_SPANS = 8
 """Spans whose sums one unit adds up: as many as a node of a cluster has workers, as a rule. A power of two, so that
 what they add up to is a node of the tree."""
@@ -107,6 +110,8 @@ class ChainBuilder:
         self.num_blocks = keys.outline.skeleton.num_blocks
         # What enters the linears that a block calls first is as wide as what enters the block.
         self._hidden = next(group.in_features for block in keys.outline.groups for group in block)
+        sums = max(sum_bytes(map(shape_of, block)) for block in keys.outline.groups)
+        self._held_blocks = max(MIN_HELD_BLOCKS, int(costs.rates.sums_bytes / sums))
 
     def calibration(self, tokens: Tokens, num_workers: int) -> Chain:
         """Return the chain that collects statistics on the way."""
@@ -132,7 +137,7 @@ class ChainBuilder:
         shapes = [shape_of(group) for group in self.keys.outline.groups[block]]
         return WorkUnit(
             Kind.ADD,
-            self.keys.key(Kind.ADD, {"chain": chain.identities[block], "span": span}),
+            self._add_key(chain.identities[block], span),
             {"low": span[0], "high": span[1]},
             tuple(parts),
             is_durable=False,
@@ -143,6 +148,20 @@ class ChainBuilder:
             out_bytes=sum_bytes(shapes),
             block=block,
         )
+
+    def _add_key(self, identity: str, span: Span) -> str:
+        return self.keys.key(Kind.ADD, {"chain": identity, "span": span})
+
+    def merge_key(self, identity: str, group: LinearGroup) -> str:
+        """Return the key of a group's statistics over all tokens, where the chain is ``identity`` after the block."""
+        return self.keys.key(Kind.MERGE, {"chain": identity, "names": [linear.name for linear in group.linears]})
+
+    def _added_by(self, spans: Sequence[Span], number: int, block: int, identity: str) -> tuple[str, ...]:
+        """Return the keys of the units that read the sums of a span at a block."""
+        if len(spans) <= ADDED_SPANS:
+            return tuple(self.merge_key(identity, group) for group in self.keys.outline.groups[block])
+        row = spans[number - number % ADDED_SPANS :][:ADDED_SPANS]
+        return (self._add_key(identity, (row[0][0], row[-1][1])),) if len(row) > 1 else ()
 
     def _num_spans(self, tokens: Tokens, num_workers: int, kind: Kind) -> int:
         """Return the number of spans: one for each worker, as long as passing the blocks takes a span longer than
@@ -230,14 +249,15 @@ class ChainBuilder:
         every = self._save_every(tokens, spans[0], kind)
         for block, identity in enumerate(identities):
             row = []
-            for span, previous in zip(spans, before, strict=True):
+            for place, (span, previous) in enumerate(zip(spans, before, strict=True)):
                 numbers = range(*span)
                 is_end = block == self.num_blocks - 1
                 is_kept = is_end and kind is Kind.FORWARD and not variant
                 is_saved = is_kept or (not is_end and block % every == every - 1)
                 places = tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else ()
                 saves += () if is_kept else places
-                old = block - 2 * every
+                old, held = block - 2 * every, block - self._held_blocks
+                is_held = kind is Kind.CALIBRATE and held >= 0
                 needs = (previous, packs[block]) if packs else (previous,)
                 params = {"low": span[0], "high": span[1], "quantization_config": dict(config)}
                 row.append(
@@ -246,6 +266,7 @@ class ChainBuilder:
                         self.keys.key(kind, {"chain": identity, "span": span}),
                         params,
                         needs,
+                        after=self._added_by(spans, place, held, identities[held]) if is_held else (),
                         stand_ins={previous.key: previous.saves} if previous.saves else {},
                         saves=places,
                         obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)

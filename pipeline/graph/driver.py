@@ -4,8 +4,8 @@ It knows the goals and asks, again whenever something was lost, which units must
 are neither in the work store nor on a worker's shelf. So a start, a resume after a kill, the loss of a worker and a
 damaged file are the same thing. Nothing durable lives here.
 
-Order. Of the units that can run, those with the lowest rank do; of equal ones a worker takes one whose inputs it holds.
-A unit with a *home* runs where the home's first unit ran, because what it reads is there.
+Order. Of the units that can run, those with the lowest rank do, each where the least has to be moved to it. A unit with a
+*home* runs where the home's first unit ran, because what it reads is there.
 
 Faults. A worker that dies loses its shelf; its homes move, and what is missing is computed again from the last saved
 hidden states. A unit whose worker died ``MAX_LOSSES`` times ends the job. A unit that ran out of memory is cut into
@@ -16,6 +16,8 @@ A unit that takes far longer than units of its kind do is given to a second work
 from __future__ import annotations
 
 import time
+from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -28,6 +30,13 @@ from pipeline.storage.work import StageRecord
 
 UNITS_AHEAD = 2
 """Units at a worker: one that runs and one that is ready when it ends."""
+
+NEAR = 0.1
+"""What moving a byte within a node costs, compared with moving it between nodes."""
+
+AHEAD_S = 2.0
+"""Longest unit, by its cost, that another one is queued behind: after a longer one the moment that it takes to hand out
+the next does not count, and the next might run elsewhere before."""
 
 MAX_LOSSES = 4
 """Deaths of the worker that ran a unit, after which the unit is taken to be their cause."""
@@ -117,13 +126,14 @@ class _State:
     Attributes:
         records: Stored outputs known to be there.
         holders: Which worker holds each passing output.
+        origins: Which worker made each output, passing or stored.
         running: Units on their way, by key.
         homes: Which worker each home is at.
         losses: Workers that died under a unit, by its key.
         recoveries: Times that an output was lost or damaged, by key.
         waiting: For each unit that cannot run yet, the keys of the needs that are missing.
         dependents: For each missing need, the units that wait for it.
-        ready: Units that can run, by key.
+        ready: Units that can run, the most urgent first; of equally urgent ones that which could run first.
         readers: For each output, the units that will read it.
         chains: Homes of each chain.
         paces: How long units of a kind take.
@@ -131,13 +141,14 @@ class _State:
 
     records: dict[Stored, StageRecord] = field(default_factory=dict)
     holders: dict[str, WorkerId] = field(default_factory=dict)
+    origins: dict[str, WorkerId] = field(default_factory=dict)
     running: dict[str, _Run] = field(default_factory=dict)
     homes: dict[str, WorkerId] = field(default_factory=dict)
     losses: dict[str, int] = field(default_factory=dict)
     recoveries: dict[str, int] = field(default_factory=dict)
     waiting: dict[str, set[str]] = field(default_factory=dict)
     dependents: dict[str, list[WorkUnit]] = field(default_factory=dict)
-    ready: dict[str, WorkUnit] = field(default_factory=dict)
+    ready: list[WorkUnit] = field(default_factory=list)
     readers: dict[str, int] = field(default_factory=dict)
     chains: dict[str, set[str]] = field(default_factory=dict)
     paces: dict[Kind, _Pace] = field(default_factory=dict)
@@ -206,7 +217,9 @@ class Driver:
         state = self._state
         self._goals = self._make_goals(self._tuning)
         todo = required_units(self._goals, self._is_there, self._is_stored)
-        state.readers, state.waiting, state.dependents, state.ready, state.chains = {}, {}, {}, {}, {}
+        wanted = {unit.key for unit in todo}
+        state.readers, state.waiting, state.dependents, state.chains = {}, {}, {}, {}
+        state.ready = []
         for unit in todo:
             for need in unit.needs:
                 state.readers[need.key] = state.readers.get(need.key, 0) + 1
@@ -215,13 +228,13 @@ class Driver:
             if unit.key in state.running:
                 continue
             missing = {need.key for need in open_needs(unit, self._is_there, self._is_stored)}
+            missing |= wanted.intersection(unit.after)
             if missing:
                 state.waiting[unit.key] = missing
             else:
-                state.ready[unit.key] = unit
+                self._is_ready(unit)
             for key in missing:
                 state.dependents.setdefault(key, []).append(unit)
-        wanted = {unit.key for unit in todo}
         self._observer.planned(todo, [unit for unit in reachable_units(self._goals) if unit.key not in wanted])
         for key in [key for key in state.holders if key not in state.readers]:
             self._drop(key)
@@ -237,46 +250,68 @@ class Driver:
             self._state.records[place] = record
         return True
 
+    def _is_ready(self, unit: WorkUnit) -> None:
+        insort(self._state.ready, unit, key=lambda other: other.rank)
+
     # Who does it.
 
     def _dispatch(self) -> None:
-        """Give units to workers until each has enough or nothing is ready."""
+        """Give units to workers until each has enough or nothing is ready: the most urgent unit first, to the idlest
+        worker that may run it; of equally idle ones to that which the least has to be moved to, and then to that with
+        the fewest homes, so that homes spread."""
+        ready = self._state.ready
         load = dict.fromkeys(self._executor.workers, 0)
         for run in self._state.running.values():
             for worker in run.workers:
-                load[worker] = load.get(worker, 0) + 1
-        while free := [worker for worker, units in load.items() if units < UNITS_AHEAD]:
-            # The idlest worker first; when there is nothing for it, others may hold a home that has work.
-            choices = ((name, self._choose(name, len(load))) for name in sorted(free, key=lambda name: load[name]))
-            found = next(((name, unit) for name, unit in choices if unit is not None), None)
-            if found is None:
-                return
-            worker, unit = found
+                load[worker] = load.get(worker, 0) + _load_of(run.unit)
+        free = [worker for worker, units in load.items() if units < UNITS_AHEAD]
+        homes = Counter(self._state.homes.values()) if free else Counter()
+        place = 0
+        while free and place < len(ready):
+            unit = ready[place]
+            may_run = self._may_run(unit, free, len(load))
+            if not may_run:
+                place += 1
+                continue
+            least = min(load[worker] for worker in may_run)
+            worker = min(
+                (worker for worker in may_run if load[worker] == least),
+                key=lambda worker: (self._bytes_to(worker, unit), homes[worker]),
+            )
+            ready.pop(place)
+            homes[worker] += bool(unit.home) and unit.home not in self._state.homes
             self._start(unit, worker)
-            load[worker] += 1
+            load[worker] += _load_of(unit)
+            if load[worker] >= UNITS_AHEAD:
+                free.remove(worker)
 
-    def _choose(self, worker: WorkerId, num_workers: int) -> WorkUnit | None:
-        """Return the most urgent unit that can run on a worker."""
-        may_run = (unit for unit in self._state.ready.values() if self._may_run(unit, worker, num_workers))
-        return min(may_run, key=lambda unit: (unit.rank, not self._is_local(unit, worker)), default=None)
-
-    def _may_run(self, unit: WorkUnit, worker: WorkerId, num_workers: int) -> bool:
+    def _may_run(self, unit: WorkUnit, workers: Sequence[WorkerId], num_workers: int) -> Sequence[WorkerId]:
+        """Return which of some workers may run a unit: all, the one that its home is at, or those that have no more of
+        its chain's homes than others have to."""
         if not unit.home:
-            return True
+            return workers
         owner = self._state.homes.get(unit.home)
         if owner is not None:
-            return owner == worker
+            return [owner] if owner in workers else []
         homes = self._state.chains.get(_chain(unit.home), {unit.home})
-        own = sum(self._state.homes.get(home) == worker for home in homes)
-        return own < -(-len(homes) // num_workers)
+        own = Counter(self._state.homes.get(home) for home in homes)
+        most = -(-len(homes) // num_workers)
+        return [worker for worker in workers if own[worker] < most]
 
-    def _is_local(self, unit: WorkUnit, worker: WorkerId) -> bool:
-        held = [self._state.holders.get(need.key) for need in unit.needs if not need.is_durable]
-        return all(holder in (None, worker) for holder in held)
+    def _bytes_to(self, worker: WorkerId, unit: WorkUnit) -> float:
+        """Return how much would have to be moved to a worker for a unit. Within a node that is cheap, and what was
+        stored by a worker of the node is in the node's memory."""
+        total = 0.0
+        for need in unit.needs:
+            origin = self._state.origins.get(need.key)
+            if origin is None or origin == worker:
+                continue
+            is_near = self._executor.node(origin) == self._executor.node(worker)
+            total += need.out_bytes * (NEAR if is_near else 1.0)
+        return total
 
     def _start(self, unit: WorkUnit, worker: WorkerId) -> None:
         state = self._state
-        state.ready.pop(unit.key, None)
         if unit.home:
             state.homes.setdefault(unit.home, worker)
         run = state.running.setdefault(unit.key, _Run(unit, [], self._clock()))
@@ -299,6 +334,7 @@ class Driver:
             state.records[unit.place] = record
         else:
             state.holders.setdefault(unit.key, worker)
+        state.origins[unit.key] = worker
         if run is None:
             return  # a second worker was faster, and everything was told then
         pace = state.paces.setdefault(unit.kind, _Pace())
@@ -312,7 +348,7 @@ class Driver:
             missing = state.waiting.get(dependent.key, set())
             missing.discard(unit.key)
             if not missing and state.waiting.pop(dependent.key, None) is not None:
-                state.ready[dependent.key] = dependent
+                self._is_ready(dependent)
 
     def _read_once(self, need: WorkUnit) -> None:
         readers = self._state.readers
@@ -424,6 +460,11 @@ class Driver:
             if self._clock() - run.started_s > max(STRAGGLER_FLOOR_S, STRAGGLER_FACTOR * expected_s):
                 self._observer.recovered(f"{run.unit.title} takes long on {run.workers[0]}: started again elsewhere")
                 self._start(run.unit, idle.pop())
+
+
+def _load_of(unit: WorkUnit) -> int:
+    """Return for how many units one counts at a worker."""
+    return 1 if unit.cost <= AHEAD_S else UNITS_AHEAD
 
 
 def _chain(home: str) -> str:

@@ -56,6 +56,10 @@ class Executor(Protocol):
         """The workers that take units now."""
         ...
 
+    def node(self, worker: WorkerId) -> str:
+        """Return which machine a worker is on; empty for one that is gone."""
+        ...
+
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit at a worker.
 
@@ -92,6 +96,10 @@ class InlineExecutor:
     def workers(self) -> Sequence[WorkerId]:
         """The one worker."""
         return (self.NAME,)
+
+    def node(self, worker: WorkerId) -> str:
+        """This machine."""
+        return "here"
 
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit."""

@@ -36,6 +36,7 @@ PHASES: dict[Kind, Phase] = {
     Kind.OUTER: Phase.PACK,
     Kind.FORWARD: Phase.EVALUATE,
     Kind.SCORE: Phase.EVALUATE,
+    Kind.CONTINUE: Phase.EVALUATE,
     Kind.GENERATE: Phase.EVALUATE,
 }
 
@@ -85,6 +86,10 @@ class _Absent:
     """Stands in when everything is finished already, so that no cluster is started for nothing."""
 
     workers: Sequence[str] = ()
+
+    def node(self, worker: str) -> str:
+        """Nobody is anywhere."""
+        return ""
 
     def submit(self, *arguments: Any) -> None:
         """Never called."""

@@ -3,7 +3,10 @@
 ``SimulatedExecutor`` stands where Ray does. A unit takes its cost, and no less than its bytes need on their way:
 
 - The source's weights and stored outputs come and go through one link of each node; what a node has read or written
-  stays in its memory for its other workers. Reads of a queued unit go on while the unit before it runs.
+  stays in its memory for its other workers. Reads of a queued unit go on while the unit before it runs, and a block's
+  weights are read ahead while hidden states pass the block before.
+- Weights that continuations pass by stay with a worker as far as its memory goes, and are taken in again where they
+  did not.
 - Passing outputs that another worker holds come directly within a node, and between nodes through the receiver's and
   the sender's network link. They are fetched when the unit's turn has come.
 - A link carries one thing after the other, in the order in which they were asked for.
@@ -15,7 +18,7 @@ time, the start of workers, faults, and memory that runs short (``Prediction.hel
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -25,7 +28,7 @@ from pipeline.graph.cost import CostModel, cost_model
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import Event, Finished, WorkerId
-from pipeline.graph.traffic import Route, Traffic
+from pipeline.graph.traffic import Read, Route, Traffic
 from pipeline.graph.worker import Outcome
 from pipeline.storage.work import StageRecord
 
@@ -55,6 +58,7 @@ LIMIT_OF: dict[Kind, Limit] = {
     Kind.PACK: Limit.PACKING,
     Kind.OUTER: Limit.PACKING,
     Kind.SCORE: Limit.GENERATION,
+    Kind.CONTINUE: Limit.GENERATION,
     Kind.GENERATE: Limit.GENERATION,
 }
 
@@ -100,7 +104,8 @@ class Link:
 class _Node:
     """A machine: its links, and when what it has read or written was there."""
 
-    def __init__(self, model: CostModel) -> None:
+    def __init__(self, name: str, model: CostModel) -> None:
+        self.name = name
         self.store = Link(model.rates.store_bytes)
         self.inward, self.outward = Link(model.rates.network_bytes), Link(model.rates.network_bytes)
         self.has: dict[str, float] = {}
@@ -133,6 +138,7 @@ class _Seat:
     queue: deque[_Ticket] = field(default_factory=deque)
     last: str = ""
     busy_s: float = 0.0
+    resident: OrderedDict[str, float] = field(default_factory=OrderedDict)
     held: dict[str, float] = field(default_factory=dict)
     held_bytes: float = 0.0
     peak_bytes: float = 0.0
@@ -175,11 +181,9 @@ class SimulatedExecutor:
     def __init__(self, cluster: Cluster, model: CostModel, traffic: Traffic) -> None:
         """Start with idle workers, those of a node one after the other."""
         self._model, self._traffic = model, traffic
-        self._nodes = [_Node(model) for _ in range(cluster.nodes)]
+        self._nodes = [_Node(f"node-{number}", model) for number in range(cluster.nodes)]
         self._seats = {
-            f"node-{number}-worker-{place}": _Seat(node)
-            for number, node in enumerate(self._nodes)
-            for place in range(cluster.workers)
+            f"{node.name}-worker-{place}": _Seat(node) for node in self._nodes for place in range(cluster.workers)
         }
         self._names = tuple(self._seats)
         self._ends: list[tuple[float, int, WorkerId, Ran]] = []
@@ -194,10 +198,14 @@ class SimulatedExecutor:
         """All workers."""
         return self._names
 
+    def node(self, worker: WorkerId) -> str:
+        """Return which machine a worker is on."""
+        return self._seats[worker].node.name
+
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit; what it reads starts to come."""
         seat = self._seats[worker]
-        read_s, limit = self._read(unit, seat.node)
+        read_s, limit = self._read(unit, self._traffic.reads(unit), seat.node)
         seat.queue.append(_Ticket(unit, holders, read_s, limit, self._last_ended))
         if len(seat.queue) == 1:
             self._begin(worker, seat)
@@ -229,10 +237,10 @@ class SimulatedExecutor:
     def close(self) -> None:
         """Nothing is to be let go of."""
 
-    def _read(self, unit: WorkUnit, node: _Node) -> tuple[float, Limit]:
+    def _read(self, unit: WorkUnit, reads: Iterable[Read], node: _Node) -> tuple[float, Limit]:
         """Ask for weights and stored outputs that the node has not; return when all are there, and what is last."""
         last_s, limit = self.now_s, Limit.STORE
-        for read in self._traffic.reads(unit):
+        for read in reads:
             there_s = node.has.get(read.name, node.has.get(read.whole))
             if there_s is None:
                 there_s = node.has[read.name] = node.store.carry(self.now_s, read.num_bytes)
@@ -246,7 +254,9 @@ class SimulatedExecutor:
         ticket = seat.queue[0]
         unit, rates = ticket.unit, self._model.rates
         fetched_s = self._fetch(ticket, seat)
-        compute_s = max(self.now_s, ticket.read_s, fetched_s)
+        self._read(unit, self._traffic.ahead(unit), seat.node)
+        taken_s = self._take_in(unit, seat) / rates.weight_bytes
+        compute_s = max(self.now_s, ticket.read_s, fetched_s) + taken_s
         end_s = computed_s = compute_s + unit.cost
         if written := self._traffic.written_bytes(unit):
             self._count(unit, Route.WRITTEN, written)
@@ -256,9 +266,24 @@ class SimulatedExecutor:
                 seat.node.has[unit.key] = end_s
         seat.busy_s += unit.cost
         waited_for = Limit.NETWORK if fetched_s >= ticket.read_s else ticket.read_limit
+        if taken_s > max(fetched_s, ticket.read_s) - self.now_s:
+            waited_for = Limit.WEIGHTS
         ran = Ran(unit, worker, self.now_s, compute_s, computed_s, end_s, waited_for, (ticket.cause, seat.last))
         self._number += 1
         heapq.heappush(self._ends, (end_s, self._number, worker, ran))
+
+    def _take_in(self, unit: WorkUnit, seat: _Seat) -> float:
+        """Return the bytes of weights that a worker takes in for a continuation: none of those that it has still."""
+        name, num_weights = self._traffic.resident(unit)
+        num_bytes = self._model.rates.weight_size * num_weights
+        if name in seat.resident:
+            seat.resident.move_to_end(name)
+            return 0.0
+        if num_bytes:
+            seat.resident[name] = num_bytes
+            while sum(seat.resident.values()) > self._model.rates.resident_bytes and len(seat.resident) > 1:
+                seat.resident.popitem(last=False)
+        return num_bytes
 
     def _fetch(self, ticket: _Ticket, seat: _Seat) -> float:
         """Ask other workers for what they hold; return when all of it is here."""

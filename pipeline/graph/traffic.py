@@ -59,13 +59,18 @@ class Traffic:
             case Kind.FORWARD:
                 if not unit.variant:
                     yield self._block(unit.block)
-            case Kind.GENERATE:
+            case Kind.GENERATE | Kind.CONTINUE:
                 if not unit.variant:
                     yield Read("outer", self._outer_bytes, Route.WEIGHTS)
-                    for block in range(self._outline.skeleton.num_blocks):
-                        yield self._block(block)
+                    yield from map(self._block, self._continued_blocks(unit))
             case Kind.ADD | Kind.MERGE | Kind.FACTOR:
                 pass
+
+    def ahead(self, unit: WorkUnit) -> Iterator[Read]:
+        """Yield what is read ahead while a unit runs: the source's next block, where the next unit needs it."""
+        is_walk = unit.kind in (Kind.EMBED, Kind.CALIBRATE) or (unit.kind is Kind.FORWARD and not unit.variant)
+        if is_walk and unit.block + 1 < self._outline.skeleton.num_blocks:
+            yield self._block(unit.block + 1)
 
     def written_bytes(self, unit: WorkUnit) -> float:
         """Return what a unit writes to the work store: its output, or the hidden states that it saves on the way."""
@@ -78,6 +83,22 @@ class Traffic:
         if unit.kind in (Kind.ADD, Kind.MERGE):
             return unit.out_bytes  # sums are as large as what becomes of them
         return need.out_bytes - self._sum_bytes(need)
+
+    def resident(self, unit: WorkUnit) -> tuple[str, float]:
+        """Return what weights a unit passes by again and again, and how many they are; nothing for most."""
+        if unit.kind is not Kind.CONTINUE:
+            return "", 0.0
+        names = [
+            name
+            for block in self._continued_blocks(unit)
+            for name in self._outline.skeleton.block_tensors(block).values()
+        ]
+        return unit.home, float(sum(map(self._outline.tensor_elements, names)))
+
+    def _continued_blocks(self, unit: WorkUnit) -> range:
+        if unit.kind is Kind.CONTINUE:
+            return range(unit.params["first"], unit.params["last"])
+        return range(0 if "is_split" in unit.params else self._outline.skeleton.num_blocks)
 
     def _sum_bytes(self, unit: WorkUnit) -> float:
         if unit.kind is not Kind.CALIBRATE:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.graph.dag import Kind
 from pipeline.graph.stages.calibrate import slice_states
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.variant import VariantReader
+from pipeline.skeleton.model import Skeleton
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.validate.divergence import Divergence, add_up, compare_logits
 from pipeline.validate.generation import BlockCache, continue_greedily
@@ -40,10 +45,83 @@ def score(call: Call) -> dict[str, Any]:
     return {"divergence": add_up(parts).as_dict()}
 
 
+@lru_cache(maxsize=1)
+def tokenizer_of(folder: Path) -> TextTokenizer:
+    """Return the tokenizer in a folder; loading it takes longer than a token does."""
+    return TextTokenizer(folder)
+
+
+def continue_part(call: Call) -> dict[str, Any]:
+    """Take a smoke prompt, with what continues it so far, through a part of the blocks; after the last part it has one
+    more token, or has ended.
+
+    No keys and values are kept: prompts are short, and so what is passed on does not depend on the parts.
+    """
+    skeleton, device = call.skeleton, call.context.device
+    first, last = call.params["first"], call.params["last"]
+    state = _continued_so_far(call)
+    if not state["ended"]:
+        hidden = state.pop("hidden", None)
+        if hidden is None:
+            skeleton.attach_outer(_kept(call, "outer", lambda: outer_weights(call)))
+            hidden = skeleton.embed(state["ids"][None])
+            skeleton.detach_outer()
+        read = VariantReader(call)
+        for index in range(first, last):
+            with skeleton.attached(index, _kept(call, f"block {index}", partial(_dense_block, read, skeleton, index))):
+                hidden = skeleton.run_block(index, hidden)
+        if last < skeleton.num_blocks:
+            state["hidden"] = hidden
+        else:
+            skeleton.attach_outer(_kept(call, "outer", lambda: outer_weights(call)))
+            token = int(skeleton.logits(hidden)[0, -1].argmax())
+            skeleton.detach_outer()
+            if token in tokenizer_of(call.source.folder).end_ids:
+                state["ended"] = torch.tensor(True)
+            else:
+                state["ids"] = torch.cat([state["ids"], torch.tensor([token], device=device)])
+    call.put(state)
+    return {}
+
+
+def _continued_so_far(call: Call) -> dict[str, Tensor]:
+    """Return the prompt's token ids with those that continue it, the number of its own, and whether it has ended;
+    between parts, its hidden states too."""
+    before = call.needs(Kind.CONTINUE)
+    if before:
+        return call.get(before[0])
+    ids = tokenizer_of(call.source.folder).encode(call.params["prompt"], with_special=True)
+    return {
+        "ids": torch.tensor(ids, dtype=torch.int64, device=call.context.device),
+        "num_own": torch.tensor(len(ids)),
+        "ended": torch.tensor(False),
+    }
+
+
+def _kept(call: Call, name: str, read: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Return weights that the worker has from an earlier token as long as there was room, else what ``read`` gives."""
+    key = f"{call.params['of']} {name}"
+    found = call.shelf.get(key)
+    if found is None:
+        found = read()
+        call.shelf.put(key, found, is_copy=True)
+    return found
+
+
+def _dense_block(read: VariantReader, skeleton: Skeleton, index: int) -> dict[str, Tensor]:
+    weights = {name: tensor.to(skeleton.device) for name, tensor in read(index).items()}
+    return {name: t.to(skeleton.dtype) if t.is_floating_point() else t for name, t in weights.items()}
+
+
 def generate(call: Call) -> dict[str, Any]:
-    """Continue the smoke prompts greedily with the variant's dense weights, or the source's."""
+    """Continue the smoke prompts greedily with the variant's dense weights, or the source's; of a model that is
+    continued in parts, write down what came of it."""
     skeleton = call.skeleton
-    tokenizer = TextTokenizer(call.source.folder)
+    tokenizer = tokenizer_of(call.source.folder)
+    if call.params.get("is_split"):
+        ends = [call.get(need) for need in call.needs(Kind.CONTINUE)]
+        continued = [end["ids"][int(end["num_own"]) :].tolist() for end in ends]
+        return {"continuations": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in continued]}
     load = BlockCache(VariantReader(call), skeleton.dtype)
     skeleton.attach_outer(outer_weights(call))
     found = []
