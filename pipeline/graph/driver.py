@@ -4,8 +4,8 @@ It knows the goals and asks, again whenever something was lost, which units must
 are neither in the work store nor on a worker's shelf. So a start, a resume after a kill, the loss of a worker and a
 damaged file are the same thing. Nothing durable lives here.
 
-Order. Of the units that can run, those with the lowest rank do, each where the least has to be moved to it. A unit with a
-*home* runs where the home's first unit ran, because what it reads is there.
+Order. Of the units that can run, those with the lowest rank do, each where the least has to be moved to it. A unit with
+a *home* runs where the home's first unit ran, because what it reads is there.
 
 Faults. A worker that dies loses its shelf; its homes move, and what is missing is computed again from the last saved
 hidden states. A unit whose worker died ``MAX_LOSSES`` times ends the job. A unit that ran out of memory is cut into

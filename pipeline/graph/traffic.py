@@ -88,12 +88,9 @@ class Traffic:
         """Return what weights a unit passes by again and again, and how many they are; nothing for most."""
         if unit.kind is not Kind.CONTINUE:
             return "", 0.0
-        names = [
-            name
-            for block in self._continued_blocks(unit)
-            for name in self._outline.skeleton.block_tensors(block).values()
-        ]
-        return unit.home, float(sum(map(self._outline.tensor_elements, names)))
+        blocks = map(self._outline.skeleton.block_tensors, self._continued_blocks(unit))
+        num_weights = sum(self._outline.tensor_elements(name) for block in blocks for name in block.values())
+        return unit.home, float(num_weights)
 
     def _continued_blocks(self, unit: WorkUnit) -> range:
         if unit.kind is Kind.CONTINUE:
