@@ -196,7 +196,7 @@ class UnitBuilder:
                     self.chains.merge_key(chain.identities[block], group),
                     {"group": position},
                     parts,
-                    rank=chain.blocks[block][0].rank,
+                    rank=block - 0.5,
                     cost=self.costs.merge_s(shape_of(group), len(parts)),
                     out_bytes=4.0 * group.in_features**2,
                     block=block,

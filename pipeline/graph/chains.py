@@ -4,6 +4,9 @@ A *chain* is what a text's hidden states are after so many blocks; its identity 
 and the weights passed so far. The chain is cut into *spans* of slices, one unit a span and block; how it is cut depends
 on the workers and is in no key of anything stored. Every ``SAVE_EVERY`` blocks the hidden states are saved slice by
 slice, so that a job that was stopped, or lost a worker, goes on from there with any number of workers.
+
+Chains are the longest paths of a job, so their units come before all others (their ranks are below 0, those of others
+are not): what they leave to do keeps workers busy afterwards.
 """
 
 from __future__ import annotations
@@ -36,9 +39,6 @@ MIN_HELD_BLOCKS = 2
 ADDED_SPANS = 8
 """Spans whose sums one unit adds up: as many as a node of a cluster has workers, as a rule. A power of two, so that
 what they add up to is a node of the tree."""
-
-LOOKAHEAD_BLOCKS = 2
-"""Blocks that calibration may be ahead of the solves that wait for a worker: it is the longest path of the graph."""
 
 Span = tuple[int, int]
 """First slice, and the slice after the last."""
@@ -156,12 +156,20 @@ class ChainBuilder:
         """Return the key of a group's statistics over all tokens, where the chain is ``identity`` after the block."""
         return self.keys.key(Kind.MERGE, {"chain": identity, "names": [linear.name for linear in group.linears]})
 
-    def _added_by(self, spans: Sequence[Span], number: int, block: int, identity: str) -> tuple[str, ...]:
-        """Return the keys of the units that read the sums of a span at a block."""
-        if len(spans) <= ADDED_SPANS:
-            return tuple(self.merge_key(identity, group) for group in self.keys.outline.groups[block])
-        row = spans[number - number % ADDED_SPANS :][:ADDED_SPANS]
-        return (self._add_key(identity, (row[0][0], row[-1][1])),) if len(row) > 1 else ()
+    def _after(self, spans: Sequence[Span], number: int, block: int, identities: Sequence[str]) -> tuple[str, ...]:
+        """Return the keys of the units that have to have run before a span may pass a block, as they read its sums, and
+        what was made of them, so many blocks before."""
+        keys: list[str] = []
+        is_added = len(spans) > ADDED_SPANS
+        added = block - self._held_blocks
+        if is_added and added >= 0:
+            row = spans[number - number % ADDED_SPANS :][:ADDED_SPANS]
+            keys += [self._add_key(identities[added], (row[0][0], row[-1][1]))] if len(row) > 1 else []
+        # One worker of each row has what the row adds up to.
+        merged = block - self._held_blocks * (ADDED_SPANS // 2 if is_added else 1)
+        if merged >= 0:
+            keys += [self.merge_key(identities[merged], group) for group in self.keys.outline.groups[merged]]
+        return tuple(keys)
 
     def _num_spans(self, tokens: Tokens, num_workers: int, kind: Kind) -> int:
         """Return the number of spans: one for each worker, as long as passing the blocks takes a span longer than
@@ -225,7 +233,7 @@ class ChainBuilder:
             {"low": low, "high": high, "tokens": list(tokens.slices[low:high])},
             is_durable=False,
             home=f"{tokens.name}:{low}",
-            rank=-LOOKAHEAD_BLOCKS - 1,
+            rank=-self.num_blocks - 1,
             cost=self.costs.embed_s(sum(self.keys.outline.tensor_bytes(name) for name in self.keys.outer_names)),
             out_bytes=4.0 * count * self._hidden,
         )
@@ -256,8 +264,7 @@ class ChainBuilder:
                 is_saved = is_kept or (not is_end and block % every == every - 1)
                 places = tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else ()
                 saves += () if is_kept else places
-                old, held = block - 2 * every, block - self._held_blocks
-                is_held = kind is Kind.CALIBRATE and held >= 0
+                old = block - 2 * every
                 needs = (previous, packs[block]) if packs else (previous,)
                 params = {"low": span[0], "high": span[1], "quantization_config": dict(config)}
                 row.append(
@@ -266,7 +273,7 @@ class ChainBuilder:
                         self.keys.key(kind, {"chain": identity, "span": span}),
                         params,
                         needs,
-                        after=self._added_by(spans, place, held, identities[held]) if is_held else (),
+                        after=self._after(spans, place, block, identities) if kind is Kind.CALIBRATE else (),
                         stand_ins={previous.key: previous.saves} if previous.saves else {},
                         saves=places,
                         obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)
@@ -274,7 +281,8 @@ class ChainBuilder:
                         else (),
                         is_durable=False,
                         home=f"{variant or tokens.name}:{span[0]}",
-                        rank=block - LOOKAHEAD_BLOCKS if kind is Kind.CALIBRATE else block + 0.5,
+                        # What judges a variant waits for what all of them wait for.
+                        rank=block - self.num_blocks if kind is Kind.CALIBRATE else -0.5,
                         cost=self._cost(tokens.count(span), block, kind) + self._saving_s(tokens.count(span), places),
                         out_bytes=self._out_bytes(tokens.count(span), block, kind),
                         block=block,

@@ -25,7 +25,7 @@ from typing import Protocol
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit, open_needs, reachable_units, required_units
 from pipeline.graph.executor import Executor, Finished, WorkerId, WorkerJoined, WorkerLost
-from pipeline.graph.stages.call import LOST
+from pipeline.graph.stages.call import KEPT_COPIES, LOST
 from pipeline.storage.work import StageRecord
 
 UNITS_AHEAD = 2
@@ -319,9 +319,16 @@ class Driver:
         holders = {
             need.key: holder
             for need in unit.needs
-            if (holder := state.holders.get(need.key)) is not None and holder != worker
+            if (holder := self._holder(need)) is not None and holder != worker
         }
         self._executor.submit(unit, worker, holders)
+
+    def _holder(self, need: WorkUnit) -> WorkerId | None:
+        """Return which worker has an output in memory, as far as is known: of stored ones it may have no copy left."""
+        if not need.is_durable:
+            return self._state.holders.get(need.key)
+        origin = self._state.origins.get(need.key)
+        return origin if need.kind in KEPT_COPIES and origin in self._executor.workers else None
 
     # What became of it.
 
@@ -463,8 +470,9 @@ class Driver:
 
 
 def _load_of(unit: WorkUnit) -> int:
-    """Return for how many units one counts at a worker."""
-    return 1 if unit.cost <= AHEAD_S else UNITS_AHEAD
+    """Return for how many units one counts at a worker. Behind a unit with a home nothing is queued: the one that comes
+    after it there is more urgent, and can only be known when it has ended."""
+    return 1 if unit.cost <= AHEAD_S and not unit.home else UNITS_AHEAD
 
 
 def _chain(home: str) -> str:

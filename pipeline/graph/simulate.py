@@ -205,7 +205,7 @@ class SimulatedExecutor:
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit; what it reads starts to come."""
         seat = self._seats[worker]
-        read_s, limit = self._read(unit, self._traffic.reads(unit), seat.node)
+        read_s, limit = self._read(unit, self._traffic.reads(unit, holders), seat.node)
         seat.queue.append(_Ticket(unit, holders, read_s, limit, self._last_ended))
         if len(seat.queue) == 1:
             self._begin(worker, seat)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import StrEnum
 from functools import cache
 from typing import NamedTuple
@@ -44,10 +44,10 @@ class Traffic:
         self._outline = outline
         self.block_bytes = cache(self._block_bytes)
 
-    def reads(self, unit: WorkUnit) -> Iterator[Read]:
-        """Yield what a unit reads of the source's weights and of the work store."""
+    def reads(self, unit: WorkUnit, held: Collection[str] = ()) -> Iterator[Read]:
+        """Yield what a unit reads of the source's weights and of the work store, where workers hold ``held``."""
         for need in unit.needs:
-            if need.is_durable:
+            if need.is_durable and need.key not in held:
                 yield Read(need.key, need.out_bytes, Route.READ)
         match unit.kind:
             case Kind.EMBED | Kind.OUTER | Kind.SCORE:

@@ -16,19 +16,16 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import GraphError, PipelineError
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.dag import WorkUnit
 from pipeline.graph.outline import Source, open_folder
 from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
-from pipeline.graph.stages.call import LOST, Call, FetchFrom, JobContext
+from pipeline.graph.stages.call import KEPT_COPIES, LOST, Call, FetchFrom, JobContext
 from pipeline.storage.work import DamagedStage, StageRecord, WorkStore
 from pipeline.tensors.reader import FileStamp
 
 THREADS_PER_UNIT = 1
 """Threads of one work unit. More would change the order of summation inside BLAS, hence the bytes."""
-
-KEPT_COPIES = frozenset({Kind.MERGE, Kind.SCALES})
-"""Durable outputs that are read again soon, so that the shelf keeps a copy as long as there is room."""
 
 
 @dataclass(frozen=True)
