@@ -38,6 +38,9 @@ from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
 HELDOUT_SLICE_SEQUENCES = 2
 """Held-out sequences in a slice; their sums add up exactly, so only speed depends on it."""
 
+PACKED_EXTRA = 0.02
+"""Bytes of a packed weight besides its code: scales and zero points of groups of 128."""
+
 
 @dataclass(frozen=True)
 class VariantPlan:
@@ -167,7 +170,7 @@ class UnitBuilder:
         self.outline = inputs.outline
         self.keys = Keyring(inputs.outline, inputs.digests, inputs.device)
         self.chains = ChainBuilder(self.keys, costs)
-        self.continuations = ContinuationBuilder(self.keys, costs)
+        self.continuations = ContinuationBuilder(self.keys, costs, tuning.spans)
         self.num_blocks = inputs.outline.skeleton.num_blocks
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
 
@@ -180,11 +183,11 @@ class UnitBuilder:
         )
         calibration, heldout = self.chains.calibration(texts[0], spans), self.chains.heldout(texts[1], spans)
         merged = [self._merges(calibration, block) for block in range(self.num_blocks)]
-        outer = self._outer()
+        outer, source_generation = self._outer(), self._generation({}, (), "")
         built = {plan.spec.name: self._variant(plan, merged, heldout, outer) for plan in self.inputs.variants}
         variants = {name: units for name, (units, _) in built.items()}
         leftovers = [*calibration.saves, *heldout.saves, *(p for _, chain in built.values() for p in chain.saves)]
-        return JobUnits(variants, outer, self._generation({}, (), ""), tuple(leftovers))
+        return JobUnits(variants, outer, source_generation, tuple(leftovers))
 
     def _merges(self, chain: Chain, block: int) -> list[WorkUnit]:
         """Return for each linear group of a block the unit that adds up its statistics."""
@@ -208,7 +211,7 @@ class UnitBuilder:
     def _outer(self) -> WorkUnit:
         size = sum(self.outline.tensor_bytes(name) for name in self.keys.outer_names)
         key = self.keys.key(Kind.OUTER, {"weights": self.keys.places(self.keys.outer_names)})
-        return WorkUnit(Kind.OUTER, key, {}, rank=self.num_blocks, cost=self.costs.copy_s(size), out_bytes=size)
+        return WorkUnit(Kind.OUTER, key, {}, cost=self.costs.copy_s(size), out_bytes=size)
 
     def _variant(
         self, plan: VariantPlan, merged: list[list[WorkUnit]], heldout: Chain, outer: WorkUnit
@@ -245,7 +248,7 @@ class UnitBuilder:
             (*scales, *solves),
             rank=block,
             cost=self.costs.pack_s(self.keys.block_parameters(block)),
-            out_bytes=float(self.keys.block_parameters(block)),
+            out_bytes=self.keys.block_parameters(block) * (spec.bits / 8 + PACKED_EXTRA),
             block=block,
             variant=spec.name,
         )

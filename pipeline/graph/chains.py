@@ -232,7 +232,7 @@ class ChainBuilder:
             self.keys.key(Kind.EMBED, {"chain": start, "span": span}),
             {"low": low, "high": high, "tokens": list(tokens.slices[low:high])},
             is_durable=False,
-            home=f"{tokens.name}:{low}",
+            home=f"{tokens.name}::{low}",
             rank=-self.num_blocks - 1,
             cost=self.costs.embed_s(sum(self.keys.outline.tensor_bytes(name) for name in self.keys.outer_names)),
             out_bytes=4.0 * count * self._hidden,
@@ -280,7 +280,7 @@ class ChainBuilder:
                         if is_saved and old >= 0
                         else (),
                         is_durable=False,
-                        home=f"{variant or tokens.name}:{span[0]}",
+                        home=f"{tokens.name}:{variant}:{span[0]}",
                         # What judges a variant waits for what all of them wait for.
                         rank=block - self.num_blocks if kind is Kind.CALIBRATE else -0.5,
                         cost=self._cost(tokens.count(span), block, kind) + self._saving_s(tokens.count(span), places),

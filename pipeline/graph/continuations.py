@@ -3,8 +3,8 @@
 A token follows from all blocks and the next token from it, so this is a chain of as many passes as there are tokens.
 Reading every block for every token would make it the longest chain of a job by far. So the blocks are cut into *parts*
 that stay in memory: one unit takes a prompt through one part for one token, the units of a part are at home on one
-worker, and that worker reads the part once. Prompts follow each other through the parts. How blocks are cut changes no
-byte.
+worker, and that worker reads the part once, as soon as it is there. Prompts follow each other through the parts, and models each other as far
+as their parts do not fit into the workers' memory together. How blocks are cut changes no byte.
 """
 
 from __future__ import annotations
@@ -20,15 +20,22 @@ from pipeline.validate.generation import RESIDENT_BYTES
 Part = tuple[int, int]
 """First block, and the block after the last."""
 
+LOAD = -1
+"""The step before the first token, in which workers take their parts in."""
+
+KEPT_PARTS = 2
+"""Parts that a worker can keep in memory."""
+
 PROMPT_TOKENS = 32
 """Tokens of a prompt with half of its continuation, for costs."""
 
 
 class ContinuationBuilder:
-    """Makes the units that continue prompts with one source or its variants."""
+    """Makes the units that continue prompts with a source and its variants, one model after the other."""
 
-    def __init__(self, keys: Keyring, costs: CostModel) -> None:
-        self.keys, self.costs = keys, costs
+    def __init__(self, keys: Keyring, costs: CostModel, num_workers: int) -> None:
+        self.keys, self.costs, self._num_workers = keys, costs, num_workers
+        self._made: list[str] = []
         self._num_blocks = keys.outline.skeleton.num_blocks
         self._parameters = [keys.block_parameters(block) for block in range(self._num_blocks)]
 
@@ -46,14 +53,24 @@ class ContinuationBuilder:
             outer: What lies outside the blocks, of the variant; none for the source.
         """
         parts = self._parts()
+        at_once = max(1, KEPT_PARTS * self._num_workers // len(parts))
+        after = tuple(self._made[-at_once:][:1]) if len(self._made) >= at_once else ()
+        unit = replace(unit, rank=unit.rank + len(self._made))
+        self._made.append(unit.key)
+        reads = [
+            [*packs[first:last], *(outer if first == 0 or last == self._num_blocks else ())] for first, last in parts
+        ]
+        loads = [
+            replace(self._unit(unit, "", LOAD, number, part, own), after=after)
+            for number, (part, own) in enumerate(zip(parts, reads, strict=True))
+        ]
         ends: list[WorkUnit] = []
         for prompt in unit.params["prompts"]:
-            last: tuple[WorkUnit, ...] = ()
+            made: list[WorkUnit] = []
             for step in range(unit.params["max_tokens"]):
-                for number, part in enumerate(parts):
-                    own = [*packs[part[0] : part[1]], *(outer if number in (0, len(parts) - 1) else ())]
-                    last = (self._step(unit, prompt, step, number, part, [*last, *own]),)
-            ends += last
+                for number, (part, own) in enumerate(zip(parts, reads, strict=True)):
+                    made = [self._unit(unit, prompt, step, number, part, [*made, loads[number], *own])]
+            ends += made
         params = {**unit.params, "is_split": True}
         return replace(unit, params=params, needs=tuple(ends), cost=self.costs.rates.unit_s)
 
@@ -62,16 +79,17 @@ class ContinuationBuilder:
         first = size = 0
         for block, parameters in enumerate(self._parameters):
             own = self.costs.rates.weight_size * parameters
-            if block > first and size + own > self.costs.rates.resident_bytes:
+            if block > first and size + own > self.costs.rates.resident_bytes / KEPT_PARTS:
                 parts.append((first, block))
                 first, size = block, 0
             size += own
         return [*parts, (first, self._num_blocks)]
 
-    def _step(
+    def _unit(
         self, unit: WorkUnit, prompt: str, step: int, number: int, part: Part, reads: Sequence[WorkUnit]
     ) -> WorkUnit:
-        """Return the unit that takes a prompt through the ``number``-th part for the token ``step``."""
+        """Return the unit that takes a prompt through the ``number``-th part for the token ``step``, or takes the part
+        in."""
         place = {"prompt": prompt, "step": step, "first": part[0], "last": part[1]}
         params = {**place, "of": unit.key, "quantization_config": unit.params["quantization_config"]}
         parameters = sum(self._parameters[part[0] : part[1]])

@@ -110,7 +110,7 @@ H100_RATES = Rates(
     solve_s=1.0,
     sums_bytes=64e9,
     weight_size=2,
-    resident_bytes=40e9,
+    resident_bytes=72e9,
 )
 """Assumed, not measured. Published peaks: bf16 989 TFLOP/s dense, of which 40 % for forward passes and 30 % for second
 moments; float32 67 TFLOP/s, of which 45 % for column updates; float64 tensor cores 67 TFLOP/s, of which 22 % for a

@@ -257,8 +257,7 @@ class Driver:
 
     def _dispatch(self) -> None:
         """Give units to workers until each has enough or nothing is ready: the most urgent unit first, to the idlest
-        worker that may run it; of equally idle ones to that which the least has to be moved to, and then to that with
-        the fewest homes, so that homes spread."""
+        worker that may run it, and of equally idle ones as ``_preference`` says."""
         ready = self._state.ready
         load = dict.fromkeys(self._executor.workers, 0)
         for run in self._state.running.values():
@@ -274,10 +273,8 @@ class Driver:
                 place += 1
                 continue
             least = min(load[worker] for worker in may_run)
-            worker = min(
-                (worker for worker in may_run if load[worker] == least),
-                key=lambda worker: (self._bytes_to(worker, unit), homes[worker]),
-            )
+            idlest = [worker for worker in may_run if load[worker] == least]
+            worker = min(idlest, key=self._preference(unit, homes)) if len(idlest) > 1 else idlest[0]
             ready.pop(place)
             homes[worker] += bool(unit.home) and unit.home not in self._state.homes
             self._start(unit, worker)
@@ -298,6 +295,21 @@ class Driver:
         most = -(-len(homes) // num_workers)
         return [worker for worker in workers if own[worker] < most]
 
+    def _preference(self, unit: WorkUnit, homes: Counter[WorkerId]) -> Callable[[WorkerId], tuple[float, ...]]:
+        """Return what a worker for a unit is chosen by, the least first: how much has to be moved there, and how many
+        homes it has, so that homes spread.
+
+        What follows from a unit that opens a home moves more than itself, so homes spread over nodes. Those that start
+        with nothing do not: they are spans of one text, and neighbours add up their sums.
+        """
+        node = self._executor.node
+        if unit.home in self._state.homes or not unit.home or not unit.needs:
+            return lambda worker: (self._bytes_to(worker, unit), homes[worker])
+        at_node: Counter[str] = Counter()
+        for worker, number in homes.items():
+            at_node[node(worker)] += number
+        return lambda worker: (at_node[node(worker)], homes[worker], self._bytes_to(worker, unit))
+
     def _bytes_to(self, worker: WorkerId, unit: WorkUnit) -> float:
         """Return how much would have to be moved to a worker for a unit. Within a node that is cheap, and what was
         stored by a worker of the node is in the node's memory."""
@@ -317,9 +329,7 @@ class Driver:
         run = state.running.setdefault(unit.key, _Run(unit, [], self._clock()))
         run.workers.append(worker)
         holders = {
-            need.key: holder
-            for need in unit.needs
-            if (holder := self._holder(need)) is not None and holder != worker
+            need.key: holder for need in unit.needs if (holder := self._holder(need)) is not None and holder != worker
         }
         self._executor.submit(unit, worker, holders)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from pipeline.graph.dag import Kind
 from pipeline.graph.stages.calibrate import slice_states
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.variant import VariantReader
-from pipeline.skeleton.model import Skeleton
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.validate.divergence import Divergence, add_up, compare_logits
 from pipeline.validate.generation import BlockCache, continue_greedily
@@ -53,12 +52,17 @@ def tokenizer_of(folder: Path) -> TextTokenizer:
 
 def continue_part(call: Call) -> dict[str, Any]:
     """Take a smoke prompt, with what continues it so far, through a part of the blocks; after the last part it has one
-    more token, or has ended.
+    more token, or has ended. Before the first token the part's weights are only taken in.
 
     No keys and values are kept: prompts are short, and so what is passed on does not depend on the parts.
     """
     skeleton, device = call.skeleton, call.context.device
     first, last = call.params["first"], call.params["last"]
+    read = VariantReader(call)
+    if call.params["step"] < 0:
+        for index in range(first, last):
+            _kept_block(call, read, index)
+        return {}
     state = _continued_so_far(call)
     if not state["ended"]:
         hidden = state.pop("hidden", None)
@@ -66,9 +70,8 @@ def continue_part(call: Call) -> dict[str, Any]:
             skeleton.attach_outer(_kept(call, "outer", lambda: outer_weights(call)))
             hidden = skeleton.embed(state["ids"][None])
             skeleton.detach_outer()
-        read = VariantReader(call)
         for index in range(first, last):
-            with skeleton.attached(index, _kept(call, f"block {index}", partial(_dense_block, read, skeleton, index))):
+            with skeleton.attached(index, _kept_block(call, read, index)):
                 hidden = skeleton.run_block(index, hidden)
         if last < skeleton.num_blocks:
             state["hidden"] = hidden
@@ -87,7 +90,7 @@ def continue_part(call: Call) -> dict[str, Any]:
 def _continued_so_far(call: Call) -> dict[str, Tensor]:
     """Return the prompt's token ids with those that continue it, the number of its own, and whether it has ended;
     between parts, its hidden states too."""
-    before = call.needs(Kind.CONTINUE)
+    before = [need for need in call.needs(Kind.CONTINUE) if need.params["step"] >= 0]
     if before:
         return call.get(before[0])
     ids = tokenizer_of(call.source.folder).encode(call.params["prompt"], with_special=True)
@@ -108,9 +111,14 @@ def _kept(call: Call, name: str, read: Callable[[], Mapping[str, Tensor]]) -> Ma
     return found
 
 
-def _dense_block(read: VariantReader, skeleton: Skeleton, index: int) -> dict[str, Tensor]:
-    weights = {name: tensor.to(skeleton.device) for name, tensor in read(index).items()}
-    return {name: t.to(skeleton.dtype) if t.is_floating_point() else t for name, t in weights.items()}
+def _kept_block(call: Call, read: VariantReader, index: int) -> Mapping[str, Tensor]:
+    """Return a block's weights as the model computes with them."""
+
+    def load() -> dict[str, Tensor]:
+        weights = {name: tensor.to(call.context.device) for name, tensor in read(index).items()}
+        return {name: t.to(call.skeleton.dtype) if t.is_floating_point() else t for name, t in weights.items()}
+
+    return _kept(call, f"block {index}", load)
 
 
 def generate(call: Call) -> dict[str, Any]:
