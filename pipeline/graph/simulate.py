@@ -81,8 +81,12 @@ class Cluster:
         return self.nodes * self.workers
 
 
+SMALL_S = 0.01
+"""What a link carries in less time does not wait for larger things before it: links are shared."""
+
+
 class Link:
-    """Something that carries bytes, one thing after the other.
+    """Something that carries bytes, one thing after the other; small ones in between.
 
     Attributes:
         busy_s: Seconds for which it carried something.
@@ -96,9 +100,9 @@ class Link:
     def carry(self, now_s: float, num_bytes: float) -> float:
         """Return when bytes asked for now have passed."""
         seconds = num_bytes / self._bytes_per_s
-        self._free_s = max(self._free_s, now_s) + seconds
         self.busy_s += seconds
-        return self._free_s
+        self._free_s = max(self._free_s, now_s) + seconds
+        return self._free_s if seconds > SMALL_S else now_s + seconds
 
 
 class _Node:
