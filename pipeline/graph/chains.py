@@ -34,7 +34,7 @@ SAVE_SHARE = 0.05
 """Most of the time of a chain that saving may take; where it would take more, hidden states are saved less often."""
 
 MIN_HELD_BLOCKS = 2
-"""Blocks whose sums a span may have outstanding at least, before it waits for them to be added up."""
+"""Blocks whose outputs a span may have outstanding at least, before it waits for their sums to be added up."""
 
 ADDED_SPANS = 8
 """Spans whose sums one unit adds up: as many as a node of a cluster has workers, as a rule. A power of two, so that
@@ -110,8 +110,6 @@ class ChainBuilder:
         self.num_blocks = keys.outline.skeleton.num_blocks
         # What enters the linears that a block calls first is as wide as what enters the block.
         self._hidden = next(group.in_features for block in keys.outline.groups for group in block)
-        sums = max(sum_bytes(map(shape_of, block)) for block in keys.outline.groups)
-        self._held_blocks = max(MIN_HELD_BLOCKS, int(costs.rates.sums_bytes / sums))
 
     def calibration(self, tokens: Tokens, num_workers: int) -> Chain:
         """Return the chain that collects statistics on the way."""
@@ -156,17 +154,19 @@ class ChainBuilder:
         """Return the key of a group's statistics over all tokens, where the chain is ``identity`` after the block."""
         return self.keys.key(Kind.MERGE, {"chain": identity, "names": [linear.name for linear in group.linears]})
 
-    def _after(self, spans: Sequence[Span], number: int, block: int, identities: Sequence[str]) -> tuple[str, ...]:
+    def _after(
+        self, spans: Sequence[Span], number: int, block: int, identities: Sequence[str], held_blocks: int
+    ) -> tuple[str, ...]:
         """Return the keys of the units that have to have run before a span may pass a block, as they read its sums, and
-        what was made of them, so many blocks before."""
+        what was made of them, ``held_blocks`` before."""
         keys: list[str] = []
         is_added = len(spans) > ADDED_SPANS
-        added = block - self._held_blocks
+        added = block - held_blocks
         if is_added and added >= 0:
             row = spans[number - number % ADDED_SPANS :][:ADDED_SPANS]
             keys += [self._add_key(identities[added], (row[0][0], row[-1][1]))] if len(row) > 1 else []
         # One worker of each row has what the row adds up to.
-        merged = block - self._held_blocks * (ADDED_SPANS // 2 if is_added else 1)
+        merged = block - held_blocks * (ADDED_SPANS // 2 if is_added else 1)
         if merged >= 0:
             keys += [self.merge_key(identities[merged], group) for group in self.keys.outline.groups[merged]]
         return tuple(keys)
@@ -255,6 +255,8 @@ class ChainBuilder:
         saves: list[Stored] = []
         before: tuple[WorkUnit, ...] = embeds
         every = self._save_every(tokens, spans[0], kind)
+        largest = max(self._out_bytes(tokens.count(spans[0]), block, kind) for block in range(self.num_blocks))
+        held_blocks = max(MIN_HELD_BLOCKS, int(self.costs.rates.held_bytes / largest))
         for block, identity in enumerate(identities):
             row = []
             for place, (span, previous) in enumerate(zip(spans, before, strict=True)):
@@ -273,7 +275,9 @@ class ChainBuilder:
                         self.keys.key(kind, {"chain": identity, "span": span}),
                         params,
                         needs,
-                        after=self._after(spans, place, block, identities) if kind is Kind.CALIBRATE else (),
+                        after=self._after(spans, place, block, identities, held_blocks)
+                        if kind is Kind.CALIBRATE
+                        else (),
                         stand_ins={previous.key: previous.saves} if previous.saves else {},
                         saves=places,
                         obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)

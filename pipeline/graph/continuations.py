@@ -3,8 +3,9 @@
 A token follows from all blocks and the next token from it, so this is a chain of as many passes as there are tokens.
 Reading every block for every token would make it the longest chain of a job by far. So the blocks are cut into *parts*
 that stay in memory: one unit takes a prompt through one part for one token, the units of a part are at home on one
-worker, and that worker reads the part once, as soon as it is there. Prompts follow each other through the parts, and models each other as far
-as their parts do not fit into the workers' memory together. How blocks are cut changes no byte.
+worker, and that worker reads the part once, as soon as it is there. Prompts follow each other through the parts, and
+models each other as far as their parts do not fit into the workers' memory together. How blocks are cut changes no
+byte.
 """
 
 from __future__ import annotations

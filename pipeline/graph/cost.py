@@ -40,7 +40,7 @@ class Rates:
         network_bytes: Bytes into, and as many out of, one node.
         unit_s: Fixed seconds of a unit: reading headers, placing modules, the record.
         solve_s: Solves that take longer are cut into ranges of rows.
-        sums_bytes: Bytes of sums that a span may have outstanding, over all its blocks.
+        held_bytes: Bytes of hidden states and sums that a span may have outstanding, over all its blocks.
         weight_size: Bytes of a weight in a worker's memory.
         resident_bytes: Bytes of weights that a worker keeps for continuations.
     """
@@ -61,7 +61,7 @@ class Rates:
     network_bytes: float
     unit_s: float
     solve_s: float
-    sums_bytes: float
+    held_bytes: float
     weight_size: int
     resident_bytes: float
 
@@ -83,7 +83,7 @@ CPU_RATES = Rates(
     network_bytes=1.25e9,
     unit_s=0.02,
     solve_s=20.0,
-    sums_bytes=0.25e9,
+    held_bytes=0.25e9,
     weight_size=4,
     resident_bytes=2.0 * 2**30,
 )
@@ -108,7 +108,7 @@ H100_RATES = Rates(
     network_bytes=50e9,
     unit_s=0.02,
     solve_s=1.0,
-    sums_bytes=64e9,
+    held_bytes=64e9,
     weight_size=2,
     resident_bytes=72e9,
 )
