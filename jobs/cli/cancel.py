@@ -11,12 +11,12 @@ import click
 POLL_S = 0.5
 
 
-@click.command("cancel")
+@click.command("cancel", short_help="Stop a running JOB, or list the running ones.")
 @click.argument("job", required=False)
 @click.option(
     "--work-dir",
-    metavar="DIR",
-    help="Work directory that the job runs on.  [default: work/ in the cache directory]",
+    metavar="PLACE",
+    help="Where the job keeps its work: a directory or s3://bucket/prefix.  [default: work/ in the cache directory]",
 )
 @click.option("--wait", "wait_s", type=float, default=0.0, metavar="S", help="Wait up to S seconds for it to stop.")
 @click.option("--json", "as_json", is_flag=True, help="The jobs as JSON.")

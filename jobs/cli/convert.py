@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs.cli.flags import default_workers, spec_from_flags, with_spec_flags
 from pipeline.errors import GateFailed, PipelineError
+from pipeline.observe.events import ClosingSink, Event, EventSink, Failed, Published
+
+if TYPE_CHECKING:
+    from pipeline.graph.convert import VariantOutcome
+    from pipeline.settings import Settings
+    from pipeline.spec import ConversionSpec
 
 
-@click.command("convert")
+class WorkAddress(click.ParamType):  # type: ignore[type-arg]  # generic only to the checker
+    """A directory, or ``s3://bucket/prefix`` as it is."""
+
+    name = "address"
+    _directory = click.Path(file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the address, refused when it is a file."""
+        return value if str(value).startswith("s3://") else self._directory.convert(value, param, ctx)
+
+
+@click.command("convert", short_help="Convert SOURCE and publish what passes its gates.")
 @with_spec_flags
 @click.option(
     "--to",
@@ -29,10 +46,16 @@ from pipeline.errors import GateFailed, PipelineError
 )
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Finished work of this and earlier runs; a killed run continues from it.  "
-    "[default: work/ in the cache directory]",
+    type=WorkAddress(),
+    metavar="PLACE",
+    help="Finished work of this and earlier runs: a directory that every worker reaches, or s3://bucket/prefix. A "
+    "killed run continues from it, from any machine.  [default: work/ in the cache directory]",
+)
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Read weights block by block from the hub, through a bounded cache on each machine, instead of fetching them "
+    "to this disk first; never changes a byte.",
 )
 @click.option(
     "--device",
@@ -46,7 +69,8 @@ from pipeline.errors import GateFailed, PipelineError
 def convert_command(
     targets: tuple[str, ...],
     workers: int | None,
-    work_dir: Path | None,
+    work_dir: str | None,
+    stream: bool,
     device: str,
     address: str | None,
     as_json: bool,
@@ -58,33 +82,25 @@ def convert_command(
     published folders are the last lines on standard output. The exit status is 0 only when every variant is
     published, and 5 when a gate failed.
     """
-    from pipeline.observe.events import Failed
     from pipeline.observe.progress import ProgressMode, make_sink
     from pipeline.settings import load_settings
 
-    spec = spec_from_flags(targets=targets, **flags)
+    spec = spec_from_flags(command="convert", targets=targets, **flags)
     settings = load_settings()
-    with_progress = make_sink(ProgressMode.JSON if as_json else ProgressMode.AUTO, sys.stderr)
+    with_progress = _Locations(make_sink(ProgressMode.JSON if as_json else ProgressMode.AUTO, sys.stderr))
     try:
-        from pipeline.graph.convert import RunOptions, convert, resolve_device
-
-        options = RunOptions(
-            work_dir=work_dir or settings.cache_dir / "work",
-            workers=workers or default_workers(),
-            device=resolve_device(device),
-            address=address or settings.ray_address,
-        )
-        outcomes = convert(spec, settings, options, with_progress)
-    except PipelineError as error:
-        if not as_json:  # there the command line says every failure, as the last event
-            with_progress.emit(Failed(error.code, error.message, error.hint))
-        raise
+        with with_progress:
+            try:
+                outcomes = _convert(spec, settings, with_progress, workers, work_dir, device, address, stream)
+            except PipelineError as error:
+                if not as_json:  # there the command line says every failure, as the last event
+                    with_progress.emit(Failed(error.code, error.message, error.hint))
+                raise
+        if not as_json:
+            _summarize(outcomes)
     finally:
-        with_progress.close()
-    if not as_json:
-        _summarize(outcomes)
-    for outcome in outcomes:
-        for location in outcome.locations:
+        # However the command ends, what is published is said.
+        for location in with_progress.locations:
             click.echo(location)
     failed = [outcome.facts for outcome in outcomes if not outcome.locations]
     if failed:
@@ -96,7 +112,46 @@ def convert_command(
     return 0
 
 
-def _summarize(outcomes: Any) -> None:
+def _convert(
+    spec: ConversionSpec,
+    settings: Settings,
+    sink: EventSink,
+    workers: int | None,
+    work_dir: str | None,
+    device: str,
+    address: str | None,
+    stream: bool,
+) -> tuple[VariantOutcome, ...]:
+    """Run the conversion with what the flags leave open decided."""
+    from pipeline.graph.convert import RunOptions, convert, resolve_device
+
+    options = RunOptions(
+        work_dir=work_dir or settings.cache_dir / "work",
+        workers=workers or default_workers(),
+        device=resolve_device(device),
+        stream=stream,
+        address=address or settings.ray_address,
+    )
+    return convert(spec, settings, options, sink)
+
+
+class _Locations(ClosingSink):
+    """Remembers where releases were published, and passes every event on."""
+
+    def __init__(self, sink: EventSink) -> None:
+        self._sink = sink
+        self.locations: list[str] = []
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Published):
+            self.locations.append(event.location)
+        self._sink.emit(event)
+
+    def close(self) -> None:
+        self._sink.close()
+
+
+def _summarize(outcomes: Iterable[VariantOutcome]) -> None:
     from rich.console import Console
 
     from pipeline.publish.report import render_summary

@@ -45,6 +45,12 @@ SPEC_FLAGS = (
     click.option("--release", metavar="NAMESPACE/NAME", help="Prefix of the releases' names.  [default: the source's]"),
 )
 
+EXAMPLES = {
+    "plan": "bitmill plan org/model --variant gptq-w4-g128",
+    "convert": "bitmill convert org/model --variant gptq-w4-g128 --to releases/",
+}
+"""What each command that takes these flags needs at least."""
+
 
 def with_spec_flags(command: Command) -> Command:
     """Add the flags of ``SPEC_FLAGS`` to a command, in their order."""
@@ -55,6 +61,7 @@ def with_spec_flags(command: Command) -> Command:
 
 def spec_from_flags(
     *,
+    command: str,
     source: str | None,
     variants: tuple[str, ...],
     spec_file: Path | None,
@@ -69,6 +76,9 @@ def spec_from_flags(
     release: str | None,
 ) -> ConversionSpec:
     """Return the spec that flags and, if given, a spec file mean.
+
+    Args:
+        command: The command that is told, to be named in the example when a word is missing. The others are the flags.
 
     Raises:
         SpecError: naming the key or flag that is missing or wrong.
@@ -95,8 +105,7 @@ def spec_from_flags(
             raise SpecError(
                 f"{words} is missing",
                 code="spec.missing",
-                hint="for example: bitmill convert org/model "
-                "--variant gptq-w4-g128 --to releases/ ; or put everything into a file and give --spec FILE",
+                hint=f"for example: {EXAMPLES[command]} ; or put everything into a file and give --spec FILE",
             )
     return build_spec(data, where="flags")
 

@@ -18,6 +18,7 @@ import click
 
 from jobs.cli.cancel import cancel_command
 from jobs.cli.convert import convert_command
+from jobs.cli.download import download_command
 from jobs.cli.inspect import inspect_command
 from jobs.cli.plan import plan_command
 from jobs.cli.verify import verify_command
@@ -29,7 +30,26 @@ TERMINATED_STATUS = 143
 INTERRUPTED_STATUS = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+_received: list[int] = []
+"""The signals that have asked this process to stop, besides an interrupt from the keyboard."""
+
+
+class _Stopped(BaseException):
+    """An interrupt that has left the command, its clusters and locks behind it."""
+
+
+class _Commands(click.Group):
+    """The commands, with interrupts of our own: click would put an empty line on standard error."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that the words name."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Stopped from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="bitmill", prog_name="bitmill")
 def cli() -> None:
     """Turn open-weight language models into verified, quantized releases.
@@ -42,15 +62,19 @@ cli.add_command(convert_command)
 cli.add_command(plan_command)
 cli.add_command(verify_command)
 cli.add_command(inspect_command)
+cli.add_command(download_command)
 cli.add_command(cancel_command)
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived; unwinds like an interrupt, so that clusters and locks are left properly."""
-
-
 def _on_terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+    """Unwind as for an interrupt, so that clusters and locks are left properly.
+
+    Raises:
+        KeyboardInterrupt: the one exception that Ray lets through its own waits, and not as the object that was raised.
+            Hence the list, which says what it was.
+    """
+    _received.append(number)
+    raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -66,10 +90,10 @@ def run(arguments: list[str] | None = None) -> int:
     as_json = words[:1] == ["convert"] and "--json" in words
     try:
         status: Any = cli.main(args=words, prog_name="bitmill", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (_Stopped, click.exceptions.Abort, KeyboardInterrupt):
+        if signal.SIGTERM in _received:
+            return _stop("terminated", TERMINATED_STATUS, as_json)
         return _stop("interrupted", INTERRUPTED_STATUS, as_json)
-    except _Terminated:
-        return _stop("terminated", TERMINATED_STATUS, as_json)
     except click.ClickException as error:
         if as_json:
             _say_event("usage", error.format_message(), "see bitmill convert --help")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -17,8 +18,11 @@ if TYPE_CHECKING:
 
     from pipeline.graph.plan import PlanReport, VariantReport
 
+UNLIMITED_COLUMNS = 100_000
+"""A width that nothing reaches; what is not a terminal has none."""
 
-@click.command("plan")
+
+@click.command("plan", short_help="Show what converting SOURCE would do.")
 @with_spec_flags
 @click.option(
     "--workers",
@@ -71,7 +75,7 @@ def plan_command(
             code="spec.shape",
             hint="for example: bitmill plan --shape llama-3.1-8b --variant gptq-w4-g128 --simulate nodes=1,gpus=8",
         )
-    spec = spec_from_flags(source=shape or source, targets=("nowhere",), **flags)
+    spec = spec_from_flags(command="plan", source=shape or source, targets=("nowhere",), **flags)
     requests = [parse_cluster(text) for text in clusters]
     max_bytes = parse_bytes(max_memory) if max_memory else None
     report = None
@@ -83,14 +87,19 @@ def plan_command(
         plan = report.as_dict() if report else {"source": shape}
         click.echo(json.dumps({**plan, "simulated": [item.as_dict() for item in forecasts]}, indent=2))
         return 0
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = console_for(sys.stdout)
     if report:
         _render(report, console, matrices)
     for item in forecasts:
         render_forecast(item, console)
     return 0
+
+
+def console_for(stream: TextIO) -> Console:
+    """Return a console as wide as the terminal; what goes to a file or a pipe is as wide as it needs to be."""
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else UNLIMITED_COLUMNS)
 
 
 def _render(report: PlanReport, console: Console, matrices: bool) -> None:
@@ -120,7 +129,9 @@ def _render(report: PlanReport, console: Console, matrices: bool) -> None:
 
 
 def _render_variant(report: PlanReport, variant: VariantReport, console: Console) -> None:
-    console.print(f"\n[bold]{variant.name}[/bold] ({variant.format})")
+    from rich.markup import escape
+
+    console.print(f"\n[bold]{variant.name}[/bold] ({variant.format}), to be released as {variant.release}")
     console.print(
         f"  {format_bytes(report.size_bytes)} -> {format_bytes(variant.size_bytes)}, "
         f"{report.size_bytes / variant.size_bytes:.2f} times smaller; "
@@ -131,6 +142,8 @@ def _render_variant(report: PlanReport, variant: VariantReport, console: Console
         console.print(f"  [yellow]{count} linears: {note}[/yellow]")
     for caution in variant.cautions:
         console.print(f"  [yellow]{caution}[/yellow]")
+    for limit in variant.limits:
+        console.print(f"  [{'yellow' if limit.loads else 'red'}]{escape(limit.text)}[/]")
     fits = [device for device, does in variant.fits.items() if does]
     where = f"from {fits[0]} up" if fits else "none of the common devices"
     console.print(
@@ -142,7 +155,10 @@ def _render_variant(report: PlanReport, variant: VariantReport, console: Console
 def _render_matrices(variant: VariantReport, console: Console) -> None:
     from rich.table import Table
 
-    table = Table("block", "linear", "shape", "bits", "group", "in", "out", "note", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for title in ("block", "linear", "shape", "bits", "group", "in", "out", "note"):
+        # A name or a note that is too long goes on in the next line, whole; numbers stay in one.
+        table.add_column(title, overflow="fold", no_wrap=title not in ("linear", "note"))
     for row in variant.matrices:
         table.add_row(
             str(row.block),

@@ -33,7 +33,7 @@ def pages() -> dict[str, str]:
 def cli_page() -> str:
     """Return the page of the command line: each command's own help."""
     parts = ["# The command line\n"]
-    with click.Context(cli, info_name="bitmill", max_content_width=100) as group:
+    with click.Context(cli, info_name="bitmill", **cli.context_settings) as group:
         for name in cli.list_commands(group):
             command = cli.commands[name]
             with click.Context(command, info_name=name, parent=group, max_content_width=100, terminal_width=100) as own:

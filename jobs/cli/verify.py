@@ -9,7 +9,7 @@ import click
 from pipeline.errors import GateFailed
 
 
-@click.command("verify")
+@click.command("verify", short_help="Check a published RELEASE from its storage alone.")
 @click.argument("release")
 @click.option(
     "--engine",
@@ -21,7 +21,8 @@ def verify_command(release: str, engine: str | None, as_json: bool) -> int:
     """Check a published RELEASE from its storage alone.
 
     RELEASE is a revision folder, s3://bucket/.../REVISION, or TARGET/releases/NAMESPACE/NAME[@REF]. Checked are
-    digests, structure, scales, and the smoke prompts with the project's own loader. Exit status 5 when one fails.
+    digests, structure, scales, and with the project's own loader whether the weights choose the recorded
+    continuations. Exit status 5 when one fails.
     """
     from pipeline.graph.verify import verify
     from pipeline.settings import load_settings

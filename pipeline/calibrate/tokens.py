@@ -1,7 +1,8 @@
 """Token sequences from a text: a shipped text, a file, or a file of a dataset repository.
 
 Plain text gives its first ``samples * length`` tokens in order. A ``.jsonl`` or ``.parquet`` file gives its ``text``
-column, the documents drawn in an order fixed by the seed and joined by blank lines. No special tokens are added.
+column, the documents drawn in an order fixed by the seed and joined by blank lines; nulls of a .parquet file are no
+documents. No special tokens are added.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ HASH_BASE = 0x5DEECE66D
 
 CHARS_PER_READ = 4_000_000
 """Text is tokenized in pieces of this many characters until there are enough tokens; pieces end at a line break."""
+
+MAX_NAMED = 8
+"""Columns that a message spells out; the rest is counted."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,13 @@ def load_text(text: str, purpose: str, seed: int, settings: Settings) -> Text:
     if text.startswith("hub:"):
         file, provenance = fetch_dataset_file(text, settings)
     else:
-        file, provenance = Path(text).expanduser(), Path(text).name
+        file, provenance = Path(text), Path(text).name
     try:
-        return Text(_read(file, seed), provenance)
-    except (OSError, UnicodeDecodeError) as error:
+        return Text(_read(file.expanduser(), seed), provenance)
+    except (OSError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: the home folder of nobody
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise CalibrationError(
-            f"{purpose} text {text} cannot be read: {error}",
+            f"{purpose} text {text:.200} cannot be read: {reason}",
             code="calibration.unreadable",
             hint="give a UTF-8 text file, a .jsonl or .parquet file with a `text` column, or `builtin`",
         ) from error
@@ -100,18 +105,45 @@ def _documents(file: Path) -> list[str]:
         from pyarrow import ArrowException, parquet
 
         try:
-            column = parquet.read_table(file, columns=["text"])["text"].to_pylist()
-        except (ArrowException, KeyError) as error:
-            raise _no_text_column(file, str(error)) from error
-        return [text for text in column if text]
-    found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                found.append(str(json.loads(line)["text"]))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise _no_text_column(file, f"line {number}: {error!r}") from error
-    return found
+            names = parquet.read_schema(file).names
+            if "text" not in names:
+                raise _no_text_column(file, f"it has {_listed(names)}")
+            column = parquet.read_table(file, columns=["text"])["text"]
+        except ArrowException as error:
+            raise _no_text_column(file, f"it cannot be read as Parquet: {_first_line(error)}") from error
+        texts = [text for text in column.to_pylist() if text is not None]
+        if not all(isinstance(text, str) for text in texts):
+            raise _no_text_column(file, f"it holds {column.type}")
+        return [text for text in texts if text]
+    # Line feeds only: other line separators may stand unescaped inside a JSON string.
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [_document(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _document(line: str, file: Path, number: int) -> str:
+    """Return the text of one line of a .jsonl file."""
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else _first_line(error)
+        raise _no_text_column(file, f"line {number} is not JSON: {reason}") from error
+    if not isinstance(document, dict):
+        raise _no_text_column(file, f"line {number} is not a JSON object")
+    if "text" not in document:
+        raise _no_text_column(file, f"line {number} has {_listed(list(document))}")
+    text = document["text"]
+    if not isinstance(text, str):
+        raise _no_text_column(file, f"line {number}: its text is {json.dumps(text):.60}")
+    return text
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return "only " + ", ".join(f"`{name}`" for name in names[:MAX_NAMED]) + more if names else "nothing"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _no_text_column(file: Path, reason: str) -> CalibrationError:

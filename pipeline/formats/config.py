@@ -10,10 +10,11 @@ What loaders make of it, and what follows:
   in a quantized linear's name is refused here.
 - compressed-tensors: one config group per grid, built with the owning package's own models. With one grid it targets
   the class ``Linear``; with several, names, because engines try classes before the parts of fused linears. ``ignore``
-  always lists full names.
+  always lists full names. ``dequantize`` is for transformers (``loaders.py``).
 
 transformers asks under the names of its own modules, which need not be the checkpoint's (``layers.0.mlp.up_proj`` may
-be loaded as ``model.layers.0.mlp.up_proj``); vLLM maps either to its own. So every linear is written under both.
+be loaded as ``model.layers.0.mlp.up_proj``); vLLM maps either to its own. So every linear is written under both. What
+no configuration can help is in ``loaders.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.errors import FormatError
+from pipeline.formats.loaders import must_unpack_while_loading
 from pipeline.formats.names import ModuleSchemes, Rule, cover, in_block_names, is_in_block, with_fused
 from pipeline.quantize.types import Scheme
 from pipeline.spec import FORMAT_BITS, PER_CHANNEL, Format, VariantSpec
@@ -180,7 +182,10 @@ def _compressed_config(schemes: Mapping[str, Scheme | None], variant: VariantSpe
         ignore=[name for name, scheme in schemes.items() if scheme is None],
     )
     dumped: dict[str, Any] = config.model_dump(mode="json", exclude_none=True)
-    return dumped | {"version": package_version}
+    dumped["version"] = package_version
+    if must_unpack_while_loading(variant.symmetric, len(by_grid)):
+        dumped["dequantize"] = True
+    return dumped
 
 
 def _grid(where: str, bits: Any, group_size: Any, symmetric: Any, format_: Format) -> tuple[int, int, bool]:

@@ -62,6 +62,12 @@ def is_in_block(name: str) -> bool:
     return _NUMBER.search(name) is not None
 
 
+def block_path(name: str) -> str:
+    """Return what stands before the first number of a name inside a block: ``model.layers``."""
+    found = _NUMBER.search(name)
+    return name[: found.start()].rstrip(".") if found else ""
+
+
 def _inside_block(name: str) -> str:
     found = _NUMBER.search(name)
     return name[found.end() + 1 :] if found else name

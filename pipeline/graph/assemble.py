@@ -36,7 +36,7 @@ from pipeline.hub.fetch import FetchedSource
 from pipeline.publish.card import render_card
 from pipeline.publish.plots import plot_layer_error, plot_size_quality
 from pipeline.publish.report import facts_as_json
-from pipeline.spec import PER_CHANNEL, resolve_budgets
+from pipeline.spec import PER_CHANNEL, VariantSpec, resolve_budgets
 from pipeline.storage.work import StageRecord, WorkStore
 from pipeline.tensors.writer import write_index
 from pipeline.validate.divergence import Divergence, add_up
@@ -181,11 +181,44 @@ def _continuations(unit: WorkUnit, records: Records) -> list[Continuation]:
     return [Continuation(tuple(item["ids"]), item["text"]) for item in records[unit.key].summary["continuations"]]
 
 
+def weights_fingerprint(fetched: FetchedSource, variant: VariantSpec, units: JobUnits) -> str:
+    """Return the fingerprint of a source, a variant, and everything that its weights are computed from and by."""
+    packs = units.variants[variant.name].packs
+    weights = [unit.key for unit in (units.outer, *packs)]
+    return fingerprint({"source": fetched.commit, "variant": variant, "weights": weights})
+
+
 def make_facts(
-    inputs: Inputs, fetched: FetchedSource, release: str, own: Measured, all_: Sequence[Measured], units: JobUnits
+    inputs: Inputs,
+    fetched: FetchedSource,
+    release: str,
+    own: Measured,
+    all_: Sequence[Measured],
+    units: JobUnits,
+    known: Sequence[SiblingFacts] = (),
 ) -> ReleaseFacts:
-    """Return everything that a release says about itself."""
-    siblings = [other for other in all_ if other is not own]
+    """Return everything that a release says about itself.
+
+    Args:
+        inputs: What the conversion depends on.
+        fetched: The source.
+        release: ``namespace/name``.
+        own: The variant.
+        all_: All variants of this run.
+        units: Of this run.
+        known: Siblings that the same weights were published with before; those of this run take their place.
+    """
+    siblings = {item.variant: item for item in known} | {
+        other.plan.spec.name: SiblingFacts(
+            variant=other.plan.spec.name,
+            passed=other.verdict.passed,
+            size_bytes=other.size_bytes,
+            kl=other.quality.kl,
+            perplexity=other.quality.perplexity,
+        )
+        for other in all_
+        if other is not own
+    }
     calibration = inputs.spec.calibration
     versions = {"bitmill": version("bitmill"), **{name: version(name) for name in COMPUTE_PACKAGES}}
     return ReleaseFacts(
@@ -208,25 +241,10 @@ def make_facts(
         verdict=own.verdict,
         generated_tokens=inputs.spec.gates.generated_tokens,
         size_bytes=own.size_bytes,
-        siblings=tuple(
-            SiblingFacts(
-                variant=o.plan.spec.name,
-                passed=o.verdict.passed,
-                size_bytes=o.size_bytes,
-                kl=o.quality.kl,
-                perplexity=o.quality.perplexity,
-            )
-            for o in siblings
-        ),
+        siblings=tuple(siblings[name] for name in sorted(siblings)),
         versions=versions,
         compute=f"{inputs.device} float32",
-        spec_fingerprint=fingerprint(
-            {
-                "source": fetched.commit,
-                "variant": own.plan.spec,
-                "weights": [unit.key for unit in (units.outer, *units.variants[own.plan.spec.name].packs)],
-            }
-        ),
+        spec_fingerprint=weights_fingerprint(fetched, own.plan.spec, units),
     )
 
 
@@ -237,11 +255,13 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
         bytes_by_dtype[entry.dtype] = bytes_by_dtype.get(entry.dtype, 0) + entry.num_bytes
     most = max(bytes_by_dtype, key=lambda dtype: bytes_by_dtype[dtype])
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    card = read_card(fetched.folder)
     return SourceFacts(
         name=fetched.source.name,
         is_local=fetched.source.is_local,
         commit=fetched.commit,
-        license=read_card(fetched.folder).license,
+        license=card.license,
+        base_models=card.base_models if fetched.source.is_local else (),
         architecture=inputs.outline.skeleton.architecture,
         num_parameters=index.num_parameters,
         size_bytes=index.total_bytes,

@@ -284,18 +284,19 @@ class UnitBuilder:
         """Return the units that solve one linear group, a range of rows each."""
         spec, shape = plan.spec, shape_of(group)
         options = {"scheme": scheme, "options": plan.solver_options, "method": spec.method.value}
+        is_gptq = spec.method is Method.GPTQ
+        factors = (self._factor(plan, group, position, merged),) if is_gptq else ()
         identity = self.keys.key(
             Kind.SOLVE,
             {
                 **options,
                 "weights": self.keys.places(f"{linear.name}.weight" for linear in group.linears),
                 "statistics": merged.key,
+                "factors": [unit.key for unit in factors],
                 "scales": [unit.key for unit in scales],
             },
         )
         members = [linear.local_name for linear in group.linears]
-        is_gptq = spec.method is Method.GPTQ
-        factors = (self._factor(plan, group, position, merged),) if is_gptq else ()
         units = []
         for rows in self.costs.row_ranges(shape, is_gptq, self.tuning.solve_s):
             part = GroupShape(rows[1] - rows[0], shape.width)

@@ -254,7 +254,8 @@ class ChainBuilder:
         blocks: list[tuple[WorkUnit, ...]] = []
         saves: list[Stored] = []
         before: tuple[WorkUnit, ...] = embeds
-        every = self._save_every(tokens, spans[0], kind)
+        # Of all slices, whatever the spans: a run with other workers must look where this one saves.
+        every = self._save_every(tokens, (0, len(tokens.slices)), kind)
         largest = max(self._out_bytes(tokens.count(spans[0]), block, kind) for block in range(self.num_blocks))
         held_blocks = max(MIN_HELD_BLOCKS, int(self.costs.rates.held_bytes / largest))
         for block, identity in enumerate(identities):
@@ -263,7 +264,7 @@ class ChainBuilder:
                 numbers = range(*span)
                 is_end = block == self.num_blocks - 1
                 is_kept = is_end and kind is Kind.FORWARD and not variant
-                is_saved = is_kept or (not is_end and block % every == every - 1)
+                is_saved = is_kept or (not is_end and _is_save(block, every))
                 places = tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else ()
                 saves += () if is_kept else places
                 old = block - 2 * every
@@ -281,7 +282,7 @@ class ChainBuilder:
                         stand_ins={previous.key: previous.saves} if previous.saves else {},
                         saves=places,
                         obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)
-                        if is_saved and old >= 0
+                        if is_saved and old >= 0 and _is_save(old, every)
                         else (),
                         is_durable=False,
                         home=f"{tokens.name}:{variant}:{span[0]}",
@@ -307,6 +308,10 @@ class ChainBuilder:
     def _out_bytes(self, count: int, block: int, kind: Kind) -> float:
         groups = self.keys.outline.groups[block] if kind is Kind.CALIBRATE else ()
         return 4.0 * count * self._hidden + sum_bytes(map(shape_of, groups))
+
+
+def _is_save(block: int, every: int) -> bool:
+    return block % every == every - 1
 
 
 def shape_of(group: LinearGroup) -> GroupShape:

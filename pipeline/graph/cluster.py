@@ -9,6 +9,7 @@ cluster can never meet fails at once with what was asked for and what there is, 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -44,6 +45,13 @@ HAND_OVER_TIMEOUT_S = 300.0
 
 MAX_START_FAILURES = 8
 """Workers in a row that may die before they are ready, after which no more are started."""
+
+GPU_ROUNDING = 1e-3
+"""Added to a number of workers: Ray counts GPUs in ten-thousandths."""
+
+REPLACEMENT_TIMEOUT_S = 120.0
+"""Longest wait, when no worker is left, for room for a new one: until Ray has cleared up after a lost node, or a node
+has come in its place."""
 
 
 class RemoteWorker:
@@ -117,40 +125,60 @@ class RayExecutor:
         Raises:
             GraphError: when the cluster cannot be reached or has nothing that could be a worker.
         """
+        quiet_ray(on_loopback=address is None)
         import ray
 
-        quiet_ray()
         self._ray = ray
         self._events: deque[Event] = deque()
         self._seats: dict[WorkerId, _Seat] = {}
         self._number = 0
         self._start_failures = 0
+        self._last_failure = ""
         self._target = workers
         _connect(ray, workers, address)
         try:
             self._context = ray.put(context)
-            gpus = _gpu_share(_resources(ray), workers) if context.device == "cuda" else 0.0
+            self._gpus = _gpu_share(_resources(ray), workers) if context.device == "cuda" else 0.0
             _require_cpus(_resources(ray))
-            self._actor = _actor_class(ray, gpus)
-            self._fill_seats()
-            while not self.workers:
-                event = self._poll(START_TIMEOUT_S)
-                if event is None or not self._seats:
-                    have = _describe(_resources(ray))
-                    raise GraphError(
-                        f"no worker started within {START_TIMEOUT_S:.0f} s; the cluster has {have}",
-                        code="graph.infeasible",
-                        hint="other jobs may hold its CPUs: see `ray status`, or run without --address",
-                    )
-                self._events.append(event)
+            self._actor = _actor_class(ray, self._gpus)
+            self._lost_s = time.monotonic()
+            self._wait_for_one()
         except BaseException:
             self.close()
             raise
+
+    def _wait_for_one(self) -> None:
+        """Return once a worker has started.
+
+        Raises:
+            GraphError: when none does in time.
+        """
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        self._fill_seats()
+        while not self.workers:
+            if time.monotonic() > deadline_s or self._start_failures >= MAX_START_FAILURES:
+                why = f"the last one that tried: {self._last_failure}" if self._last_failure else "there was no room"
+                raise GraphError(
+                    f"no worker has started; {why}; the cluster has {_describe(_resources(self._ray))}",
+                    code="graph.infeasible",
+                    hint="other jobs may hold its CPUs: see `ray status`, or run without --address",
+                )
+            event = self._poll(1.0)
+            if event is not None:
+                self._events.append(event)
 
     @property
     def workers(self) -> Sequence[WorkerId]:
         """The workers that have started."""
         return [name for name, seat in self._seats.items() if seat.ready is None]
+
+    @property
+    def is_expecting(self) -> bool:
+        """Whether a worker is starting, or may yet find room after the last one was lost."""
+        if self._start_failures >= MAX_START_FAILURES:
+            return False
+        is_starting = any(seat.ready is not None for seat in self._seats.values())
+        return is_starting or time.monotonic() - self._lost_s < REPLACEMENT_TIMEOUT_S
 
     @property
     def places(self) -> dict[WorkerId, dict[str, Any]]:
@@ -208,15 +236,21 @@ class RayExecutor:
         return Finished(name, seat.units.pop(done[0]), answer)
 
     def _bury(self, name: WorkerId, error: Any) -> WorkerLost:
-        seat = self._seats.pop(name)
+        seat, reason = self._seats.pop(name), _last_words(error)
+        # It may only be out of reach: what comes back would take the place of another one.
+        self._ray.kill(seat.actor, no_restart=True)
+        self._lost_s = time.monotonic()
         if seat.ready is not None:
             self._start_failures += 1
-        is_memory = isinstance(error, self._ray.exceptions.OutOfMemoryError) or "OOM" in str(error)
+            self._last_failure = reason
+        # Ray's words for any sudden death name the out-of-memory killer as one of the possible causes.
+        is_memory = isinstance(error, self._ray.exceptions.OutOfMemoryError)
         self._fill_seats()
-        return WorkerLost(name, tuple(seat.units.values()), _last_words(error), is_memory)
+        return WorkerLost(name, tuple(seat.units.values()), reason, is_memory)
 
     def _fill_seats(self) -> None:
         """Ask for workers until there are as many as wanted, or the cluster has no more room for them."""
+        self._give_up_late_ones()
         if self._start_failures >= MAX_START_FAILURES:
             return
         room = self._target - len(self._seats)
@@ -225,11 +259,24 @@ class RayExecutor:
             actor = self._actor.remote(self._context)
             self._seats[f"worker-{self._number}"] = _Seat(actor, actor.describe.remote(), time.monotonic())
 
+    def _give_up_late_ones(self) -> None:
+        """Let go of workers that do not start: what they wait for may be with others for good."""
+        now_s = time.monotonic()
+        for name, seat in list(self._seats.items()):
+            if seat.ready is not None and now_s - seat.started_s > START_TIMEOUT_S:
+                self._ray.kill(seat.actor, no_restart=True)
+                del self._seats[name]
+                self._start_failures += 1
+                self._last_failure = f"{name} had not started after {START_TIMEOUT_S:.0f} s"
+
     def _free_slots(self) -> int:
         """Return how many workers the cluster can take now; those that are starting may not be counted yet."""
         starting = sum(seat.ready is not None for seat in self._seats.values())
         free: dict[str, float] = self._ray.available_resources()  # type: ignore[no-untyped-call]
-        return max(int(free.get("CPU", 0.0)) - starting, 0)
+        slots = int(free.get("CPU", 0.0))
+        if self._gpus:
+            slots = min(slots, int(free.get("GPU", 0.0) / self._gpus + GPU_ROUNDING))
+        return max(slots - starting, 0)
 
     def forget(self, worker: WorkerId, keys: Iterable[str]) -> None:
         """Have a worker drop passing outputs."""
@@ -249,6 +296,8 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
         {"address": address}
         if address
         else {
+            # Not None: that would join whatever `ray start` has started on this machine.
+            "address": "local",
             "num_cpus": workers,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
@@ -307,8 +356,9 @@ def _actor_class(ray: Any, gpus: float) -> Any:
 
 
 def _last_words(error: Any) -> str:
+    """Return what Ray says of a death: what happened comes first and why comes last, with ids in between."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:2])[:300] if lines else type(error).__name__
+    return "; ".join(dict.fromkeys((lines[0], lines[-1])))[:500] if lines else type(error).__name__
 
 
 def _resources(ray: Any) -> dict[str, float]:
@@ -343,4 +393,5 @@ def _gpu_share(resources: dict[str, float], workers: int) -> float:
             code="graph.infeasible",
             hint="run with --device cpu, or join a cluster with GPUs with --address",
         )
-    return min(1.0, gpus / workers)
+    # A worker stays on one GPU: three on two GPUs take halves, as thirds of both would leave no room for the last.
+    return 1.0 / math.ceil(workers / gpus)

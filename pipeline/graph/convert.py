@@ -11,14 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from pipeline.calibrate.tokens import Text, TokenBatch, load_text, take_tokens
-from pipeline.errors import GraphError, SpecError
-from pipeline.facts import ReleaseFacts
-from pipeline.graph.assemble import Measured, assemble_release, make_facts, measure_variant
+from pipeline.errors import GraphError
+from pipeline.facts import FACTS_FILE, ReleaseFacts, SiblingFacts
+from pipeline.graph.assemble import (
+    Measured,
+    assemble_release,
+    make_facts,
+    measure_variant,
+    weights_fingerprint,
+)
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
 from pipeline.graph.job import run_job
-from pipeline.graph.outline import open_folder, stamp_files
+from pipeline.graph.naming import name_releases
+from pipeline.graph.outline import make_outline, stamp_files
 from pipeline.graph.plan import remote_outline, require_positions
 from pipeline.graph.stages.call import JobContext
 from pipeline.hub.fetch import FetchedSource, fetch
@@ -27,11 +35,15 @@ from pipeline.observe.events import EventSink, Published, SourceAdvanced, Varian
 from pipeline.settings import Settings
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import ConversionSpec
+from pipeline.storage.directory import DirectoryStore
+from pipeline.storage.manifest import release_prefix as revision_prefix
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
 from pipeline.storage.refs import DEFAULT_REF, read_ref
 from pipeline.storage.release import publish_release
-from pipeline.storage.work import WorkStore
+from pipeline.storage.work import S3_ATTEMPTS, WorkStore, open_work_store
+from pipeline.tensors.index import WeightIndex
+from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import FileStamp
 
 SHELF_BYTES = 500_000_000
@@ -43,19 +55,21 @@ class RunOptions:
     """Where a conversion runs; none of it affects a byte.
 
     Attributes:
-        work_dir: Folder of the work store.
+        work_dir: The work store: a directory that every worker reaches, or ``s3://bucket/prefix``.
         workers: Work units at a time.
         device: ``cpu`` or ``cuda``.
         address: Ray cluster to join, or None to start one here.
         inline: Run every unit in this process, without Ray.
+        stream: Read the weights of a hub source block by block where they are, instead of fetching them first.
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
     """
 
-    work_dir: Path
+    work_dir: str | Path
     workers: int
     device: str = "cpu"
     address: str | None = None
     inline: bool = False
+    stream: bool = False
     shelf_bytes: int = SHELF_BYTES
 
 
@@ -84,50 +98,59 @@ def convert(
         PipelineError: when the source, the text, the plan, the target or the cluster cannot be used. A failed gate is
             no error: its outcome has no locations.
     """
-    stores = open_targets(spec.targets, settings)
+    stores = open_targets(spec.targets, settings, sink)
+    work = open_work_store(str(options.work_dir), settings)
+    work.prepare()
     source = pin_source(spec.source, settings)
+    names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
     texts = load_texts(spec, settings)
     require_device(options)
-    for caution in dict.fromkeys(c for plan in plans for c in plan.cautions(spec.calibration)):
+    cautions = [names.caution] if names.caution else []
+    cautions += [caution for plan in plans for caution in plan.cautions(spec.calibration)]
+    for caution in dict.fromkeys(cautions):
         sink.emit(Warned(caution))
-    fetched, stamps = fetch_source(source, settings, sink)
-    namespace, prefix = release_prefix(spec, fetched)
-    seen = ref_sequences(stores, namespace, [f"{prefix}-{plan.spec.name}" for plan in plans])
-    inputs = gather_inputs(spec, fetched, texts, options.device)
-    work = WorkStore(options.work_dir)
-    work.sweep()
+    is_streamed = options.stream and not source.is_local
+    fetched, stamps = fetch_source(source, settings, sink, with_weights=not is_streamed)
+    seen = ref_sequences(stores, names.namespace, names.by_variant.values())
+    index = outline.index if is_streamed else None
+    inputs = gather_inputs(spec, fetched, texts, options.device, index)
     context = JobContext(
-        work_root=str(work.root),
+        work_url=work.url,
         source_folder=str(fetched.folder),
         source_commit=fetched.commit,
         stamps=tuple(sorted(stamps.items())),
         device=options.device,
         shelf_bytes=options.shelf_bytes,
+        streamed=source if is_streamed else None,
     )
-    jobs = open_store(str(work.root), settings)
+    jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
     units, records = run_job(inputs, work, jobs, context, options, sink)
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:
-        name = f"{prefix}-{own.plan.spec.name}"
-        facts = make_facts(inputs, fetched, f"{namespace}/{name}", own, measured, units)
+        address = names.address(own.plan.spec.name)
+        known = published_siblings(stores[0], address, weights_fingerprint(fetched, own.plan.spec, units))
+        facts = make_facts(inputs, fetched, address, own, measured, units, known)
         _announce(own, sink)
         locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink) if own.verdict.passed else ()
         outcomes.append(VariantOutcome(facts, locations))
     return tuple(outcomes)
 
 
-def fetch_source(source: Source, settings: Settings, sink: EventSink) -> tuple[FetchedSource, dict[str, FileStamp]]:
+def fetch_source(
+    source: Source, settings: Settings, sink: EventSink, *, with_weights: bool = True
+) -> tuple[FetchedSource, dict[str, FileStamp]]:
     """Return a source with its needed files local and verified, and what the weights files were when they were; says
-    how far it is or what it waits for.
+    how far it is or what it waits for. On request the weights stay where they are.
 
     Raises:
         SourceError, StorageError: as ``fetch``.
     """
-    total_bytes = sum(file.size_bytes for file in needed_files(source))
+    left = () if with_weights else source.weight_files
+    total_bytes = sum(file.size_bytes for file in needed_files(source) if file.path not in left)
     done: dict[str, int] = {}
 
     def advanced(path: str, done_bytes: int, _: int) -> None:
@@ -137,20 +160,48 @@ def fetch_source(source: Source, settings: Settings, sink: EventSink) -> tuple[F
     # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from a hub
     # lies in our own cache, and is there only afterwards.
     before = stamp_files(Path(source.location), source.weight_files) if source.is_local else None
-    fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)))
+    fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)), with_weights=with_weights)
+    if not with_weights:
+        return fetched, {}
     return fetched, before or stamp_files(fetched.folder, source.weight_files)
 
 
-def open_targets(targets: Iterable[str], settings: Settings) -> list[ObjectStore]:
+def open_targets(targets: Iterable[str], settings: Settings, sink: EventSink) -> list[ObjectStore]:
     """Return the targets' stores, each proven to be writable and to honour conditional writes.
+
+    A directory that was not there is created and told: its name may be a slip.
 
     Raises:
         StorageError: naming the target that is not.
     """
     stores = [open_store(target, settings) for target in targets]
     for store in stores:
+        is_new = isinstance(store, DirectoryStore) and not store.root.exists()
         probe(store)
+        if is_new:
+            sink.emit(Warned(f"created the directory {store.url}, which was not there"))
     return stores
+
+
+def published_siblings(store: ObjectStore, address: str, fingerprint: str) -> tuple[SiblingFacts, ...]:
+    """Return the siblings that a release with the same weights was published with last, so that making one variant
+    again makes the same release again, and loses no comparison.
+
+    Args:
+        store: Where it would be.
+        address: ``namespace/name``.
+        fingerprint: Of the weights.
+    """
+    namespace, _, name = address.partition("/")
+    ref = read_ref(store, namespace, name, DEFAULT_REF)
+    blob = store.read(f"{revision_prefix(namespace, name, ref.revision)}{FACTS_FILE}") if ref is not None else None
+    if blob is None:
+        return ()
+    try:
+        facts = ReleaseFacts.model_validate_json(blob.data)
+    except ValidationError:
+        return ()  # made by another version, whose comparisons are not ours
+    return facts.siblings if facts.spec_fingerprint == fingerprint else ()
 
 
 def ref_sequences(stores: Iterable[ObjectStore], namespace: str, names: Iterable[str]) -> dict[tuple[str, str], int]:
@@ -165,21 +216,6 @@ def ref_sequences(stores: Iterable[ObjectStore], namespace: str, names: Iterable
     return {place: ref.sequence if ref is not None else 0 for place, ref in refs.items()}
 
 
-def release_prefix(spec: ConversionSpec, fetched: FetchedSource) -> tuple[str, str]:
-    """Return namespace and name prefix of the releases: the spec's, else the source's.
-
-    Raises:
-        SpecError: when the spec's ``release`` is not ``namespace/name``.
-    """
-    if spec.release:
-        namespace, slash, name = spec.release.partition("/")
-        if not slash or not namespace or not name or "/" in name:
-            raise SpecError(f"release {spec.release!r} is not namespace/name", hint="for example --release team/model")
-        return namespace, name
-    namespace, slash, name = fetched.source.name.rpartition("/")
-    return (namespace if slash else "local"), name
-
-
 def load_texts(spec: ConversionSpec, settings: Settings) -> tuple[Text, Text]:
     """Return the calibration text and the held-out text, before they are tokenized.
 
@@ -191,15 +227,28 @@ def load_texts(spec: ConversionSpec, settings: Settings) -> tuple[Text, Text]:
     return calibration, load_text(spec.gates.heldout, "heldout", seed, settings)
 
 
-def gather_inputs(spec: ConversionSpec, fetched: FetchedSource, texts: tuple[Text, Text], device: str) -> Inputs:
+def gather_inputs(
+    spec: ConversionSpec,
+    fetched: FetchedSource,
+    texts: tuple[Text, Text],
+    device: str,
+    index: WeightIndex | None = None,
+) -> Inputs:
     """Return everything that the conversion's bytes depend on.
+
+    Args:
+        spec: What to make.
+        fetched: The source; of one that is streamed, all but its weights.
+        texts: Calibration text and held-out text.
+        device: ``cpu`` or ``cuda``.
+        index: Where the tensors are; None to read the headers in the folder.
 
     Raises:
         SourceError: when the source cannot be converted.
         PlanError: when a variant cannot be made from it.
         CalibrationError: when a text is too short.
     """
-    outline = open_folder(fetched.folder).outline
+    outline = make_outline(fetched.folder, index or read_folder_index(fetched.folder))
     variants = [make_variant_plan(variant, outline) for variant in spec.variants]
     encode = TextTokenizer(fetched.folder).encode
     require_positions(spec, outline, lambda prompt: len(encode(prompt, with_special=True)))

@@ -32,6 +32,7 @@ class Kind(StrEnum):
     SCORE = "score"
     CONTINUE = "continue"
     GENERATE = "generate"
+    VERIFY = "verify"
 
 
 class Stored(NamedTuple):

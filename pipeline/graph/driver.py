@@ -10,7 +10,8 @@ a *home* runs where the home's first unit ran, because what it reads is there.
 Faults. A worker that dies loses its shelf; its homes move, and what is missing is computed again from the last saved
 hidden states. A unit whose worker died ``MAX_LOSSES`` times ends the job. A unit that ran out of memory is cut into
 smaller ones (``Tuning``), as the plan's cuts change no byte. A stored output that is gone or damaged is computed again.
-A unit that takes far longer than units of its kind do is given to a second worker; whoever is first wins.
+A unit that takes far longer than units of its kind do is given to a second worker, to which the homes of the first
+move; whoever is first wins. The first is given nothing more until it has told of everything that it was given.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit, open_needs, reachable_units, required_units
 from pipeline.graph.executor import Executor, Finished, WorkerId, WorkerJoined, WorkerLost
 from pipeline.graph.stages.call import KEPT_COPIES, LOST
+from pipeline.graph.worker import Outcome
 from pipeline.storage.work import StageRecord
 
 UNITS_AHEAD = 2
@@ -42,10 +45,11 @@ MAX_LOSSES = 4
 """Deaths of the worker that ran a unit, after which the unit is taken to be their cause."""
 
 MAX_RECOVERIES = 8
-"""Times that one lost or damaged output is computed again, after which the storage is taken to be at fault."""
+"""Times that a unit is tried again for the want of one output that was lost or damaged, after which what keeps or
+carries it is taken to be at fault."""
 
 STRAGGLER_FACTOR = 5.0
-"""A unit that takes this many times as long as its cost and the pace of its kind say is started a second time."""
+"""A unit that takes this many times as long as its cost and the pace so far say is started a second time."""
 
 STRAGGLER_FLOOR_S = 20.0
 """Units are not taken for stragglers before they have run for so long."""
@@ -70,11 +74,15 @@ class Tuning:
     solve_s: float
 
 
+StoredRecords = Mapping[Stored, StageRecord]
+"""Stored outputs known to be there."""
+
+
 class StageIndex(Protocol):
     """What the driver asks of a work store; see ``WorkStore``."""
 
-    def lookup(self, stage: str, key: str) -> StageRecord | None:
-        """Return the record of a finished stage, or None."""
+    def lookup_all(self, places: Iterable[Stored]) -> dict[Stored, StageRecord]:
+        """Return the records of those of many stages that are finished."""
         ...
 
     def discard(self, stage: str, key: str) -> None:
@@ -85,8 +93,17 @@ class StageIndex(Protocol):
 class Observer:
     """Told what happens; the default says nothing."""
 
-    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit]) -> None:
-        """The units that must run are known: at the start, and again whenever they changed."""
+    def staffed(self, num_workers: int) -> None:
+        """A worker has joined or was lost: so many take units now."""
+
+    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit], records: StoredRecords) -> None:
+        """The units that must run are known: at the start, and again whenever they changed.
+
+        Args:
+            todo: The units that must run.
+            present: The units whose outputs are there, or only needed by such.
+            records: What is known of stored outputs.
+        """
 
     def finished(self, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int) -> None:
         """A unit ended well."""
@@ -101,11 +118,19 @@ MakeGoals = Callable[[Tuning], Sequence[WorkUnit]]
 
 @dataclass
 class _Run:
-    """A unit on its way."""
+    """A unit on its way.
+
+    Attributes:
+        unit: The unit.
+        workers: Who has it: one, or for a straggler more.
+        started_s: When the last of them was given it.
+        sources: Who held each of its passing needs then.
+    """
 
     unit: WorkUnit
     workers: list[WorkerId]
     started_s: float
+    sources: dict[str, WorkerId] = field(default_factory=dict)
 
 
 @dataclass
@@ -114,9 +139,6 @@ class _Pace:
 
     seconds: float = 0.0
     cost: float = 0.0
-
-    def expected_s(self, cost: float) -> float | None:
-        return self.seconds / self.cost * cost if self.cost > 0 else None
 
 
 @dataclass
@@ -128,13 +150,16 @@ class _State:
         holders: Which worker holds each passing output.
         origins: Which worker made each output, passing or stored.
         running: Units on their way, by key.
+        queues: Keys of the units that each worker has, those that were done elsewhere meanwhile included.
+        overtaken: Of these, the keys of the units that were given to another worker since.
         homes: Which worker each home is at.
         losses: Workers that died under a unit, by its key.
-        recoveries: Times that an output was lost or damaged, by key.
+        recoveries: Times that a unit failed for the want of an output, by the keys of both.
+        planned: Keys of the units that had to run when it was last asked.
         waiting: For each unit that cannot run yet, the keys of the needs that are missing.
         dependents: For each missing need, the units that wait for it.
         ready: Units that can run, the most urgent first; of equally urgent ones that which could run first.
-        readers: For each output, the units that will read it.
+        readers: For each output, the keys of the units that will read it.
         chains: Homes of each chain.
         paces: How long units of a kind take.
     """
@@ -143,13 +168,16 @@ class _State:
     holders: dict[str, WorkerId] = field(default_factory=dict)
     origins: dict[str, WorkerId] = field(default_factory=dict)
     running: dict[str, _Run] = field(default_factory=dict)
+    queues: dict[WorkerId, set[str]] = field(default_factory=dict)
+    overtaken: dict[WorkerId, set[str]] = field(default_factory=dict)
     homes: dict[str, WorkerId] = field(default_factory=dict)
     losses: dict[str, int] = field(default_factory=dict)
-    recoveries: dict[str, int] = field(default_factory=dict)
+    recoveries: dict[tuple[str, str], int] = field(default_factory=dict)
+    planned: set[str] = field(default_factory=set)
     waiting: dict[str, set[str]] = field(default_factory=dict)
     dependents: dict[str, list[WorkUnit]] = field(default_factory=dict)
     ready: list[WorkUnit] = field(default_factory=list)
-    readers: dict[str, int] = field(default_factory=dict)
+    readers: dict[str, set[str]] = field(default_factory=dict)
     chains: dict[str, set[str]] = field(default_factory=dict)
     paces: dict[Kind, _Pace] = field(default_factory=dict)
 
@@ -174,6 +202,7 @@ class Driver:
         self._is_cancelled, self._clock = is_cancelled, clock
         self._state = _State()
         self._goals: Sequence[WorkUnit] = ()
+        self._looked_s = clock()
 
     def run(self) -> dict[str, StageRecord]:
         """Run what the goals need, and return the records of all durable goals by key.
@@ -191,23 +220,20 @@ class Driver:
                     hint="the same command continues where this one stopped",
                 )
             self._dispatch()
-            if not self._state.running:
+            if not self._may_wait():
                 raise self._stuck()
             match self._executor.wait(POLL_S):
                 case Finished(worker, unit, outcome):
-                    for stage in outcome.damaged:
-                        self._forget_record(Stored(stage.stage, stage.key))
-                        self._observer.recovered(f"{stage.stage} {stage.key[:12]} was damaged: {stage.reason}")
-                    if outcome.error is not None:
-                        self._failed(worker, unit, outcome.error)
-                    else:
-                        self._finished(worker, unit, outcome.record, outcome.seconds, outcome.peak_bytes)
+                    self._ended(worker, unit, outcome)
                 case WorkerLost() as lost:
                     self._lost(lost)
                 case WorkerJoined():
-                    pass
+                    self._observer.staffed(len(self._executor.workers))
                 case None:
-                    self._reissue_stragglers()
+                    pass
+            if self._clock() - self._looked_s >= POLL_S:
+                self._looked_s = self._clock()
+                self._reissue_stragglers()
         return {unit.key: self._state.records[unit.place] for unit in self._goals if unit.is_durable}
 
     # What is to be done.
@@ -216,26 +242,28 @@ class Driver:
         """Ask anew which units must run. Those that run already stay."""
         state = self._state
         self._goals = self._make_goals(self._tuning)
+        self._ask_what_is_stored()
         todo = required_units(self._goals, self._is_there, self._is_stored)
-        wanted = {unit.key for unit in todo}
+        state.planned = {unit.key for unit in todo}
         state.readers, state.waiting, state.dependents, state.chains = {}, {}, {}, {}
         state.ready = []
         for unit in todo:
             for need in unit.needs:
-                state.readers[need.key] = state.readers.get(need.key, 0) + 1
+                state.readers.setdefault(need.key, set()).add(unit.key)
             if unit.home:
                 state.chains.setdefault(_chain(unit.home), set()).add(unit.home)
             if unit.key in state.running:
                 continue
             missing = {need.key for need in open_needs(unit, self._is_there, self._is_stored)}
-            missing |= wanted.intersection(unit.after)
+            missing |= state.planned.intersection(unit.after)
             if missing:
                 state.waiting[unit.key] = missing
             else:
                 self._is_ready(unit)
             for key in missing:
                 state.dependents.setdefault(key, []).append(unit)
-        self._observer.planned(todo, [unit for unit in reachable_units(self._goals) if unit.key not in wanted])
+        present = [unit for unit in reachable_units(self._goals) if unit.key not in state.planned]
+        self._observer.planned(todo, present, state.records)
         for key in [key for key in state.holders if key not in state.readers]:
             self._drop(key)
 
@@ -243,26 +271,35 @@ class Driver:
         return self._is_stored(unit.place) if unit.is_durable else unit.key in self._state.holders
 
     def _is_stored(self, place: Stored) -> bool:
-        if place not in self._state.records:
-            record = self._work.lookup(*place)
-            if record is None:
-                return False
-            self._state.records[place] = record
-        return True
+        return place in self._state.records
+
+    def _ask_what_is_stored(self) -> None:
+        """Learn of every place that a plan may look at, all at once: a store may be far away."""
+        places = [
+            place
+            for unit in reachable_units(self._goals)
+            for place in (*((unit.place,) if unit.is_durable else ()), *chain.from_iterable(unit.stand_ins.values()))
+            if place not in self._state.records
+        ]
+        self._state.records |= self._work.lookup_all(places)
 
     def _is_ready(self, unit: WorkUnit) -> None:
         insort(self._state.ready, unit, key=lambda other: other.rank)
+
+    def _take_ready(self, key: str) -> WorkUnit | None:
+        """Return the unit with a key, which is ready no more; None when it was not."""
+        ready = self._state.ready
+        place = next((place for place, unit in enumerate(ready) if unit.key == key), None)
+        return None if place is None else ready.pop(place)
 
     # Who does it.
 
     def _dispatch(self) -> None:
         """Give units to workers until each has enough or nothing is ready: the most urgent unit first, to the idlest
         worker that may run it, and of equally idle ones as ``_preference`` says."""
-        ready = self._state.ready
-        load = dict.fromkeys(self._executor.workers, 0)
-        for run in self._state.running.values():
-            for worker in run.workers:
-                load[worker] = load.get(worker, 0) + _load_of(run.unit)
+        ready, queues, overtaken = self._state.ready, self._state.queues, self._state.overtaken
+        workers = [worker for worker in self._executor.workers if not overtaken.get(worker)]
+        load = {worker: sum(map(self._load, queues.get(worker, ()))) for worker in workers}
         free = [worker for worker, units in load.items() if units < UNITS_AHEAD]
         homes = Counter(self._state.homes.values()) if free else Counter()
         place = 0
@@ -278,9 +315,15 @@ class Driver:
             ready.pop(place)
             homes[worker] += bool(unit.home) and unit.home not in self._state.homes
             self._start(unit, worker)
-            load[worker] += _load_of(unit)
+            load[worker] += self._load(unit.key)
             if load[worker] >= UNITS_AHEAD:
                 free.remove(worker)
+
+    def _load(self, key: str) -> int:
+        """Return for how many units one counts at a worker. Behind a unit with a home nothing is queued: the one that
+        comes after it there is more urgent, and can only be known when it has ended."""
+        run = self._state.running.get(key)
+        return 1 if run is not None and run.unit.cost <= AHEAD_S and not run.unit.home else UNITS_AHEAD
 
     def _may_run(self, unit: WorkUnit, workers: Sequence[WorkerId], num_workers: int) -> Sequence[WorkerId]:
         """Return which of some workers may run a unit: all, the one that its home is at, or those that have no more of
@@ -326,12 +369,14 @@ class Driver:
         state = self._state
         if unit.home:
             state.homes.setdefault(unit.home, worker)
-        run = state.running.setdefault(unit.key, _Run(unit, [], self._clock()))
+        run = state.running.setdefault(unit.key, _Run(unit, [], 0.0))
+        for slower in run.workers:
+            state.overtaken.setdefault(slower, set()).add(unit.key)
         run.workers.append(worker)
-        holders = {
-            need.key: holder for need in unit.needs if (holder := self._holder(need)) is not None and holder != worker
-        }
-        self._executor.submit(unit, worker, holders)
+        run.started_s = self._clock()
+        run.sources = {need.key: holder for need in unit.needs if (holder := self._holder(need)) is not None}
+        state.queues.setdefault(worker, set()).add(unit.key)
+        self._executor.submit(unit, worker, {key: holder for key, holder in run.sources.items() if holder != worker})
 
     def _holder(self, need: WorkUnit) -> WorkerId | None:
         """Return which worker has an output in memory, as far as is known: of stored ones it may have no copy left."""
@@ -342,36 +387,53 @@ class Driver:
 
     # What became of it.
 
-    def _finished(
-        self, worker: WorkerId, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int
-    ) -> None:
-        state = self._state
-        run = state.running.pop(unit.key, None)
-        if record is not None:
-            state.records[unit.place] = record
+    def _ended(self, worker: WorkerId, unit: WorkUnit, outcome: Outcome) -> None:
+        for keys in (self._state.queues, self._state.overtaken):
+            keys.get(worker, set()).discard(unit.key)
+        for stage in outcome.damaged:
+            self._forget_record(Stored(stage.stage, stage.key))
+            self._observer.recovered(f"{stage.stage} {stage.key[:12]} was damaged: {stage.reason}")
+        if outcome.error is not None:
+            self._failed(worker, unit, outcome.error)
         else:
-            state.holders.setdefault(unit.key, worker)
+            self._finished(worker, unit, outcome)
+            if outcome.damaged:
+                self._replan()
+
+    def _finished(self, worker: WorkerId, unit: WorkUnit, outcome: Outcome) -> None:
+        state = self._state
+        if outcome.record is not None:
+            state.records[unit.place] = outcome.record
+        run = state.running.pop(unit.key, None)
+        is_wanted = run or self._take_ready(unit.key) or state.waiting.pop(unit.key, None)
+        if not is_wanted:  # a second worker was faster, and everything was told then
+            if not unit.is_durable and state.holders.get(unit.key) != worker:
+                self._executor.forget(worker, (unit.key,))
+            return
         state.origins[unit.key] = worker
-        if run is None:
-            return  # a second worker was faster, and everything was told then
+        if not unit.is_durable:
+            state.holders[unit.key] = worker
+            if not state.readers.get(unit.key):
+                self._drop(unit.key)
         pace = state.paces.setdefault(unit.kind, _Pace())
-        pace.seconds, pace.cost = pace.seconds + seconds, pace.cost + unit.cost
-        self._observer.finished(unit, record, seconds, peak_bytes)
+        pace.seconds, pace.cost = pace.seconds + outcome.seconds, pace.cost + unit.cost
+        self._observer.finished(unit, outcome.record, outcome.seconds, outcome.peak_bytes)
         for place in unit.obsoletes:
             self._work.discard(*place)
+            self._forget_record(place)
         for need in unit.needs:
-            self._read_once(need)
+            self._read_once(need, unit)
         for dependent in state.dependents.pop(unit.key, []):
             missing = state.waiting.get(dependent.key, set())
             missing.discard(unit.key)
             if not missing and state.waiting.pop(dependent.key, None) is not None:
                 self._is_ready(dependent)
 
-    def _read_once(self, need: WorkUnit) -> None:
-        readers = self._state.readers
-        if need.key in readers:
-            readers[need.key] -= 1
-            if readers[need.key] == 0 and not need.is_durable:
+    def _read_once(self, need: WorkUnit, reader: WorkUnit) -> None:
+        readers = self._state.readers.get(need.key)
+        if readers is not None and reader.key in readers:
+            readers.remove(reader.key)
+            if not readers and not need.is_durable:
                 self._drop(need.key)
 
     def _drop(self, key: str) -> None:
@@ -379,42 +441,61 @@ class Driver:
         if holder is not None and holder in self._executor.workers:
             self._executor.forget(holder, (key,))
 
+    def _move_homes(self, worker: WorkerId) -> None:
+        homes = self._state.homes
+        for home in [home for home, owner in homes.items() if owner == worker]:
+            del homes[home]
+
     def _failed(self, worker: WorkerId, unit: WorkUnit, error: PipelineError) -> None:
         state = self._state
         run = state.running.get(unit.key)
-        if run is None:
-            return  # a second worker has done it
+        if run is None or worker not in run.workers:
+            return  # a second worker has done it, or does it
         run.workers.remove(worker)
-        if run.workers:
+        if error.code in _RECOVERABLE:
+            self._recover(run, error)
+        elif run.workers:
             return
-        del state.running[unit.key]
-        if error.code == _OUT_OF_MEMORY:
-            self._cut_smaller(error)
-        elif error.code in _RECOVERABLE:
-            self._recover(error)
+        elif error.code == _OUT_OF_MEMORY:
+            self._cut_smaller(unit, error)
         else:
             raise error
+        if not run.workers:
+            del state.running[unit.key]
         self._replan()
 
-    def _recover(self, error: PipelineError) -> None:
-        key = str(error.context.get("key", ""))
-        count = self._state.recoveries[key] = self._state.recoveries.get(key, 0) + 1
-        if count > MAX_RECOVERIES:
+    def _recover(self, run: _Run, error: PipelineError) -> None:
+        """Believe no longer that what a unit did not find is there.
+
+        Raises:
+            PipelineError: when it failed for the want of the same output too often.
+        """
+        state, key = self._state, str(error.context.get("key", ""))
+        tried = (run.unit.key, key)
+        state.recoveries[tried] = state.recoveries.get(tried, 0) + 1
+        if state.recoveries[tried] > MAX_RECOVERIES:
             raise error
-        self._state.holders.pop(key, None)
         if "stage" in error.context:
             self._forget_record(Stored(str(error.context["stage"]), key))
+        else:
+            for place in run.unit.stand_ins.get(key, ()):
+                self._forget_record(place)
+            # Unless it was computed again since, and is at another worker now.
+            if state.holders.get(key) == run.sources.get(key):
+                self._drop(key)
         self._observer.recovered(error.message)
 
     def _forget_record(self, place: Stored) -> None:
         self._state.records.pop(place, None)
 
-    def _cut_smaller(self, error: PipelineError) -> None:
+    def _cut_smaller(self, unit: WorkUnit, error: PipelineError) -> None:
         """Halve the units of a job that does not fit into its workers' memory.
 
         Raises:
             PipelineError: when they cannot be cut further.
         """
+        if unit.key not in self._state.planned:
+            return  # it was cut away already, on the word of another worker
         smaller = replace(self._tuning, spans=2 * self._tuning.spans, solve_s=self._tuning.solve_s / 4)
         if [unit.key for unit in reachable_units(self._make_goals(smaller))] == [
             unit.key for unit in reachable_units(self._goals)
@@ -429,10 +510,11 @@ class Driver:
 
     def _lost(self, lost: WorkerLost) -> None:
         state = self._state
+        state.queues.pop(lost.worker, None)
+        state.overtaken.pop(lost.worker, None)
         for key in [key for key, holder in state.holders.items() if holder == lost.worker]:
             del state.holders[key]
-        for home in [home for home, owner in state.homes.items() if owner == lost.worker]:
-            del state.homes[home]
+        self._move_homes(lost.worker)
         for unit in lost.units:
             run = state.running.get(unit.key)
             if run is not None and lost.worker in run.workers:
@@ -440,6 +522,7 @@ class Driver:
                 if not run.workers:
                     del state.running[unit.key]
         self._observer.recovered(f"worker {lost.worker} was lost ({lost.reason}); its work is done again")
+        self._observer.staffed(len(self._executor.workers))
         if lost.units:
             # What was queued behind it is not to blame.
             blamed = lost.units[0]
@@ -451,7 +534,7 @@ class Driver:
                     hint="is the machine short of memory? run the same command with fewer --workers: it continues",
                 )
             if lost.out_of_memory:
-                self._cut_smaller(GraphError(f"{blamed.title} ran out of memory"))
+                self._cut_smaller(blamed, GraphError(f"{blamed.title} ran out of memory"))
         self._replan()
 
     def _stuck(self) -> GraphError:
@@ -465,24 +548,28 @@ class Driver:
             )
         return GraphError(f"{number} work units wait for each other, and nothing runs")
 
+    def _may_wait(self) -> bool:
+        """Return whether anything can happen: a worker has something to do, or one is to come."""
+        return any(self._state.queues.values()) or (not self._executor.workers and self._executor.is_expecting)
+
     def _reissue_stragglers(self) -> None:
-        """Start units that take far too long a second time, on a worker that has nothing to do."""
-        busy = {worker for run in self._state.running.values() for worker in run.workers}
-        idle = [worker for worker in self._executor.workers if worker not in busy]
+        """Start units that take far too long once more, on a worker that has nothing to do."""
+        idle = [worker for worker in self._executor.workers if not self._state.queues.get(worker)]
+        if not idle:
+            return
         for run in list(self._state.running.values()):
-            pace = self._state.paces.get(run.unit.kind)
-            expected_s = pace.expected_s(run.unit.cost) if pace else None
-            if not idle or expected_s is None or len(run.workers) > 1:
-                continue
-            if self._clock() - run.started_s > max(STRAGGLER_FLOOR_S, STRAGGLER_FACTOR * expected_s):
-                self._observer.recovered(f"{run.unit.title} takes long on {run.workers[0]}: started again elsewhere")
+            patience_s = max(STRAGGLER_FLOOR_S, STRAGGLER_FACTOR * self._expected_s(run.unit))
+            if idle and self._clock() - run.started_s > patience_s:
+                self._observer.recovered(f"{run.unit.title} takes long on {run.workers[-1]}: started again elsewhere")
+                self._move_homes(run.workers[-1])
                 self._start(run.unit, idle.pop())
 
-
-def _load_of(unit: WorkUnit) -> int:
-    """Return for how many units one counts at a worker. Behind a unit with a home nothing is queued: the one that comes
-    after it there is more urgent, and can only be known when it has ended."""
-    return 1 if unit.cost <= AHEAD_S and not unit.home else UNITS_AHEAD
+    def _expected_s(self, unit: WorkUnit) -> float:
+        """Return how long a unit should take: at the pace of its kind, else of all kinds, else by its cost."""
+        paces = self._state.paces
+        known = [paces[unit.kind]] if unit.kind in paces else list(paces.values())
+        seconds, cost = sum(pace.seconds for pace in known), sum(pace.cost for pace in known)
+        return unit.cost * (seconds / cost if cost > 0 else 1.0)
 
 
 def _chain(home: str) -> str:

@@ -60,6 +60,11 @@ class Executor(Protocol):
         """Return which machine a worker is on; empty for one that is gone."""
         ...
 
+    @property
+    def is_expecting(self) -> bool:
+        """Whether a worker is to join, so that it pays to wait when there is none."""
+        ...
+
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit at a worker.
 
@@ -87,6 +92,7 @@ class InlineExecutor:
     """One worker in this process, which runs a unit when it is waited for: the reference that Ray is compared with."""
 
     NAME = "inline"
+    is_expecting = False
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker

@@ -6,13 +6,25 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import CorruptWeightsError
 from pipeline.graph.build import Inputs, JobUnits, build_units, make_tuning
 from pipeline.graph.cost import cost_model
-from pipeline.graph.dag import Kind, WorkUnit
-from pipeline.graph.driver import Driver, Observer
+from pipeline.graph.dag import Kind, WorkUnit, reachable_units
+from pipeline.graph.driver import Driver, Observer, StoredRecords, Tuning
 from pipeline.graph.executor import Executor, InlineExecutor
+from pipeline.graph.stages.proof import proof_units, require_proven, weight_places
 from pipeline.graph.worker import Worker
-from pipeline.observe.events import Degraded, EventSink, JobStarted, Phase, PhaseWork, StageFinished, Warned
+from pipeline.observe.events import (
+    Degraded,
+    EventSink,
+    JobStarted,
+    Phase,
+    PhaseWork,
+    StageFinished,
+    Warned,
+    WorkersReady,
+    WorkersStarting,
+)
 from pipeline.storage.objects import ObjectStore
 from pipeline.storage.running import announced
 from pipeline.storage.work import StageRecord, WorkStore
@@ -38,6 +50,7 @@ PHASES: dict[Kind, Phase] = {
     Kind.SCORE: Phase.EVALUATE,
     Kind.CONTINUE: Phase.EVALUATE,
     Kind.GENERATE: Phase.EVALUATE,
+    Kind.VERIFY: Phase.EVALUATE,
 }
 
 
@@ -53,25 +66,49 @@ def run_job(
         PipelineError: when a unit, a worker or the cluster fails.
     """
     tuning = make_tuning(options.workers, cost_model(inputs.device))
-    units = build_units(inputs, tuning)
-    observer = _Telling(inputs, sink)
+    units, proofs = build_units(inputs, tuning), _proofs(inputs, work, context)
+    num_workers = 1 if options.inline else options.workers
+    observer = _Telling(inputs, num_workers, sink)
     executor: Executor = _Absent()
-    if any(work.lookup(*unit.place) is None for unit in units.goals):
+    goals = {unit.place for unit in (*units.goals, *proofs)}
+    if len(work.lookup_all(goals)) < len(goals):
+        sink.emit(WorkersStarting(num_workers))
         executor = _executor(context, options)
+        observer.staffed(len(executor.workers))
     names = tuple(plan.spec.name for plan in inputs.variants)
-    with closing(executor), announced(jobs, inputs.spec.source, names) as announcement:
-        driver = Driver(
-            lambda cut: build_units(inputs, cut).goals,
-            tuning,
-            work,
-            executor,
-            observer,
-            is_cancelled=announcement.is_cancelled,
-        )
-        records = driver.run()
-    for place in units.leftovers:
+
+    def make_goals(cut: Tuning) -> Sequence[WorkUnit]:
+        return [*build_units(inputs, cut).goals, *proofs]
+
+    try:
+        with closing(executor), announced(jobs, inputs.spec.source, names) as announcement:
+            is_cancelled = announcement.is_cancelled
+            records = Driver(make_goals, tuning, work, executor, observer, is_cancelled=is_cancelled).run()
+        require_proven(inputs, proofs, records, work)
+    except CorruptWeightsError:
+        # No worker is left that could still write something.
+        if proofs:
+            _discard_results(inputs, units, work)
+        raise
+    for place in work.lookup_all(units.leftovers):
         work.discard(*place)
     return units, records
+
+
+def _proofs(inputs: Inputs, work: WorkStore, context: JobContext) -> list[WorkUnit]:
+    """Return the units that prove streamed weights; none when nobody streamed them."""
+    if context.streamed is None and not work.lookup_all(weight_places(inputs)):
+        return []
+    return proof_units(inputs)
+
+
+def _discard_results(inputs: Inputs, units: JobUnits, work: WorkStore) -> None:
+    """Nothing is left of what was computed from weights that turned out to be wrong, nor of what they were. What files
+    are proven to hold stays: the next run reads no tensor that is not so."""
+    computed = reachable_units(units.goals)
+    places = [*(unit.place for unit in computed if unit.is_durable), *(p for unit in computed for p in unit.saves)]
+    for place in work.lookup_all([*places, *weight_places(inputs)]):
+        work.discard(*place)
 
 
 def _executor(context: JobContext, options: RunOptions) -> Executor:
@@ -86,6 +123,7 @@ class _Absent:
     """Stands in when everything is finished already, so that no cluster is started for nothing."""
 
     workers: Sequence[str] = ()
+    is_expecting = False
 
     def node(self, worker: str) -> str:
         """Nobody is anywhere."""
@@ -108,11 +146,18 @@ class _Absent:
 class _Telling(Observer):
     """Turns what the driver sees into events."""
 
-    def __init__(self, inputs: Inputs, sink: EventSink) -> None:
-        self._inputs, self._sink = inputs, sink
+    def __init__(self, inputs: Inputs, num_workers: int, sink: EventSink) -> None:
+        self._inputs, self._num_wanted, self._sink = inputs, num_workers, sink
+        self._num_ready = 0
         self._is_started = False
 
-    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit]) -> None:
+    def staffed(self, num_workers: int) -> None:
+        """Tell how many workers there are, when that has changed."""
+        if num_workers != self._num_ready:
+            self._num_ready = num_workers
+            self._sink.emit(WorkersReady(num_workers, self._num_wanted))
+
+    def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit], records: StoredRecords) -> None:
         """Announce the job once, and what an earlier run did of it."""
         if self._is_started:
             return
@@ -128,23 +173,30 @@ class _Telling(Observer):
         skeleton = self._inputs.outline.skeleton
         self._sink.emit(JobStarted(self._inputs.spec.source, variants, skeleton.num_blocks, work))
         for unit in sorted(reused, key=lambda unit: unit.block):
-            self._sink.emit(_finished(unit, None, 0.0, reused=True))
+            self._tell(unit, records.get(unit.place), 0.0, reused=True)
 
     def finished(self, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int) -> None:
-        """Tell of a unit, and of what a solver did otherwise than asked."""
-        self._sink.emit(_finished(unit, record, seconds, reused=False))
-        if unit.kind is Kind.PACK and record is not None:
-            for name, report in record.summary["reports"].items():
-                for reason in report["degradations"]:
-                    self._sink.emit(Degraded(unit.variant, name, reason))
+        """Tell of a unit."""
+        self._tell(unit, record, seconds, reused=False)
 
     def recovered(self, reason: str) -> None:
         """Tell what is done again."""
         self._sink.emit(Warned(reason))
 
+    def _tell(self, unit: WorkUnit, record: StageRecord | None, seconds: float, reused: bool) -> None:
+        """Tell of a unit, and of what a solver did otherwise than asked."""
+        self._sink.emit(_finished(unit, record, seconds, reused))
+        if unit.kind is Kind.PACK and record is not None:
+            for name, report in record.summary["reports"].items():
+                for reason in report["degradations"]:
+                    self._sink.emit(Degraded(unit.variant, name, reason))
+
 
 def _finished(unit: WorkUnit, record: StageRecord | None, seconds: float, reused: bool) -> StageFinished:
-    summary = record.summary if record is not None and unit.kind is Kind.SOLVE else {}
+    summary = record.summary if record is not None else {}
+    # Of what an earlier run did, packed blocks are looked up, solves are not.
+    reports = [summary] if unit.kind is Kind.SOLVE else list(summary.get("reports", {}).values())
+    errors = [report["relative_error"] for report in reports if "relative_error" in report]
     return StageFinished(
         phase=PHASES[unit.kind],
         seconds=seconds,
@@ -152,7 +204,7 @@ def _finished(unit: WorkUnit, record: StageRecord | None, seconds: float, reused
         block=unit.block if unit.block >= 0 else None,
         variant=unit.variant or None,
         group=unit.label,
-        loss=summary.get("loss"),
-        relative_error=summary.get("relative_error"),
+        loss=summary.get("loss") if unit.kind is Kind.SOLVE else None,
+        relative_error=max(errors, default=None),
         reused=reused,
     )

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from pipeline.errors import SourceError, SourceNotFoundError, UnsupportedArchitectureError
+from pipeline.errors import (
+    CorruptWeightsError,
+    SourceError,
+    SourceNotFoundError,
+    StorageError,
+    UnsupportedArchitectureError,
+)
+from pipeline.fingerprint import fingerprint
+from pipeline.graph.dag import Kind, Stored
+from pipeline.hub.fetch import fetch
+from pipeline.hub.source import Source as HubSource
+from pipeline.hub.source import range_reader
+from pipeline.settings import Settings
 from pipeline.skeleton.groups import LinearGroup, is_linear, linear_groups
 from pipeline.skeleton.limits import vocabulary_size
 from pipeline.skeleton.model import Skeleton
+from pipeline.storage.file_cache import FileCache
+from pipeline.storage.work import NONDETERMINISTIC, WorkStore
 from pipeline.strict_json import parse_json_object
-from pipeline.tensors.index import WeightIndex
-from pipeline.tensors.local import read_folder_index
-from pipeline.tensors.reader import FileStamp, check_finite, read_tensors
+from pipeline.tensors.index import WeightIndex, read_index
+from pipeline.tensors.local import LocalTensors, read_folder_index
+from pipeline.tensors.reader import FileStamp, check_finite
+from pipeline.tensors.streamed import MISMATCH, StreamedTensors
+
+WEIGHTS_STAGE = "weights"
+"""Folder of the work store for the digests of streamed tensors."""
+
+PROOF_VERSION = 1
+"""Raised when the summary of a proof changes."""
+
+RANGES_FOLDER = "ranges"
+"""Folder of the cache directory for streamed weights."""
+
+RANGES_BYTES = 16_000_000_000
+"""Disk of one machine for streamed weights."""
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 """Stored dtypes (as safetensors headers name them) that weights may have."""
@@ -111,25 +138,49 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+class Tensors(Protocol):
+    """The tensors of a source, wherever they are."""
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the named tensors on the CPU, in fresh memory of their own."""
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Prepare to read these soon."""
+
+    def digest_tensors(self, file: str) -> tuple[str, dict[str, str]]:
+        """Return the SHA-256 of a whole file and of each of its tensors."""
+
+    def forget(self, file: str) -> None:
+        """Read a file anew from its source from now on."""
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """A source whose files are local: its outline and its weights, read by range when asked for.
+    """A source: its outline, its companion files, and its weights, read by range when asked for.
 
     Attributes:
-        folder: Where the files are.
-        outline: What they hold.
-        stamps: What each weights file was when its digest was taken.
+        folder: Where the companion files are.
+        outline: What it holds.
+        weights: Its tensors.
     """
 
     folder: Path
     outline: Outline
-    stamps: Mapping[str, FileStamp]
+    weights: Tensors
     _finite: set[str] = field(default_factory=set)
 
     def block(self, index: int, local_names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Return one block's checkpoint tensors by local name (default: all), on the CPU, checked to be finite."""
         names = self.outline.skeleton.block_tensors(index)
         return self.read({local: names[local] for local in (names if local_names is None else local_names)})
+
+    def expect_block(self, index: int) -> None:
+        """Prepare to read a block soon; nothing where there is no such block."""
+        if index < self.outline.skeleton.num_blocks:
+            self.weights.expect(self.outline.skeleton.block_tensors(index).values())
 
     def outer(self) -> dict[str, Tensor]:
         """Return the checkpoint's tensors outside the blocks by model name, on the CPU, checked to be finite."""
@@ -141,7 +192,7 @@ class Source:
         Raises:
             CorruptWeightsError: when one holds NaN or Inf, or its file is not what its digest was taken of.
         """
-        tensors = read_tensors(self.folder, self.outline.index, names.values(), self.stamps)
+        tensors = self.weights.read(names.values())
         for name, tensor in tensors.items():
             if name not in self._finite:  # what the stamps say is unchanged need not be looked at again
                 check_finite(name, tensor)
@@ -156,7 +207,75 @@ def open_folder(folder: Path, device: str = "cpu", stamps: Mapping[str, FileStam
         SourceError: as ``make_outline`` and ``read_folder_index``.
     """
     index = read_folder_index(folder)
-    return Source(folder, make_outline(folder, index, device), stamps or stamp_files(folder, index.files))
+    weights = LocalTensors(folder, index, stamps or stamp_files(folder, index.files))
+    return Source(folder, make_outline(folder, index, device), weights)
+
+
+def open_streamed(source: HubSource, settings: Settings, work: WorkStore, device: str = "cpu") -> Source:
+    """Return a source on a hub whose weights stay there: they are read by range, through a cache on this machine.
+
+    Raises:
+        SourceError: as ``make_outline``, ``read_index`` and ``fetch``.
+    """
+    fetched = fetch(source, settings, with_weights=False)
+    read_range, sizes = range_reader(source, settings), source.file_sizes
+    index = read_index({path: sizes[path] for path in sizes if path in fetched.digests}, read_range)
+    outline = make_outline(fetched.folder, index, device)
+    cache = FileCache(settings.cache_dir / RANGES_FOLDER, RANGES_BYTES, grace_s=0)
+    groups, book = weight_groups(outline), WorkDigests(work, index, fetched.digests)
+    weights = StreamedTensors(index, sizes, fetched.digests, read_range, cache, book, groups)
+    return Source(fetched.folder, outline, weights)
+
+
+def weight_groups(outline: Outline) -> list[list[str]]:
+    """Return the checkpoint's tensors in groups that are read together: each block, and what is outside the blocks."""
+    skeleton = outline.skeleton
+    blocks = [list(skeleton.block_tensors(block).values()) for block in range(skeleton.num_blocks)]
+    inside = {name for names in blocks for name in names}
+    return [*blocks, [name for name in outline.index.entries if name not in inside]]
+
+
+def proof_place(sha256: str) -> Stored:
+    """Return where it is stored what a weights file with this digest holds, once one was read from end to end."""
+    return Stored(Kind.VERIFY.value, fingerprint([Kind.VERIFY.value, PROOF_VERSION, sha256]))
+
+
+class WorkDigests:
+    """SHA-256 of streamed tensors, written down in the work store for all workers."""
+
+    def __init__(self, work: WorkStore, index: WeightIndex, digests: Mapping[str, str]) -> None:
+        """Use a work store for the tensors of ``index``, whose files have the announced ``digests``."""
+        self._work, self._index, self._digests = work, index, digests
+
+    def known(self, key: str, names: Sequence[str]) -> Mapping[str, str] | None:
+        """Return what was written down for a group, else what its files are proven to hold, else None."""
+        record = self._work.lookup(WEIGHTS_STAGE, key)
+        if record is not None:
+            return dict(record.summary["sha256"])
+        files = sorted({self._index.entries[name][0] for name in names})
+        proofs = self._work.lookup_all([proof_place(self._digests[file]) for file in files])
+        if len(proofs) < len({self._digests[file] for file in files}):
+            return None
+        proven = {file: proofs[proof_place(self._digests[file])].summary["tensors"] for file in files}
+        return {name: proven[self._index.entries[name][0]][name] for name in names}
+
+    def write_down(self, key: str, digests: Mapping[str, str]) -> None:
+        """Write down a group that was read for the first time.
+
+        Raises:
+            CorruptWeightsError: when somebody else has just written down something else.
+        """
+        try:
+            with self._work.writing(WEIGHTS_STAGE, key) as writer:
+                writer.finish({"sha256": dict(digests)})
+        except StorageError as error:
+            if error.code != NONDETERMINISTIC:
+                raise
+            raise CorruptWeightsError(
+                f"two workers read different bytes of {', '.join(sorted(digests)[:3])}, ...",
+                code=MISMATCH,
+                hint="run the command again; if it stays so, check any proxy or mirror between, or leave out --stream",
+            ) from error
 
 
 def stamp_files(folder: Path, paths: Iterable[str]) -> dict[str, FileStamp]:

@@ -9,7 +9,6 @@ Per linear [r, n] and T tokens: forward 2 r n T; second moment 2 n^2 T. Solves c
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,11 +17,13 @@ from typing import Any
 
 from pipeline.errors import PlanError
 from pipeline.formats.codec import codec_for
+from pipeline.formats.loaders import Contents, Limit, limits
 from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan
 from pipeline.graph.chains import shape_of
 from pipeline.graph.forecast import ClusterRequest, Forecast, forecast, planned_inputs
 from pipeline.graph.memory import worker_memory
+from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
 from pipeline.graph.schemes import quantized_part
 from pipeline.graph.simulate import Cluster, simulate
@@ -30,7 +31,7 @@ from pipeline.hub.source import Source, pin_source, range_reader, read_bytes
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
 from pipeline.skeleton.limits import kv_cache, position_limit
-from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
+from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, Method, VariantSpec
 from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
@@ -74,13 +75,16 @@ class VariantReport:
     """One variant: its size, its work, what it fits on.
 
     Attributes:
+        release: ``namespace/name`` that it would be published under.
         solve_flops: Scale search and solves.
         notes: Each deviation from the variant's scheme, and what engines refuse, with the number of linears concerned.
         cautions: What weakens the result without being a fault.
+        limits: What loaders cannot do with it.
         fits: For each device, whether weights, KV cache and runtime fit.
     """
 
     name: str
+    release: str
     format: str
     size_bytes: int
     num_quantized: int
@@ -89,6 +93,7 @@ class VariantReport:
     evaluate_flops: float
     notes: dict[str, int]
     cautions: tuple[str, ...]
+    limits: tuple[Limit, ...]
     fits: dict[str, bool]
     matrices: tuple[MatrixRow, ...]
 
@@ -151,26 +156,28 @@ def plan_conversion(
 
     Raises:
         SourceError: when the source cannot be converted.
+        SpecError: when a release cannot be called as it would be.
         PlanError: when a variant cannot be made from it, its sequences are longer than the model's, or a worker cannot
             do with its memory.
     """
     source = pin_source(spec.source, settings)
+    names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     require_positions(spec, outline)
     if max_memory_bytes is not None:
         worker_memory(outline, spec).require(max_memory_bytes)
-    return report_plan(source, outline, spec, workers), forecast(outline, spec, requests)
+    return report_plan(source, names, outline, spec, workers), forecast(outline, spec, requests)
 
 
 def remote_outline(source: Source, settings: Settings) -> Outline:
     """Return the outline of a source of which only config.json and headers are read."""
     index = read_index(source.file_sizes, range_reader(source, settings))
-    folder = Path(tempfile.mkdtemp(prefix="bitmill-plan-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as temporary:
+        # Messages name the folder that config.json is in.
+        folder = Path(temporary, source.name.rpartition("/")[2] or "source")
+        folder.mkdir()
         (folder / "config.json").write_bytes(read_bytes(source, settings, "config.json"))
         return make_outline(folder, index)
-    finally:
-        shutil.rmtree(folder)
 
 
 def require_positions(spec: ConversionSpec, outline: Outline, count: Callable[[str], int] | None = None) -> None:
@@ -207,7 +214,9 @@ def require_positions(spec: ConversionSpec, outline: Outline, count: Callable[[s
         )
 
 
-def report_plan(source: Source, outline: Outline, spec: ConversionSpec, workers: int) -> PlanReport:
+def report_plan(
+    source: Source, names: ReleaseNames, outline: Outline, spec: ConversionSpec, workers: int
+) -> PlanReport:
     """Return the report of a plan; a pure function of its arguments.
 
     Raises:
@@ -224,7 +233,7 @@ def report_plan(source: Source, outline: Outline, spec: ConversionSpec, workers:
     cache_tokens, cache_bytes = kv_cache(outline.skeleton, KV_CACHE_TOKENS)
     evaluate = heldout * (forward + 4.0 * head)
     variants = tuple(
-        _report_variant(outline, plan, spec.calibration, evaluate, cache_bytes) for plan in inputs.variants
+        _report_variant(outline, plan, names, spec.calibration, evaluate, cache_bytes) for plan in inputs.variants
     )
     calibrate = tokens * (forward + moments) + heldout * forward
     return PlanReport(
@@ -255,7 +264,12 @@ def _block_elements(outline: Outline, block: int) -> int:
 
 
 def _report_variant(
-    outline: Outline, plan: VariantPlan, calibration: CalibrationSpec, evaluate: float, cache_bytes: int
+    outline: Outline,
+    plan: VariantPlan,
+    names: ReleaseNames,
+    calibration: CalibrationSpec,
+    evaluate: float,
+    cache_bytes: int,
 ) -> VariantReport:
     rows = tuple(_row(outline, plan.spec, name, plan) for name in plan.matrices)
     quantized = [row for row in rows if row.group_size]
@@ -269,6 +283,7 @@ def _report_variant(
     needed = size + cache_bytes + RUNTIME_BYTES
     return VariantReport(
         name=plan.spec.name,
+        release=names.address(plan.spec.name),
         format=plan.spec.format.value,
         size_bytes=size,
         num_quantized=len(quantized),
@@ -277,9 +292,18 @@ def _report_variant(
         evaluate_flops=evaluate,
         notes=notes,
         cautions=plan.cautions(calibration),
+        limits=limits(_contents(outline, plan)),
         fits={device: needed <= gib * 2**30 for device, gib in DEVICES.items()},
         matrices=rows,
     )
+
+
+def _contents(outline: Outline, plan: VariantPlan) -> Contents:
+    spec = plan.spec
+    schemes = {name: matrix.scheme for name, matrix in plan.matrices.items() if matrix.scheme is not None}
+    sizes = {PER_CHANNEL if spec.group_size == PER_CHANNEL else scheme.group_size for scheme in schemes.values()}
+    architecture = outline.skeleton.architecture
+    return Contents(architecture, spec.format, spec.bits, spec.symmetric, frozenset(sizes), tuple(schemes))
 
 
 def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -> MatrixRow:

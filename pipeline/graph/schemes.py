@@ -16,14 +16,11 @@ from difflib import get_close_matches
 
 from pipeline.errors import PlanError
 from pipeline.formats.codec import codec_for
+from pipeline.formats.loaders import LOADED_TRANSPOSED
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup, LinearRef
 from pipeline.spec import ENGINE_GROUP_SIZES, PER_CHANNEL, Format, GroupFallback, Method, VariantSpec
 from pipeline.variants import EXPRESSION_MARK, is_named_by
-
-LOADED_TRANSPOSED = frozenset({Format.GPTQ})
-"""Formats whose loaders replace transposed linears (GPT-2's Conv1D) too. Those of the others replace ``nn.Linear``
-only: a quantized Conv1D would load without complaint and compute with weights that were never set."""
 
 IGNORED = "left unquantized: the spec ignores it"
 """Note of a linear that ``ignore`` names."""
@@ -122,11 +119,12 @@ def _near(pattern: str, names: Sequence[str]) -> list[str]:
 def _checkpoint_group_size(variant: VariantSpec, groups: Iterable[LinearGroup]) -> int:
     """Return the group size to start from, lowered for all linears or for none.
 
-    AWQ files hold one size, and transformers reads one size of a GPTQ file, so both get the largest that serves every
-    linear that any size serves (the most linears, where no size serves all). compressed-tensors holds several.
+    AWQ files hold one size, and of GPTQ and asymmetric compressed-tensors files with several not every loader reads
+    them all, so these get the largest that serves every linear that any size serves (the most linears, where no size
+    serves all). Symmetric compressed-tensors files hold several.
     """
     wanted = variant.group_size
-    holds_several = variant.format is Format.COMPRESSED_TENSORS
+    holds_several = variant.format is Format.COMPRESSED_TENSORS and variant.symmetric
     if holds_several or wanted == PER_CHANNEL or variant.group_fallback is not GroupFallback.DIVISOR:
         return wanted
     linears = (linear for group in groups for linear in group.linears)

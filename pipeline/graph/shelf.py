@@ -87,18 +87,19 @@ class Shelf:
                     entry.file.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
-        """Drop copies, then spill, oldest first, until the budget is kept; the newest entry stays in memory."""
+        """Drop copies, then spill, oldest first, until the budget is kept. The newest entry stays in memory unless it
+        is a copy: nothing is written to disk for the sake of one."""
         newest = next(reversed(self._entries))
         for is_copy in (True, False):
             for key in list(self._entries):
                 if self._in_memory <= self._max_bytes:
                     return
                 entry = self._entries[key]
-                if key == newest or entry.tensors is None or entry.is_copy != is_copy:
+                if entry.tensors is None or entry.is_copy != is_copy:
                     continue
                 if is_copy:
                     self.drop((key,))
-                else:
+                elif key != newest:
                     self._spill(key, entry)
 
     def _spill(self, key: str, entry: _Entry) -> None:

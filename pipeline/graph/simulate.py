@@ -25,7 +25,7 @@ from enum import StrEnum
 
 from pipeline.graph.build import UnitInputs, build_units, make_tuning
 from pipeline.graph.cost import CostModel, cost_model
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import Event, Finished, WorkerId
 from pipeline.graph.traffic import Read, Route, Traffic
@@ -60,6 +60,7 @@ LIMIT_OF: dict[Kind, Limit] = {
     Kind.SCORE: Limit.GENERATION,
     Kind.CONTINUE: Limit.GENERATION,
     Kind.GENERATE: Limit.GENERATION,
+    Kind.VERIFY: Limit.WEIGHTS,
 }
 
 
@@ -177,10 +178,13 @@ class SimulatedExecutor:
     """Workers on a virtual clock.
 
     Attributes:
+        is_expecting: All workers are there from the start.
         now_s: The time.
         ran: Units that ran, by key, in the order in which they ended.
         moved: Bytes by the kind of the unit that moved them and how they went.
     """
+
+    is_expecting = False
 
     def __init__(self, cluster: Cluster, model: CostModel, traffic: Traffic) -> None:
         """Start with idle workers, those of a node one after the other."""
@@ -339,9 +343,9 @@ class SimulatedExecutor:
 class EmptyStore:
     """Stands in for a work store that holds nothing but what the driver was told of."""
 
-    def lookup(self, stage: str, key: str) -> StageRecord | None:
+    def lookup_all(self, places: Iterable[Stored]) -> dict[Stored, StageRecord]:
         """Nothing is there from earlier runs."""
-        return None
+        return {}
 
     def discard(self, stage: str, key: str) -> None:
         """Nothing is kept."""

@@ -63,6 +63,8 @@ class Traffic:
                 if not unit.variant:
                     yield Read("outer", self._outer_bytes, Route.WEIGHTS)
                     yield from map(self._block, self._continued_blocks(unit))
+            case Kind.VERIFY:
+                yield Read(unit.label, unit.params["size_bytes"], Route.WEIGHTS)
             case Kind.ADD | Kind.MERGE | Kind.FACTOR:
                 pass
 

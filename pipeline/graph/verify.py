@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.disk import disk_errors, make_folders
 from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
+from pipeline.formats.loaders import Contents, limits
 from pipeline.settings import Settings
-from pipeline.storage.disk import Temporaries, disk_errors, make_folders
 from pipeline.storage.locate import (
     LocatedRelease,
     copy_release,
@@ -17,6 +18,7 @@ from pipeline.storage.locate import (
     read_release_file,
     verify_release_files,
 )
+from pipeline.storage.temporaries import Temporaries
 from pipeline.validate.engines.environment import check_engine
 from pipeline.validate.release import ReleaseModel, check_release, parse_facts, read_facts
 
@@ -96,7 +98,8 @@ def _check_engine(
     model = ReleaseModel(folder)
     model.attach()
     prompts = [(s.prompt, model.tokenizer.encode(s.prompt, with_special=True)) for s in facts.verdict.samples]
-    return check_engine(engine, folder, model.logits, prompts, VERIFY_TOKENS, settings.cache_dir, on_line)
+    known = [limit.text for limit in limits(Contents.of_release(facts)) if limit.loader == engine]
+    return check_engine(engine, folder, model.logits, prompts, VERIFY_TOKENS, settings.cache_dir, on_line, known)
 
 
 def inspect(location: str, settings: Settings) -> tuple[LocatedRelease, ReleaseFacts]:

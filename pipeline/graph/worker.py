@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,16 +16,20 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import GraphError, PipelineError
-from pipeline.graph.dag import WorkUnit
-from pipeline.graph.outline import Source, open_folder
+from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.outline import Source, open_folder, open_streamed
 from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
 from pipeline.graph.stages.call import KEPT_COPIES, LOST, Call, FetchFrom, JobContext
-from pipeline.storage.work import DamagedStage, StageRecord, WorkStore
+from pipeline.settings import load_settings
+from pipeline.storage.work import DamagedStage, StageRecord, open_work_store
 from pipeline.tensors.reader import FileStamp
 
 THREADS_PER_UNIT = 1
 """Threads of one work unit. More would change the order of summation inside BLAS, hence the bytes."""
+
+WALKS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.FORWARD})
+"""Units that are followed by one of the next block, whose weights are read ahead while they run."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,20 @@ class Worker:
     """
 
     def __init__(self, context: JobContext, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start with nothing but the job's context."""
+        """Start with nothing but the job's context; the source is opened before the first unit asks for it.
+
+        That loads the model's class and takes seconds, which are the start's and not a unit's: units are timed, and
+        whoever watches is told of workers once they can work.
+        """
         self._context, self._clock = context, clock
-        self._work = WorkStore(Path(context.work_root))
+        self._work = open_work_store(context.work_url, load_settings())
         self._stack = ExitStack()
+        self._streamed: Source | None = None
         # Vanishes with this process, however it ends: the next run sweeps what dead ones left.
         spill = self._stack.enter_context(self._work.private_folder())
         self.shelf = Shelf(context.shelf_bytes, spill, context.device)
+        with suppress(PipelineError):  # the first unit says it, as an outcome
+            self._source()
 
     def run(self, unit: WorkUnit, fetch: FetchFrom) -> Outcome:
         """Run a unit and return what it came to; what other workers hold comes through ``fetch``.
@@ -81,7 +92,9 @@ class Worker:
             record = self._run(unit, fetch)
         except PipelineError as caught:
             error = caught
-        except (MemoryError, torch.OutOfMemoryError) as caught:
+        except (MemoryError, RuntimeError) as caught:
+            if not _is_lack_of_memory(caught):
+                raise
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         damaged = tuple(self._work.take_damaged())
@@ -103,15 +116,27 @@ class Worker:
         self.shelf.drop(keys)
 
     def close(self) -> None:
-        """Remove what was spilled."""
+        """Remove what was spilled, and stop reading ahead."""
         self._stack.close()
+
+    def _source(self) -> Source:
+        """Return the source; one that is streamed is this worker's own, as it writes to its work store."""
+        context = self._context
+        if context.streamed is None:
+            return open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+        if self._streamed is None:
+            self._streamed = open_streamed(context.streamed, load_settings(), self._work, context.device)
+            self._stack.callback(self._streamed.weights.close)
+        return self._streamed
 
     def _run(self, unit: WorkUnit, fetch: FetchFrom) -> StageRecord | None:
         torch.set_num_threads(THREADS_PER_UNIT)
         context, place = self._context, unit.place
         if unit.is_durable and (known := self._work.lookup(*place)) is not None:
             return known
-        source = open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+        source = self._source()
+        if unit.kind in WALKS:
+            source.expect_block(unit.block + 1)
         with ExitStack() as stack:
             writer = stack.enter_context(self._work.writing(*place)) if unit.is_durable else None
             call = Call(context, unit, self._work, source, self.shelf, fetch, writer)
@@ -125,6 +150,11 @@ class Worker:
         if unit.kind in KEPT_COPIES:
             self.shelf.put(unit.key, call.outputs, is_copy=True)
         return record
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out; torch has an exception of its own for that on accelerators only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def lost_output(key: str) -> GraphError:

@@ -6,21 +6,18 @@ modification time and change time are still those of when it was hashed; anythin
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.errors import DiskFullError, StorageError
+from pipeline.disk import save_file, write_error
+from pipeline.errors import StorageError
 from pipeline.fingerprint import digest_bytes
-from pipeline.units import format_bytes
 
 CHUNK_BYTES = 1 << 20
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True)
@@ -117,27 +114,22 @@ class DigestRecords:
     def _remember(self, path: str, digests: Digests, state: dict[str, int]) -> None:
         self._files[path] = {**state, **asdict(digests)}
         data = json.dumps({"folder": str(self._folder), "files": self._files}, indent=1, sort_keys=True)
-        temporary = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(data, encoding="utf-8")
-            temporary.replace(self._path)
+            save_file(self._path, (data.encode(),))
         except OSError as error:
             raise storage_error(error, self._path, len(data)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def storage_error(error: OSError, path: Path, needed_bytes: int) -> StorageError:
-    """Return what a failed write of ``needed_bytes`` more bytes to ``path`` means."""
-    if error.errno in NO_SPACE:
-        return DiskFullError(
-            f"{path}: no space left; {format_bytes(needed_bytes)} more are needed",
-            hint=f"free at least {format_bytes(needed_bytes)} there, or set BITMILL_CACHE to a larger disk",
-            context={"path": str(path), "needed_bytes": needed_bytes},
-        )
-    reason = error.strerror or str(error)
-    return StorageError(f"{path} cannot be written: {reason}", hint="check BITMILL_CACHE and its permissions")
+    """Return what a failed write of ``needed_bytes`` more bytes to ``path``, a file of the cache, means."""
+    return write_error(
+        error,
+        path,
+        needed_bytes,
+        elsewhere="set BITMILL_CACHE to a larger disk",
+        check="check BITMILL_CACHE and its permissions",
+    )
 
 
 def _state(path: Path) -> dict[str, int]:

@@ -62,8 +62,11 @@ def fetch(
     on_wait: OnWait = lambda reason: None,
     *,
     sleep: Sleep = time.sleep,
+    with_weights: bool = True,
 ) -> FetchedSource:
-    """Make all needed files of a source local and verified.
+    """Make all needed files of a source local and verified; on request all but the weights.
+
+    Weights that stay on the hub are listed with the digests that it announces; nothing of them was read then.
 
     A rerun after a crash downloads only what is missing and hashes only what has changed. A local folder is used in
     place and never written to.
@@ -80,10 +83,29 @@ def fetch(
     assert source.commit is not None, "a hub source is pinned"
     folder = settings.cache_dir / "sources" / source.name / source.commit
     client = HubClient(settings.find_hub_token(), sleep)
+    announced = {} if with_weights else _announced_weights(source)
+    needed = tuple(file for file in needed if file.path not in announced)
     fetched = fetch_files(
         client, source.repository, source.commit, needed, folder, settings.cache_dir, on_progress, on_wait
     )
+    fetched |= announced
     return FetchedSource(source, folder, fetched, source.commit)
+
+
+def _announced_weights(source: Source) -> dict[str, str]:
+    """Return the SHA-256 that the hub announces for each weights file."""
+    digests = {}
+    for file in source.files:
+        if file.path not in source.weight_files:
+            continue
+        if file.sha256 is None:
+            raise SourceError(
+                f"{source.name}/{file.path}: the hub states no SHA-256, so streamed weights could not be verified",
+                code="source.no_digest",
+                hint="leave out --stream, or use a hub that lists the digests of large files",
+            )
+        digests[file.path] = file.sha256
+    return digests
 
 
 def fetch_files(

@@ -1,9 +1,10 @@
 """What a conversion says while it runs: values, emitted by the driver in the order in which things finished.
 
-A job says ``SourceAdvanced`` while the source's files come in, ``JobStarted`` once, then one ``StageFinished`` for
-every unit of work that it declared there, with ``Warned`` and ``Degraded`` where they arise. It ends with one
-``Published`` or failing ``VariantJudged`` per variant, and with ``Failed`` when the command fails. Costs are estimates
-(floating-point operations, or anything proportional to time): they only have to be comparable inside one phase.
+A job says ``SourceAdvanced`` while the source's files come in, ``WorkersStarting`` when it asks for workers and
+``WorkersReady`` whenever their number has changed (a job that finds everything done starts none), ``JobStarted`` once,
+then one ``StageFinished`` for every unit of work that it declared there, with ``Warned`` and ``Degraded`` where they
+arise. It ends with one ``Published`` or failing ``VariantJudged`` per variant, and with ``Failed`` when the command
+fails. Costs are estimated seconds on one worker of the reference machine, comparable over all phases.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class EventKind(StrEnum):
     """The name of an event in its JSON form."""
 
     SOURCE_ADVANCED = "source_advanced"
+    WORKERS_STARTING = "workers_starting"
+    WORKERS_READY = "workers_ready"
     JOB_STARTED = "job_started"
     STAGE_FINISHED = "stage_finished"
     WARNED = "warned"
@@ -45,7 +48,7 @@ class PhaseWork:
     Attributes:
         phase: Its kind.
         num_units: How many ``StageFinished`` events will be emitted for it.
-        cost: The sum of their costs.
+        cost: The sum of their costs, in seconds.
     """
 
     phase: Phase
@@ -67,6 +70,32 @@ class SourceAdvanced:
     path: str
     done_bytes: int
     total_bytes: int
+
+
+@dataclass(frozen=True)
+class WorkersStarting:
+    """Workers are asked for; the first takes some seconds until it can work.
+
+    Attributes:
+        num_wanted: How many.
+    """
+
+    kind: ClassVar[EventKind] = EventKind.WORKERS_STARTING
+    num_wanted: int
+
+
+@dataclass(frozen=True)
+class WorkersReady:
+    """The number of workers that take work has changed: some have started, or one was lost.
+
+    Attributes:
+        num_ready: How many there are now.
+        num_wanted: How many were asked for.
+    """
+
+    kind: ClassVar[EventKind] = EventKind.WORKERS_READY
+    num_ready: int
+    num_wanted: int
 
 
 @dataclass(frozen=True)
@@ -94,12 +123,13 @@ class StageFinished:
     Attributes:
         phase: Kind of the unit.
         seconds: Time that it took where it ran; 0 when it was reused.
-        cost: Its share of the phase's cost.
+        cost: Its share of the phase's cost: the seconds that it was estimated at.
         block: Index of the decoder block, or None where there is none.
         variant: Name of the variant, or None for work that all variants share.
         group: The linears that were solved together, for example ``self_attn.qkv``; empty where there is no such thing.
         loss: Mean squared output error summed over outputs, per token; None where nothing was solved.
-        relative_error: sqrt of tr(dW H dW^T) / tr(W H W^T); None where nothing was solved.
+        relative_error: sqrt of tr(dW H dW^T) / tr(W H W^T), for a packed block its worst linear's; None where nothing
+            was solved.
         reused: Whether an earlier run had done it.
     """
 
@@ -193,7 +223,18 @@ class Failed:
     hint: str = ""
 
 
-Event = SourceAdvanced | JobStarted | StageFinished | Warned | Degraded | VariantJudged | Published | Failed
+Event = (
+    SourceAdvanced
+    | WorkersStarting
+    | WorkersReady
+    | JobStarted
+    | StageFinished
+    | Warned
+    | Degraded
+    | VariantJudged
+    | Published
+    | Failed
+)
 
 
 class EventSink(Protocol):

@@ -12,8 +12,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.observe.events import ClosingSink, Event
-from pipeline.observe.phrases import announce, describe_fetch, format_figure, format_percent
+from pipeline.observe.events import ClosingSink, Event, Phase
+from pipeline.observe.phrases import (
+    LEAST_LEFT_S,
+    announce,
+    describe_fetch,
+    describe_start,
+    format_figure,
+    format_percent,
+)
 from pipeline.observe.tally import PhaseTally, Tally, VariantState, VariantTally
 from pipeline.observe.terminal import one_line
 from pipeline.units import format_duration
@@ -77,11 +84,11 @@ class LiveProgress(ClosingSink):
         with self._lock:
             parts: list[ConsoleRenderable] = [Padding(self._headline(now_s), (1, 0, 0, 0))]
             if self._tally.phases:
-                parts.append(Padding(_phase_table(list(self._tally.phases.values())), (1, 0, 0, 2)))
+                num_blocks = self._tally.job.num_blocks if self._tally.job else 0
+                parts.append(Padding(_phase_table(list(self._tally.phases.values()), num_blocks), (1, 0, 0, 2)))
             if self._tally.variants:
                 narrow = self._console.width < 70
-                num_blocks = self._tally.job.num_blocks if self._tally.job else 0
-                table = _variant_table(list(self._tally.variants.values()), num_blocks, narrow=narrow)
+                table = _variant_table(list(self._tally.variants.values()), narrow=narrow)
                 parts.append(Padding(table, (1, 0, 0, 2)))
             return Group(*parts)
 
@@ -90,8 +97,7 @@ class LiveProgress(ClosingSink):
         line = Table.grid(expand=True, padding=(0, 1))
         line.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         line.add_column(justify="right", no_wrap=True)
-        before = describe_fetch(tally.fetch) if tally.fetch else "planning"
-        name = Text(one_line(tally.job.source) if tally.job else before, style="bold")
+        name = Text(one_line(tally.job.source) if tally.job else _preparing(tally), style="bold")
         elapsed = format_duration(tally.elapsed_s(now_s))
         if tally.failure is not None:
             line.add_row(name, Text(f"failed after {elapsed}", style="bold red"))
@@ -101,18 +107,31 @@ class LiveProgress(ClosingSink):
             line.add_row(name, Text(f"stopped after {elapsed}", style="yellow"))
         else:
             eta_s = tally.eta_s(now_s)
-            left = "" if eta_s is None else f" · about {format_duration(eta_s)} left"
-            line.add_row(name, Text(f"{elapsed}{left}"))
+            parts = [elapsed]
+            if tally.job is not None and tally.num_workers < tally.num_workers_wanted:
+                parts.append(f"{tally.num_workers} of {tally.num_workers_wanted} workers")
+            if eta_s is not None and eta_s >= LEAST_LEFT_S:
+                parts.append(f"about {format_duration(eta_s)} left")
+            line.add_row(name, Text(" · ".join(parts)))
         return line
 
 
-def _phase_table(phases: list[PhaseTally]) -> Table:
+def _preparing(tally: Tally) -> str:
+    """Return what happens before there is a plan to show."""
+    if tally.num_workers_wanted:
+        return describe_start(tally.num_workers_wanted)
+    if tally.fetch is not None and tally.fetch.done_bytes < tally.fetch.total_bytes:
+        return describe_fetch(tally.fetch)
+    return "planning"
+
+
+def _phase_table(phases: list[PhaseTally], num_blocks: int) -> Table:
     table = Table.grid(expand=True, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(ratio=1)
     table.add_column(justify="right", no_wrap=True)
     # As wide as its widest text, so that bars keep their length while the numbers change.
-    table.add_column(no_wrap=True, min_width=10, style="dim")
+    table.add_column(no_wrap=True, min_width=len("block 10/80"), style="dim")
     for phase in phases:
         bar = ProgressBar(
             total=max(1, phase.num_units),
@@ -120,22 +139,25 @@ def _phase_table(phases: list[PhaseTally]) -> Table:
             complete_style="cyan",
             finished_style="green",
         )
-        table.add_row(phase.phase.value, bar, f"{phase.num_done}/{phase.num_units}", _phase_note(phase))
+        table.add_row(phase.phase.value, bar, f"{phase.num_done}/{phase.num_units}", _phase_note(phase, num_blocks))
     return table
 
 
-def _phase_note(phase: PhaseTally) -> str:
+def _phase_note(phase: PhaseTally, num_blocks: int) -> str:
     if phase.num_reused and (phase.is_complete or phase.num_reused == phase.num_done):
         return f"{phase.num_reused} reused"
     if phase.is_complete:
         return "done"
-    return "" if phase.block is None else f"block {phase.block}"
+    # Evaluation goes through the blocks once for the source and once for every variant.
+    if phase.block is None or phase.phase is Phase.EVALUATE:
+        return ""
+    return f"block {phase.block + 1}/{num_blocks}"
 
 
-def _variant_table(variants: list[VariantTally], num_blocks: int, *, narrow: bool) -> Table:
+def _variant_table(variants: list[VariantTally], *, narrow: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("variant", no_wrap=True, overflow="ellipsis")
-    table.add_column("block", justify="right", no_wrap=True)
+    table.add_column("blocks", justify="right", no_wrap=True)
     table.add_column("loss", justify="right", no_wrap=True, min_width=8)
     if not narrow:
         table.add_column("error", justify="right", no_wrap=True, min_width=7)
@@ -143,10 +165,10 @@ def _variant_table(variants: list[VariantTally], num_blocks: int, *, narrow: boo
     # Names give way before what became of them.
     table.add_column("state", no_wrap=True, min_width=len("quantizing, 10 degraded"))
     for variant in variants:
-        block = "-" if variant.block is None else f"{variant.block + 1}/{num_blocks}"
+        blocks = f"{variant.num_packed}/{variant.num_blocks}"
         figures = [format_percent(variant.worst_relative_error), format_figure(variant.figures.get("kl"))]
         state = Text(variant.state.value, style=_STATE_STYLES[variant.state])
         if variant.num_degradations:
             state.append(f", {variant.num_degradations} degraded", style="yellow")
-        table.add_row(one_line(variant.name), block, format_figure(variant.loss), *([] if narrow else figures), state)
+        table.add_row(one_line(variant.name), blocks, format_figure(variant.loss), *([] if narrow else figures), state)
     return table

@@ -14,11 +14,16 @@ from pipeline.observe.events import (
     StageFinished,
     VariantJudged,
     Warned,
+    WorkersReady,
+    WorkersStarting,
 )
 from pipeline.observe.terminal import one_line
 from pipeline.units import format_bytes
 
-_FIGURE_NAMES = {"kl": "KL"}
+LEAST_LEFT_S = 0.5
+"""Least time left that is worth saying: shorter ones would read as 0 s."""
+
+_FIGURE_NAMES = {"kl": "KL", "top1_agreement": "top-1 agreement"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def announce(event: Event) -> Announcement | None:
         case Published():
             size = format_bytes(event.size_bytes)
             return Announcement("+", one_line(f"{event.release} ({size}) published: {event.location}"), "green")
-        case SourceAdvanced() | JobStarted() | StageFinished() | Failed():
+        case SourceAdvanced() | WorkersStarting() | WorkersReady() | JobStarted() | StageFinished() | Failed():
             return None
 
 
@@ -69,6 +74,11 @@ def format_percent(share: float | None) -> str:
 def describe_fetch(event: SourceAdvanced) -> str:
     """Return for example ``"source files 3.2 GB of 16.1 GB"``."""
     return f"source files {format_bytes(event.done_bytes)} of {format_bytes(event.total_bytes)}"
+
+
+def describe_start(num_workers: int) -> str:
+    """Return for example ``"starting 2 workers"``."""
+    return f"starting {num_workers} worker{'' if num_workers == 1 else 's'}"
 
 
 def _figures(figures: dict[str, float]) -> str:

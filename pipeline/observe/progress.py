@@ -19,10 +19,12 @@ from pipeline.observe.events import (
     JobStarted,
     SourceAdvanced,
     StageFinished,
+    WorkersReady,
+    WorkersStarting,
     to_json,
 )
 from pipeline.observe.live import LiveProgress
-from pipeline.observe.phrases import announce, describe_fetch, format_figure
+from pipeline.observe.phrases import LEAST_LEFT_S, announce, describe_fetch, describe_start, format_figure
 from pipeline.observe.tally import PhaseTally, Tally
 from pipeline.observe.terminal import one_line
 from pipeline.units import format_duration
@@ -98,6 +100,10 @@ class PlainProgress(ClosingSink):
         if isinstance(event, SourceAdvanced):
             if event.done_bytes == event.total_bytes or now_s - self._said_at_s >= self._interval_s:
                 self._say(describe_fetch(event), now_s)
+        elif isinstance(event, WorkersStarting):
+            self._say(describe_start(event.num_wanted), now_s)
+        elif isinstance(event, WorkersReady):
+            self._say(f"{event.num_ready} of {event.num_wanted} workers ready", now_s)
         elif isinstance(event, JobStarted):
             plural = "" if len(event.variants) == 1 else "s"
             names = ", ".join(event.variants)
@@ -123,7 +129,7 @@ class PlainProgress(ClosingSink):
         if event.loss is not None:
             parts.append(f"loss {format_figure(event.loss)}")
         eta_s = self._tally.eta_s(now_s)
-        if eta_s:
+        if eta_s is not None and eta_s >= LEAST_LEFT_S:
             parts.append(f"about {format_duration(eta_s)} left")
         return ", ".join(parts)
 

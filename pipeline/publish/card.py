@@ -16,6 +16,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipeline.facts import FACTS_FILE, OVERLAP_TOKENS, Check, ReleaseFacts
+from pipeline.formats.loaders import Contents
 from pipeline.publish import figures, markdown
 from pipeline.publish.loading import loading_guide
 from pipeline.publish.plots import LAYER_ERROR_FILE, SIZE_QUALITY_FILE
@@ -28,6 +29,7 @@ NUM_WORST_MODULES = 10
 MAX_LISTED = 50
 """Entries of one list that the card spells out; the rest is counted and stands in the facts file."""
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
@@ -57,7 +59,11 @@ def render_card(facts: ReleaseFacts) -> str:
 
 
 def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
-    """Return the card's metadata. A local source has no address, so there is no ``base_model`` then."""
+    """Return the card's metadata.
+
+    A local source has no address: there is a ``base_model`` only if its own card names one. What that is to the source
+    (fine-tuned, merged) is for the hub to find out, so no relation is stated.
+    """
     metadata: dict[str, Any] = {}
     license_id = facts.source.license
     if license_id is not None and _HUB_LICENSE.fullmatch(license_id):
@@ -66,6 +72,8 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
         metadata |= {"license": "other", "license_name": license_id}
     if not facts.source.is_local:
         metadata |= {"base_model": facts.source.name, "base_model_relation": "quantized"}
+    elif base_models := [name for name in facts.source.base_models if _HUB_NAME.fullmatch(name)]:
+        metadata["base_model"] = base_models if len(base_models) > 1 else base_models[0]
     variant = facts.variant
     tags = [variant.method.value, f"{variant.bits}-bit", variant.format.value, "bitmill"]
     return metadata | {
@@ -81,10 +89,10 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
     return {
         "facts": facts,
         "front_matter": yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True).rstrip(),
-        "scheme": figures.describe_scheme(facts.variant),
+        "scheme": figures.describe_scheme(facts.variant, facts.modules),
         "judged": figures.judge(facts),
         "checks": [(check, _check_figures(check)) for check in facts.verdict.checks],
-        "guide": loading_guide(facts.variant, facts.release, runs_half_only=runs_half_only),
+        "guide": loading_guide(Contents.of_release(facts), facts.variant, facts.release, runs_half_only=runs_half_only),
         "tp_answers": answers,
         "runs_half_only": runs_half_only,
         "ratio": figures.size_ratio(facts),

@@ -91,9 +91,15 @@ def kind_of(module_name: str) -> str:
     return f"experts.{parts[-1]}" if "experts" in parts[:-1] else parts[-1]
 
 
-def describe_scheme(variant: VariantSpec) -> str:
-    """Return for example ``4-bit GPTQ, symmetric, groups of 128``."""
-    group = "one scale per row" if variant.group_size == PER_CHANNEL else f"groups of {variant.group_size}"
+def describe_scheme(variant: VariantSpec, modules: Iterable[ModuleFacts]) -> str:
+    """Return for example ``4-bit GPTQ, symmetric, groups of 128``: what the linears have, and what was asked for where
+    none has it."""
+    sizes = sorted({module.group_size for module in modules if module.bits < UNQUANTIZED_BITS}, reverse=True)
+    group = f"groups of {' and '.join(map(str, sizes or [variant.group_size]))}"
+    if variant.group_size == PER_CHANNEL:
+        group = "one scale per row"
+    elif sizes and variant.group_size not in sizes:
+        group += f" ({variant.group_size} asked)"
     symmetry = "symmetric" if variant.symmetric else "asymmetric"
     return f"{variant.bits}-bit {_METHOD_NAMES[variant.method]}, {symmetry}, {group}"
 

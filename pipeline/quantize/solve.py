@@ -70,7 +70,7 @@ class SolvedRows:
         error_norm_O: float64 [O], squared norm of the row's error.
         norm_O: float64 [O], squared norm of the row.
         damping_O: float64 [O], damping that the row was solved with; 0 where nothing was factored.
-        num_below_O: int64 [O], groups that need a scale below what can be stored.
+        num_below_O: int64 [O], groups that need a scale below half of what can be stored.
         num_above_O: int64 [O], groups that need a scale above what can be stored.
     """
 
@@ -231,7 +231,7 @@ def _degradations(rows: SolvedRows, damping: float, options: SolveOptions) -> It
         )
     total = rows.scale_OG.numel()
     if below := int(rows.num_below_O.sum()):
-        yield f"{below} of {total} groups need a scale below the smallest normal float16"
+        yield f"{below} of {total} groups need a scale below half the smallest normal float16"
     if above := int(rows.num_above_O.sum()):
         yield f"{above} of {total} groups need a scale above the largest that can be stored"
 

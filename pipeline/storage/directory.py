@@ -19,17 +19,9 @@ from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pipeline.disk import disk_errors, make_folders, save_file, sync, write_file
 from pipeline.errors import ConditionalWriteError, ConflictError, StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes, digest_file
-from pipeline.storage.disk import (
-    Temporaries,
-    disk_errors,
-    exclusive_lock,
-    make_folders,
-    save_file,
-    sync_folder,
-    write_file,
-)
 from pipeline.storage.objects import (
     CHUNK_BYTES,
     Blob,
@@ -40,6 +32,7 @@ from pipeline.storage.objects import (
     reading_errors,
     short_object,
 )
+from pipeline.storage.temporaries import Temporaries, exclusive_lock
 
 PRIVATE_FOLDER = ".bitmill-tmp"
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -56,14 +49,15 @@ class DirectoryStore:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        self._given = root.expanduser()
+        self.root = self._given.absolute()
         self._temporaries = Temporaries(self.root / PRIVATE_FOLDER)
         self._is_ready = False
 
     @property
     def url(self) -> str:
-        """The directory's absolute path."""
-        return str(self.root)
+        """The directory's path as it was given, so that what is printed can be typed again where it was typed."""
+        return str(self._given)
 
     def path_of(self, key: str) -> Path:
         """Return where the object's file is or would be."""
@@ -156,7 +150,7 @@ class DirectoryStore:
             with self._lock():
                 make_folders(target.parent)
                 temporary.replace(target)
-                sync_folder(target.parent)
+                sync(target.parent)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Write an object and return its etag.
@@ -177,7 +171,7 @@ class DirectoryStore:
                     if if_match is not None and not (target.is_file() and digest_file(target) == if_match):
                         raise ConflictError(f"{self.url}/{key} was changed by somebody else")
                     temporary.replace(target)
-                sync_folder(target.parent)
+                sync(target.parent)
         return digest_bytes(data)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -212,7 +206,7 @@ class DirectoryStore:
             while folder != self.root and not any(folder.iterdir()):
                 folder.rmdir()
                 folder = folder.parent
-            sync_folder(folder)
+            sync(folder)
 
     def sweep_partial(self, prefix: str, before: datetime) -> tuple[str, ...]:
         """Remove the temporaries of dead writers and return their names; their locks tell them, so neither ``prefix``

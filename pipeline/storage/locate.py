@@ -13,16 +13,17 @@ where TARGET is a directory or ``s3://bucket/prefix``.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.disk import disk_errors, make_folders, save_file
 from pipeline.errors import CorruptReleaseError, StorageError
 from pipeline.fingerprint import digest_bytes, digest_file
 from pipeline.settings import Settings
 from pipeline.storage.directory import DirectoryStore
-from pipeline.storage.disk import disk_errors, make_folders
 from pipeline.storage.manifest import (
     MANIFEST_NAME,
     NAME_PATTERN,
@@ -41,7 +42,11 @@ _ADDRESS = re.compile(
     rf"(?:(?P<target>.*)/)?{RELEASES}/(?P<namespace>{NAME_PATTERN})/(?P<name>{NAME_PATTERN})"
     rf"(?:/(?P<revision>{REVISION_PATTERN})|@(?P<ref>{NAME_PATTERN}))?"
 )
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.part")
+"""What ``save_file`` writes to before a file is whole."""
+
 _MAX_LISTED = 8
+_MAX_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,73 @@ def _problems(located: LocatedRelease, digest: Callable[[ReleaseFile], str]) -> 
             problems.append(f"{file.path} has SHA-256 {sha256}, the manifest says {file.sha256}")
     extra = sorted(set(found) - expected - {MANIFEST_NAME})
     return problems + [f"{path} is not in the manifest" for path in extra]
+
+
+def require_own_files(located: LocatedRelease, folder: Path) -> None:
+    """``folder`` is absent, or holds nothing but files of the release; what a killed download left of one is removed.
+
+    Raises:
+        StorageError: naming files that do not belong to the release.
+    """
+    own = {file.path for file in located.manifest.files} | {MANIFEST_NAME}
+    foreign, partial = [], []
+    with disk_errors(str(folder), hint="choose another folder"):
+        # Not to the end: a mistyped folder may be a whole disk.
+        for path in (Path(parent, name) for parent, _, names in os.walk(folder) for name in names):
+            relative = path.relative_to(folder)
+            match = _PARTIAL.fullmatch(path.name)
+            if match and relative.with_name(match["name"]).as_posix() in own:
+                partial.append(path)
+            elif relative.as_posix() not in own:
+                foreign.append(relative.as_posix())
+                if len(foreign) == _MAX_NAMED:
+                    break
+        if foreign:
+            raise StorageError(
+                f"{folder} holds files that are not of {located.namespace}/{located.name}: {', '.join(foreign)}",
+                code="storage.folder_in_use",
+                hint="choose an empty folder, or one that is not there yet",
+            )
+        for path in partial:
+            path.unlink(missing_ok=True)
+
+
+def download_release(
+    located: LocatedRelease, folder: Path, on_file: Callable[[ReleaseFile], None] = lambda file: None
+) -> Path:
+    """``folder`` is a copy of the release, manifest last; returns it.
+
+    Files that are there with the right digest are kept, so an interrupted download goes on.
+
+    Args:
+        located: What to copy.
+        folder: Where to; it is created where needed.
+        on_file: Told each file before it is copied.
+
+    Raises:
+        CorruptReleaseError: when a downloaded file does not match the manifest.
+        DiskFullError: when the disk is full.
+    """
+    with disk_errors(str(folder), hint="free some space there, or choose another folder"):
+        make_folders(folder)
+        for file in located.manifest.files:
+            path = folder / file.path
+            if path.is_file() and _matches(path, file):
+                continue
+            on_file(file)
+            make_folders(path.parent)
+            located.store.download(located.prefix + file.path, path)
+            if not _matches(path, file):
+                path.unlink()
+                raise CorruptReleaseError(
+                    f"{located.uri}/{file.path} does not match the release's manifest", hint="publish the release again"
+                )
+        save_file(folder / MANIFEST_NAME, (located.manifest.to_bytes(),))
+    return folder
+
+
+def _matches(path: Path, file: ReleaseFile) -> bool:
+    return path.stat().st_size == file.size_bytes and digest_file(path) == file.sha256
 
 
 def _address(location: str) -> re.Match[str] | None:

@@ -26,7 +26,8 @@ from pipeline.storage.objects import check_key
 MANIFEST_NAME = "manifest.json"
 RELEASES = "releases"
 REFS = "refs"
-NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+MAX_NAME_CHARS = 96
+NAME_PATTERN = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_CHARS - 1}}}"
 REVISION_PATTERN = r"[0-9a-f]{64}"
 
 Name = Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
@@ -136,6 +137,7 @@ def check_name(value: str, what: str) -> str:
         raise SpecError(
             f"{value!r} cannot be the {what} of a release",
             code="spec.release_name",
-            hint="use up to 96 letters, digits, dots, underscores and hyphens, beginning with a letter or digit",
+            hint=f"use up to {MAX_NAME_CHARS} letters, digits, dots, underscores and hyphens, beginning with a letter "
+            "or digit",
         )
     return value

@@ -23,6 +23,9 @@ from pipeline.errors import SpecError, StorageError
 from pipeline.settings import Settings
 
 CHUNK_BYTES = 1 << 20
+MISSING_OBJECT = "storage.missing_object"
+"""Code of the error for an object that had to be there."""
+
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -131,8 +134,13 @@ class ObjectStore(Protocol):
         """
 
 
-def open_store(url: str, settings: Settings) -> ObjectStore:
+def open_store(url: str, settings: Settings, *, attempts: int | None = None) -> ObjectStore:
     """Return the store at a directory's path or ``s3://bucket/prefix``. Nothing is read or written yet.
+
+    Args:
+        url: Where the store is.
+        settings: Endpoint for ``s3://``.
+        attempts: Attempts of each request to a service, with growing waits between them; None for the usual ones.
 
     Raises:
         SpecError: when ``url`` is neither.
@@ -150,7 +158,7 @@ def open_store(url: str, settings: Settings) -> ObjectStore:
         prefix = prefix.strip("/")
         if prefix:
             check_key(prefix)
-        return connect_s3(bucket, prefix, settings.s3_endpoint)
+        return connect_s3(bucket, prefix, settings.s3_endpoint, attempts)
     if not url or _SCHEME.match(url):
         raise SpecError(
             f"{url!r} is not a target that Bitmill can write to",
@@ -177,7 +185,7 @@ def check_key(key: str) -> str:
 
 def missing_object(url: str, key: str) -> StorageError:
     """Return the error for an object that had to be there."""
-    return StorageError(f"{url}/{key} does not exist", code="storage.missing_object")
+    return StorageError(f"{url}/{key} does not exist", code=MISSING_OBJECT)
 
 
 def short_object(url: str, key: str, end: int) -> StorageError:

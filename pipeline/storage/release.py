@@ -41,6 +41,10 @@ from pipeline.storage.refs import DEFAULT_REF, move_ref, read_ref, utc_now
 PARTIAL_UPLOAD_AGE = timedelta(days=1)
 """Age at which the writer of an unfinished upload counts as dead: a file takes minutes to hours, and clocks differ."""
 
+UPLOADED_LAST = ("config.json", "README.md")
+"""What engines and people open first, in the order in which it follows the other files: an upload that stopped has no
+card that says what was verified, and nothing loads it."""
+
 _RELEASE_KEY = re.compile(rf"{RELEASES}/({NAME_PATTERN})/({NAME_PATTERN})/({REVISION_PATTERN})/(.+)")
 _REF_KEY = re.compile(rf"{REFS}/({NAME_PATTERN})/({NAME_PATTERN})/({NAME_PATTERN})")
 _MAX_LISTED = 8
@@ -125,6 +129,7 @@ def publish_release(
     prefix = release_prefix(namespace, name, manifest.revision)
     _give_up_leftovers(store, f"{RELEASES}/{namespace}/{name}/", now() - PARTIAL_UPLOAD_AGE)
     missing = [file for file in manifest.files if not store.holds(prefix + file.path, file.size_bytes, file.sha256)]
+    missing.sort(key=lambda file: UPLOADED_LAST.index(file.path) if file.path in UPLOADED_LAST else -1)
     for file in missing:
         store.upload(folder / file.path, prefix + file.path, file.sha256)
     _require_files(store, prefix, manifest)

@@ -23,9 +23,9 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
+from pipeline.disk import disk_errors, save_file
 from pipeline.errors import StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes
-from pipeline.storage.disk import disk_errors, save_file
 from pipeline.storage.objects import (
     Blob,
     ObjectInfo,
@@ -47,21 +47,24 @@ MAX_ATTEMPTS = 4
 _DIGEST = "sha256"
 
 
-def connect_s3(bucket: str, prefix: str, endpoint: str | None) -> S3Store:
+def connect_s3(bucket: str, prefix: str, endpoint: str | None, attempts: int | None = None) -> S3Store:
     """Return the store at ``s3://bucket/prefix``; keys and region are read by boto3 as everywhere. Sends nothing.
 
     Args:
         bucket: Name of the bucket.
         prefix: Put before every key with a slash; empty for the whole bucket.
         endpoint: Base URL of the service, or None for AWS.
+        attempts: Attempts of each request; botocore waits up to 1, 2, 4, ... 20 seconds between them.
+            None for the usual ones.
 
     Raises:
         TargetUnavailableError: when the endpoint, region or profile cannot be meant.
     """
+    attempts = attempts or MAX_ATTEMPTS
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
-        retries={"total_max_attempts": MAX_ATTEMPTS, "mode": "standard"},
+        retries={"total_max_attempts": attempts, "mode": "standard"},
         # Names like bucket.127.0.0.1 resolve nowhere, and few self-hosted stores are set up for them.
         s3={"addressing_style": "path"} if endpoint else {},
     )
@@ -76,7 +79,7 @@ def connect_s3(bucket: str, prefix: str, endpoint: str | None) -> S3Store:
             hint="check AWS_ENDPOINT_URL_S3 (http://host:port), AWS_REGION and AWS_PROFILE",
         ) from error
     place = S3Place(bucket, str(client.meta.endpoint_url), is_aws=endpoint is None)
-    return S3Store(client, place, prefix)
+    return S3Store(client, place, prefix, attempts=attempts)
 
 
 class S3Store:
@@ -89,11 +92,14 @@ class S3Store:
         page_size: Objects asked for in one request of a listing.
     """
 
-    def __init__(self, client: Any, place: S3Place, prefix: str, part_bytes: int = PART_BYTES) -> None:
+    def __init__(
+        self, client: Any, place: S3Place, prefix: str, part_bytes: int = PART_BYTES, attempts: int = MAX_ATTEMPTS
+    ) -> None:
         self.place = place
         self.prefix = prefix
         self.part_bytes = part_bytes
         self.page_size = PAGE_SIZE
+        self._attempts = attempts
         self._client = client
         self._bucket_is_known = False
 
@@ -307,4 +313,4 @@ class S3Store:
                 raise missing_object(self.url, key)
             return again
 
-        return read_body(self.place, key, answer, start, reopen, MAX_ATTEMPTS)
+        return read_body(self.place, key, answer, start, reopen, self._attempts)

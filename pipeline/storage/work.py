@@ -1,46 +1,49 @@
-"""Outputs of a job's stages: content-addressed, finished by one rename, shared by all workers of a job.
+"""Outputs of a job's stages: content-addressed, complete or absent, shared by all workers of a job.
 
-Layout: ``root/<stage>/<key[:2]>/<key>/`` holds the files of one finished stage and ``record.json``, which lists them
-with their digests. A stage is written in a private folder; finishing flushes and hashes its files, writes the record
-last and renames the folder into place. So a folder at its place is complete, a killed writer leaves only a temporary
-that the next `WorkStore.sweep` removes, and a rerun redoes exactly the stages that are not there.
+A stage is a few files and a record, which lists them with their digests and is written last. The key is the fingerprint
+of everything that affects the stage's bytes, so whoever looks a key up can use what is there, and a rerun redoes
+exactly the stages that are not there. When two workers finish the same key, the first one's stage stays; other bytes or
+another summary under one key would mean that results depend on luck, and are an error. A stage whose record or files
+are damaged is discarded, logged and noted, then absent.
 
-The key is the fingerprint of everything that affects the stage's bytes. When two workers finish the same key, the
-first one's folder stays; other bytes or another summary under one key would mean that results depend on luck, and are
-an error. A stage whose record or files are damaged is discarded, logged and noted in `WorkStore.damaged`, then absent.
+`DirectoryWorkStore` keeps stages on a file system that every worker reaches, `ObjectWorkStore` in an S3 bucket; both
+pass one contract suite. A store is opened from its address alone, in each process anew.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import StorageError
 from pipeline.fingerprint import digest_file
-from pipeline.storage.disk import (
-    Temporaries,
-    disk_errors,
-    exclusive_lock,
-    make_folders,
-    sync_folder,
-    write_file,
-)
+from pipeline.settings import Settings
 from pipeline.storage.manifest import Sha256
-from pipeline.storage.objects import check_key
+from pipeline.storage.objects import check_key, open_store
 
 RECORD_NAME = "record.json"
-_PRIVATE_FOLDER = ".tmp"
+CACHE_FOLDER = "work-files"
+"""Folder of the cache directory for what this machine has of a store that is elsewhere."""
+
+NONDETERMINISTIC = "storage.nondeterministic_stage"
+"""Code of the error for two results under one key."""
+
+S3_ATTEMPTS = 8
+"""Attempts of a request to a bucket that holds work: a run outlives a minute in which the service fails."""
+
 _STAGE = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
+
+Place = TypeVar("Place", bound=tuple[str, str])
+"""A stage and a key."""
 
 
 class StageFile(NamedTuple):
@@ -79,12 +82,10 @@ class StageWriter:
         record: The finished stage's record; None before.
     """
 
-    def __init__(self, store: WorkStore, stage: str, key: str, folder: Path) -> None:
+    def __init__(self, folder: Path, complete: Callable[[dict[str, Any]], StageRecord]) -> None:
         self.record: StageRecord | None = None
-        self._store = store
-        self._stage = stage
-        self._key = key
         self._folder = folder
+        self._complete = complete
 
     def path(self, name: str) -> Path:
         """Return where to write a file of the stage; its folder exists."""
@@ -100,49 +101,28 @@ class StageWriter:
         When another worker finished the same key first, its stage stays and its record is returned.
 
         Raises:
-            StorageError: when that other worker's files or summary differ from ours.
-            DiskFullError: when the work directory is full.
+            StorageError: when that other worker's files or summary differ from ours, or the store fails.
+            DiskFullError: when there is no space for the files.
         """
-        with self._store.errors():
-            files = {}
-            for path in sorted(path for path in self._folder.rglob("*") if path.is_file()):
-                _sync_file(path)
-                name = path.relative_to(self._folder).as_posix()
-                files[name] = StageFile(path.stat().st_size, digest_file(path))
-            record = StageRecord(stage=self._stage, key=self._key, files=files, summary=summary)
-            text = json.dumps(record.model_dump(mode="json"), sort_keys=True, indent=1)
-            # What every other process will read, so that nothing depends on which one finished the stage.
-            record = StageRecord.model_validate_json(text)
-            write_file(self._folder / RECORD_NAME, (text.encode(),))
-            for path in [self._folder, *(path for path in self._folder.rglob("*") if path.is_dir())]:
-                sync_folder(path)
-            self.record = self._store.place(self._folder, record)
+        self.record = self._complete(summary)
         return self.record
 
 
-class WorkStore:
-    """Finished stages under one directory. Cheap to make and to pickle; all state is on disk but the two lists.
+class WorkStore(Protocol):
+    """Finished stages somewhere. All methods may raise `StorageError` and its subclasses.
 
     Attributes:
-        root: Absolute path of the directory.
         damaged: Stages that this object found damaged and discarded, oldest first, until `take_damaged` takes them.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
-        self.damaged: list[DamagedStage] = []
-        self._temporaries = Temporaries(self.root / _PRIVATE_FOLDER)
-        self._checked: dict[Path, tuple[int, int, int]] = {}
+    damaged: list[DamagedStage]
 
-    def __reduce__(self) -> tuple[type[WorkStore], tuple[Path]]:
-        # What was checked in this process says nothing about another one.
-        return WorkStore, (self.root,)
+    @property
+    def url(self) -> str:
+        """The store's address, which `open_work_store` takes: an absolute path or ``s3://bucket/prefix``."""
 
-    def stage_dir(self, stage: str, key: str) -> Path:
-        """Return the folder of a stage, which exists only once it is finished."""
-        if not _STAGE.fullmatch(stage) or not _KEY.fullmatch(key):
-            raise StorageError(f"{stage!r} with key {key!r} cannot be a stage", code="storage.key")
-        return self.root / stage / key[:2] / key
+    def prepare(self) -> None:
+        """The store is known to be fit for a run, and what dead processes left on this machine is gone."""
 
     def lookup(self, stage: str, key: str) -> StageRecord | None:
         """Return the record of a finished stage, or None. Looks at the files' sizes, not at their bytes.
@@ -150,179 +130,166 @@ class WorkStore:
         A damaged stage is discarded, and counted in `damaged`.
 
         Raises:
-            TargetUnavailableError: when the work directory cannot be read.
+            TargetUnavailableError: when the store cannot be read.
         """
-        folder = self.stage_dir(stage, key)
-        with self.errors():
-            record, reason = _inspect(folder, stage, key)
-            if not reason:
-                return record
-            # Look again under the lock: what we saw may have been discarded, and redone by another worker since.
-            with self._claim() as aside, self._lock():
-                record, reason = _inspect(folder, stage, key)
-                if reason:
-                    self._note_damage(stage, key, reason)
-                    folder.rename(aside)
-            return record
 
-    def take_damaged(self) -> list[DamagedStage]:
-        """Return what was found damaged since the last call, oldest first; `damaged` is empty then."""
-        found, self.damaged = self.damaged, []
-        return found
+    def lookup_all(self, places: Iterable[Place]) -> dict[Place, StageRecord]:
+        """Return the records of those of many stages that are finished; as `lookup`, in as few requests as it takes."""
 
-    @contextmanager
-    def writing(self, stage: str, key: str) -> Iterator[StageWriter]:
+    def writing(self, stage: str, key: str) -> AbstractContextManager[StageWriter]:
         """Give a private place to write a stage. Without `StageWriter.finish` nothing is kept.
 
         Raises:
             DiskFullError: also for a file that the block wrote itself.
         """
-        self.stage_dir(stage, key)
-        with ExitStack() as stack:
-            with self.errors():
-                folder = stack.enter_context(self._claim())
-                folder.mkdir()
-            # The block may fail on files of its own, which have nothing to do with this directory.
-            with self.errors(only_full=True):
-                yield StageWriter(self, stage, key, folder)
 
     def open_checked(self, stage: str, key: str, name: str) -> Path:
         """Return the path of a stage's file whose SHA-256 is the recorded one, checked once per process and file.
 
+        It is to be opened, linked or copied at once: a file on this machine that is a copy may be dropped later.
+
         Raises:
             StorageError: when the stage or file is not there, or its bytes are damaged; the stage is discarded then.
         """
-        record = self.lookup(stage, key)
-        if record is None or name not in record.files:
-            raise StorageError(
-                f"stage {stage} {key[:12]} has no file {name!r} in {self.root}",
-                code="storage.missing_stage",
-                hint="run the same command again: the stage is computed anew",
-                context={"stage": stage, "key": key},
-            )
-        path = self.stage_dir(stage, key) / name
-        with self.errors():
-            facts = path.stat()
-            seen = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
-            if self._checked.get(path) == seen:
-                return path
-            found = digest_file(path)
-        if found != record.files[name].sha256:
-            reason = f"{name} has SHA-256 {found}, its record says {record.files[name].sha256}"
-            self._note_damage(stage, key, reason)
-            self.discard(stage, key)
-            raise StorageError(
-                f"{path} is damaged: {reason}. The stage was discarded",
-                code="storage.damaged_stage",
-                hint="run the same command again: the stage is computed anew",
-                context={"stage": stage, "key": key},
-            )
-        self._checked[path] = seen
-        return path
 
     def discard(self, stage: str, key: str) -> None:
         """The stage is absent."""
-        folder = self.stage_dir(stage, key)
-        with self.errors():
-            if folder.exists():
-                with self._claim() as aside, self._lock():
-                    if folder.exists():
-                        folder.rename(aside)
 
-    @contextmanager
-    def private_folder(self) -> Iterator[Path]:
-        """Give the path of a folder for one process alone, on the work directory's disk; `sweep` removes it when the
-        process is dead."""
-        with ExitStack() as stack:
-            with self.errors():
-                folder = stack.enter_context(self._claim())
-                folder.mkdir()
-            yield folder
+    def take_damaged(self) -> list[DamagedStage]:
+        """Return the stages found damaged since the last call, oldest first."""
+
+    def private_folder(self) -> AbstractContextManager[Path]:
+        """Give the path of a folder on this machine for one process alone; `sweep` removes it when that is dead."""
 
     def sweep(self) -> tuple[str, ...]:
-        """Remove the temporaries of dead processes, and return their names."""
-        with self.errors():
-            return self._temporaries.sweep()
-
-    def place(self, folder: Path, record: StageRecord) -> StageRecord:
-        """Rename a complete folder to its place unless a sound one is there; return the record that is in force."""
-        target = self.stage_dir(record.stage, record.key)
-        with self._claim() as aside, self._lock():
-            existing, reason = _inspect(target, record.stage, record.key)
-            if reason:
-                self._note_damage(record.stage, record.key, reason)
-                target.rename(aside)
-            if existing is None:
-                make_folders(target.parent)
-                folder.rename(target)
-                sync_folder(target.parent)
-                return record
-        differing = _differences(existing, record)
-        if differing:
-            raise StorageError(
-                f"two runs of stage {record.stage} {record.key[:12]} in {self.root} gave different results: "
-                f"{', '.join(differing)}",
-                code="storage.nondeterministic_stage",
-                hint="this is a bug or failing memory; remove the work directory and run it again",
-            )
-        return existing
-
-    def errors(self, *, only_full: bool = False) -> AbstractContextManager[None]:
-        """Turn OSErrors of a block, or only those of a full disk, into StorageErrors that name the work directory."""
-        return disk_errors(
-            f"the work directory {self.root}",
-            hint="free some space there, or choose another directory with --work-dir; finished stages are kept",
-            only_full=only_full,
-        )
-
-    def _claim(self) -> AbstractContextManager[Path]:
-        make_folders(self._temporaries.folder)
-        return self._temporaries.claim()
-
-    def _lock(self) -> AbstractContextManager[None]:
-        return exclusive_lock(self._temporaries.folder / "commit")
-
-    def _note_damage(self, stage: str, key: str, reason: str) -> None:
-        self.damaged.append(DamagedStage(stage, key, reason))
-        _log.warning("discarded stage %s %s: %s", stage, key[:12], reason)
+        """Remove what dead processes left on this machine's disk or in the directory, and return the names."""
 
 
-def _differences(one: StageRecord, other: StageRecord) -> list[str]:
-    """Return the files and the summary's keys in which two records of one stage differ."""
-    files = sorted(name for name in {*one.files, *other.files} if one.files.get(name) != other.files.get(name))
-    # As texts: a NaN is equal to itself there.
-    texts = [
-        {key: json.dumps(value, sort_keys=True) for key, value in record.summary.items()} for record in (one, other)
-    ]
-    keys = sorted(key for key in {*one.summary, *other.summary} if texts[0].get(key) != texts[1].get(key))
-    return files + [f"summary.{key}" for key in keys]
+def open_work_store(address: str, settings: Settings) -> WorkStore:
+    """Return the work store at a directory's path or ``s3://bucket/prefix``. Nothing is read or written yet.
+
+    Args:
+        address: Where the work is; the `WorkStore.url` of another process's store.
+        settings: Endpoint and cache directory of this process.
+
+    Raises:
+        SpecError: when ``address`` is neither.
+        TargetUnavailableError: when the S3 endpoint or its settings cannot be used.
+    """
+    # Here and not above: these modules need this one's types.
+    if address.startswith("s3://"):
+        from pipeline.storage.file_cache import FileCache
+        from pipeline.storage.work_objects import ObjectWorkStore
+
+        store = open_store(address, settings, attempts=S3_ATTEMPTS)
+        return ObjectWorkStore(store, FileCache(settings.cache_dir / CACHE_FOLDER))
+    from pipeline.storage.work_directory import DirectoryWorkStore
+
+    return DirectoryWorkStore(Path(address))
 
 
-def _inspect(folder: Path, stage: str, key: str) -> tuple[StageRecord | None, str]:
-    """Return the record of a sound stage, or None, and what is wrong when there is something but it is not sound."""
-    try:
-        data = (folder / RECORD_NAME).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None, f"{RECORD_NAME} is missing" if folder.exists() else ""
+def stage_folder(stage: str, key: str) -> str:
+    """Return where a stage lies, relative to its store.
+
+    Raises:
+        StorageError: when there can be no such stage.
+    """
+    if not _STAGE.fullmatch(stage) or not _KEY.fullmatch(key):
+        raise StorageError(f"{stage!r} with key {key!r} cannot be a stage", code="storage.key")
+    return f"{stage}/{key[:2]}/{key}"
+
+
+def make_record(stage: str, key: str, folder: Path, summary: dict[str, Any]) -> tuple[StageRecord, bytes]:
+    """Return the record of a stage whose files lie in ``folder``, and the bytes that stand for it. Raises OSError."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[path.relative_to(folder).as_posix()] = StageFile(path.stat().st_size, digest_file(path))
+    written = StageRecord(stage=stage, key=key, files=files, summary=summary)
+    text = json.dumps(written.model_dump(mode="json"), sort_keys=True, indent=1)
+    # What every other process will read, so that nothing depends on which one finished the stage.
+    return StageRecord.model_validate_json(text), text.encode()
+
+
+def read_record(data: bytes, stage: str, key: str) -> tuple[StageRecord | None, str]:
+    """Return the record that ``data`` stands for, or None and what is wrong with it."""
     try:
         record = StageRecord.model_validate_json(data)
     except ValidationError as error:
         return None, f"{RECORD_NAME} cannot be read: {error.errors(include_url=False)[0]['msg']}"
     if (record.stage, record.key) != (stage, key):
         return None, f"{RECORD_NAME} is that of {record.stage} {record.key[:12]}"
-    for name, file in record.files.items():
-        try:
-            size_bytes = os.stat(folder / name).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None, f"{name} is missing"
-        if size_bytes != file.size_bytes:
-            return None, f"{name} has {size_bytes} bytes, its record says {file.size_bytes}"
     return record, ""
 
 
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def check_size(name: str, file: StageFile, found_bytes: int | None) -> str:
+    """Return what is wrong with a stage's file as far as its size tells, or nothing; None bytes means no file."""
+    if found_bytes is None:
+        return f"{name} is missing"
+    if found_bytes != file.size_bytes:
+        return f"{name} has {found_bytes} bytes, its record says {file.size_bytes}"
+    return ""
+
+
+def require_same(existing: StageRecord, record: StageRecord, url: str) -> StageRecord:
+    """Return the record that was there first.
+
+    Raises:
+        StorageError: when the second says something else.
+    """
+    files = sorted(
+        name for name in {*existing.files, *record.files} if existing.files.get(name) != record.files.get(name)
+    )
+    # As texts: a NaN is equal to itself there.
+    old, new = (
+        {key: json.dumps(value, sort_keys=True) for key, value in one.summary.items()} for one in (existing, record)
+    )
+    differing = files + [f"summary.{key}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if differing:
+        raise StorageError(
+            f"two runs of stage {record.stage} {record.key[:12]} in {url} gave different results: "
+            f"{', '.join(differing)}",
+            code=NONDETERMINISTIC,
+            hint="this is a bug or failing memory; remove the work directory and run it again",
+        )
+    return existing
+
+
+def missing_file(stage: str, key: str, name: str, url: str) -> StorageError:
+    """Return the error for a stage or file that had to be there; it names the stage, which is computed anew."""
+    return StorageError(
+        f"stage {stage} {key[:12]} has no file {name!r} in {url}",
+        code="storage.missing_stage",
+        hint="run the same command again: the stage is computed anew",
+        context={"stage": stage, "key": key},
+    )
+
+
+def damaged_file(stage: str, key: str, where: str, reason: str) -> StorageError:
+    """Return the error for a file whose stage was discarded; it names the stage, which is computed anew."""
+    return StorageError(
+        f"{where} is damaged: {reason}. The stage was discarded",
+        code="storage.damaged_stage",
+        hint="run the same command again: the stage is computed anew",
+        context={"stage": stage, "key": key},
+    )
+
+
+class DamageLog:
+    """The stages that a store found damaged.
+
+    Attributes:
+        damaged: Since the last `take_damaged`, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.damaged: list[DamagedStage] = []
+
+    def take_damaged(self) -> list[DamagedStage]:
+        """Return the stages found damaged since the last call, oldest first."""
+        taken, self.damaged = self.damaged, []
+        return taken
+
+    def note_damage(self, stage: str, key: str, reason: str) -> None:
+        """Log a stage that is being discarded, and remember it."""
+        self.damaged.append(DamagedStage(stage, key, reason))
+        _log.warning("discarded stage %s %s: %s", stage, key[:12], reason)

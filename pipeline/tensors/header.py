@@ -26,6 +26,9 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
+MAX_SIZE = 2**63 - 1
+"""The largest size of a dimension: sizes are signed 64-bit integers everywhere."""
+
 FIRST_READ_BYTES = 128 * 1024
 """One read of this size holds the whole header of most files, which saves a request on a hub."""
 
@@ -162,6 +165,9 @@ def _entry(name: str, value: Any, data_start: int, file_bytes: int, where: str) 
         _damaged(where, f"dtype {dtype!r:.60} is unknown; the format has {', '.join(ITEM_BITS)}", name)
     if not _is_sizes(shape):
         _damaged(where, f"shape {shape!r:.200} is not a list of non-negative integers", name)
+    if max(shape, default=0) > MAX_SIZE:
+        # Beside a zero it would fit any data, and no library could hold the tensor.
+        _damaged(where, f"shape {shape!r:.200} has a size that no tensor can have", name)
     start, end = _offsets(value["data_offsets"], file_bytes - data_start, where, name)
     expected_bits = _product(shape, limit=8 * file_bytes) * ITEM_BITS[dtype]
     if expected_bits != 8 * (end - start):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from pipeline.tensors.header import read_header
 from pipeline.tensors.index import WeightIndex, read_index
-from pipeline.tensors.reader import read_tensors
+from pipeline.tensors.reader import FileStamp, digest_tensors, expect_tensors, read_tensors
+
+CHUNK_BYTES = 1 << 24
 
 
 def read_local_range(folder: Path, path: str, start: int, end: int) -> bytes:
@@ -17,6 +20,40 @@ def read_local_range(folder: Path, path: str, start: int, end: int) -> bytes:
     with (folder / path).open("rb") as handle:
         handle.seek(start)
         return handle.read(end - start)
+
+
+@dataclass(frozen=True)
+class LocalTensors:
+    """The tensors of a folder.
+
+    Attributes:
+        folder: Where the files are.
+        index: Where the tensors are in them.
+        stamps: What each weights file must still be when it is read.
+    """
+
+    folder: Path
+    index: WeightIndex
+    stamps: Mapping[str, FileStamp]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the named tensors on the CPU; as ``read_tensors``."""
+        return read_tensors(self.folder, self.index, names, self.stamps)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read tensors ahead."""
+        expect_tensors(self.folder, self.index, names)
+
+    def digest_tensors(self, file: str) -> tuple[str, dict[str, str]]:
+        """Return the SHA-256 of a whole file and of each of its tensors."""
+        with (self.folder / file).open("rb") as handle:
+            return digest_tensors(self.index, file, iter(lambda: handle.read(CHUNK_BYTES), b""))
+
+    def forget(self, file: str) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def read_folder_index(folder: Path) -> WeightIndex:

@@ -7,11 +7,8 @@ files for their owner alone and does not sync them; a release is read by other u
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.errors import CorruptWeightsError, DiskFullError, StorageError
+from pipeline import disk
+from pipeline.errors import CorruptWeightsError
 from pipeline.strict_json import parse_json_object
 from pipeline.tensors.header import LENGTH_BYTES, parse_header
-from pipeline.units import format_bytes
-
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -41,7 +36,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     """
     plain = _separate(tensors)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
-    with _replacing(path, num_bytes) as temporary:
+    with _write_errors(path, num_bytes), disk.replacing(path) as temporary:
+        temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode
         save_file(plain, temporary, metadata={"format": "pt", **metadata})
         _order_header(temporary)
@@ -62,8 +58,8 @@ def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> N
     """
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     data = (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-    with _replacing(path, len(data)) as temporary:
-        temporary.write_bytes(data)
+    with _write_errors(path, len(data)):
+        disk.save_file(path, (data,))
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,38 +93,18 @@ def _order_header(path: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path, num_bytes: int) -> Iterator[Path]:
-    """Yield an empty temporary file beside ``path`` that takes its place, synced, when the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+def _write_errors(path: Path, num_bytes: int) -> Iterator[None]:
+    """Turn a failure of the block to write ``num_bytes`` to ``path`` into a StorageError."""
     try:
-        temporary.touch(exist_ok=False)
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        yield
     except (OSError, SafetensorError, CorruptWeightsError) as error:
-        raise _translated(error, path, num_bytes) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else _system_error(error)
+        raise disk.write_error(
+            cause, path, num_bytes, elsewhere="choose another folder", check="check the folder and its permissions"
+        ) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _translated(error: Exception, path: Path, num_bytes: int) -> StorageError:
-    # The package reports the system's error as text only.
+def _system_error(error: Exception) -> OSError:
+    """Return the system's error inside one of the package, which reports it as text only."""
     match = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
-    if number in NO_SPACE:
-        return DiskFullError(
-            f"{path}: no space left to write {format_bytes(num_bytes)}",
-            hint=f"free at least {format_bytes(num_bytes)} there, or choose another folder",
-            context={"path": str(path), "needed_bytes": num_bytes},
-        )
-    return StorageError(f"{path}: cannot be written: {error}", hint="check the folder and its permissions")
+    return OSError(int(match[1]) if match else 0, str(error))

@@ -34,6 +34,11 @@ def environment(folder: Path, **extra: str) -> dict[str, str]:
     return {**kept, "BITMILL_CACHE": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1", **extra}
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return every file below a folder, which may be missing, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 @pytest.fixture
 def bitmill(tmp_path: Path) -> Bitmill:
     """Run ``bitmill`` with arguments and return what came of it."""

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.acceptance.conftest import DEMO_MODEL, SMALL, Bitmill
-from tests.small_disk import small_disk
+from tests.acceptance.conftest import DEMO_MODEL, SMALL, Bitmill, files_below
+from tests.s3_server import S3Server, careless_server, environment_for
+from tests.small_disk import make_read_only, small_disk
 
 
 def break_header(folder: Path) -> None:
@@ -74,7 +75,8 @@ def test_damaged_source_is_refused(
     for word in words:
         assert word in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "out").glob("re*/**/*"))
+    assert files_below(tmp_path / "out" / "refs") == []
+    assert files_below(tmp_path / "out" / "releases") == []
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,7 @@ def test_damaged_source_is_refused(
         (["SOURCE", "--variant", "gptq-w4-g128", "--calibration", "./absent.txt"], 4, ["absent.txt"]),
         (["SOURCE", "--spec", "SPEC"], 2, ["spec.yaml", "smaples", "samples"]),
         (["SOURCE"], 2, ["--variant"]),
+        (["SOURCE", "--variant", "gptq-w4-g128", "--release", "my team/model"], 2, ["'my team'", "--release"]),
     ],
 )
 def test_wrong_words_are_explained(
@@ -119,7 +122,7 @@ def test_missing_target_folder_and_full_disk_are_named(bitmill: Bitmill, tmp_pat
         done = bitmill("convert", DEMO_MODEL, "--variant", "gptq-w4-g128", *SMALL, "--to", full)
         assert done.returncode == 6, done.stderr
         assert "storage.full" in done.stderr
-        assert not list(full.glob("refs/**/*.json"))
+        assert files_below(full / "refs") == []
         assert not list(full.glob("releases/**/manifest.json"))
 
 
@@ -138,6 +141,39 @@ def test_unreachable_hub_and_bucket_are_named(bitmill: Bitmill, tmp_path: Path) 
     done = bitmill("convert", DEMO_MODEL, "--variant", "gptq-w4-g128", *SMALL, "--to", "s3://nobody/x", env=env)
     assert done.returncode == 6, done.stderr
     assert "nobody" in done.stderr
+
+
+def refuse_before_work(bitmill: Bitmill, target: str | Path, folder: Path, env: dict[str, str] | None = None) -> str:
+    """Convert to a target that cannot be used; return what was said, having checked that nothing was computed."""
+    work = folder / "work"
+    options = ("--variant", "gptq-w4-g128", *SMALL, "--work-dir", work, "--to", target)
+    done = bitmill("convert", DEMO_MODEL, *options, env=env)
+    assert done.returncode == 6, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not work.exists()
+    return done.stderr
+
+
+def test_a_store_without_conditional_writes_is_refused_before_any_work(bitmill: Bitmill, tmp_path: Path) -> None:
+    with careless_server(tmp_path / "served", "b-1") as endpoint:
+        said = refuse_before_work(bitmill, "s3://b-1/models", tmp_path, environment_for(endpoint))
+    assert "storage.no_conditional_writes" in said
+    assert "s3://b-1/models does not honour conditional writes" in said
+
+
+def test_a_missing_bucket_is_refused_before_any_work(bitmill: Bitmill, tmp_path: Path) -> None:
+    with S3Server(tmp_path / "s3") as server:
+        said = refuse_before_work(bitmill, "s3://not-there/models", tmp_path, server.environment)
+        assert f"bucket 'not-there' at {server.endpoint}: no such bucket" in said
+        assert f"aws s3 mb s3://not-there --endpoint-url {server.endpoint}" in said
+
+
+def test_a_read_only_directory_is_refused_before_any_work(bitmill: Bitmill, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        make_read_only(disk)
+        said = refuse_before_work(bitmill, disk, tmp_path)
+        assert f"no access to {disk}: Read-only file system" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

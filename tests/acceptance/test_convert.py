@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, Bitmill, environment
+from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, Bitmill, environment, files_below
 from tests.loopback_hub import LoopbackHub
 from tests.s3_server import S3Server
 
@@ -37,6 +37,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = done.stdout.splitlines()
     assert [Path(line).parent.name for line in lines] == ["model-gptq-w4-g128", "model-awq-w4-g128"]
     assert all((Path(line) / "manifest.json").is_file() for line in lines)
+    # What other tests look for to see that nothing was published.
+    names = ["local/model-awq-w4-g128/main", "local/model-gptq-w4-g128/main"]
+    assert [path.relative_to(target / "refs").as_posix() for path in files_below(target / "refs")] == names
     return target
 
 
@@ -52,6 +55,8 @@ def test_published_release_verifies_and_can_be_inspected(undisturbed: Path, bitm
     assert "model.layers.5.mlp.down_proj" in inspected.stdout
     facts = json.loads(bitmill("inspect", release, "--json").stdout)
     assert facts["variant"]["bits"] == 4
+    (card,) = release.glob("*/README.md")
+    assert bitmill("inspect", release, "--card").stdout == card.read_text()
 
 
 def test_damaged_release_fails_verification(undisturbed: Path, bitmill: Bitmill, tmp_path: Path) -> None:
@@ -99,7 +104,7 @@ def test_killed_run_continues_to_the_same_bytes(
         os.sched_yield()
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    assert not list(target.glob("refs/**/*.json"))
+    assert files_below(target / "refs") == []
     assert not list(target.glob("releases/**/manifest.json"))
     done = bitmill(*arguments, "--json")
     assert done.returncode == 0, done.stderr
@@ -137,4 +142,5 @@ def test_failed_gate_publishes_nothing(bitmill: Bitmill, tmp_path: Path) -> None
     assert done.stdout == ""
     assert "divergence: KL" in done.stderr
     assert "does not match" in done.stderr
-    assert not list((tmp_path / "out").glob("re*/**/*.json"))
+    assert files_below(tmp_path / "out" / "refs") == []
+    assert files_below(tmp_path / "out" / "releases") == []

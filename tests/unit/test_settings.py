@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,9 +113,54 @@ def test_endpoints_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().s3_endpoint == "http://127.0.0.1:3"
 
 
-def test_an_engine_runs_offline_and_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    found = engine_environment()
-    assert "secret" not in found.values()
-    assert found["HF_HUB_OFFLINE"] == "1"
+SECRETS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "GITHUB_TOKEN",
+    "OPENAI_API_KEY",
+    "VLLM_API_KEY",
+    "DATABASE_PASSWORD",
+    "PIP_INDEX_URL",
+    "HTTPS_PROXY",
+    "SSH_AUTH_SOCK",
+    "PYTHONPATH",
+)
+KEPT = {
+    "PATH": "/usr/bin",
+    "HOME": "/home/somebody",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C",
+    "TMPDIR": "/var/tmp",
+    "LD_LIBRARY_PATH": "/opt/lib",
+    "CUDA_VISIBLE_DEVICES": "1",
+    "NVIDIA_VISIBLE_DEVICES": "all",
+    "OMP_NUM_THREADS": "4",
+    "MKL_NUM_THREADS": "4",
+    "VLLM_USE_V1": "1",
+}
+
+
+def test_an_engine_gets_what_it_needs_to_run_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in os.environ:
+        monkeypatch.delenv(name)
+    for name in SECRETS:
+        monkeypatch.setenv(name, "secret")
+    for name, value in KEPT.items():
+        monkeypatch.setenv(name, value)
+    own = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    assert engine_environment(tmp_path) == {**KEPT, **own}
+
+
+def test_an_engine_s_hub_client_finds_no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in ("home/.cache/huggingface", "hub"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "home/.cache/huggingface/token").write_text("hf_secret")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HOME")
+    code = "import huggingface_hub; print(huggingface_hub.get_token())"
+    ours = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ours.stdout == "hf_secret\n"
+    env = engine_environment(tmp_path / "hub")
+    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert theirs.stdout == "None\n"

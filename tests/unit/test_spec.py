@@ -157,3 +157,16 @@ def test_auto_budgets_depend_on_the_bits_and_null_is_not_judged(bits: int) -> No
     assert budgets.max_kl == BUDGETS_BY_BITS[bits]["max_kl"]
     assert budgets.max_perplexity_ratio is None
     assert resolve_budgets(GateSpec(max_kl=0.5), variant).max_kl == 0.5
+
+
+def test_what_a_short_name_does_not_say_is_in_the_name_all_the_same() -> None:
+    plain = VariantSpec(method=Method.GPTQ, format=Format.GPTQ, group_size=64)
+    others = [
+        VariantSpec.model_validate({**plain.model_dump(), "name": "", **change}).name
+        for change in ({"ignore": ["re:down"]}, {"ignore": ["re:up"]}, {"damping": 0.05}, {"act_order": False})
+    ]
+    assert plain.name == "gptq-w4-g64"
+    assert len(set(others)) == 4
+    assert all(name.startswith("gptq-w4-g64-x") for name in others)
+    named = VariantSpec.model_validate({**plain.model_dump(), "name": "mine", "damping": 0.05})
+    assert named.name == "mine"

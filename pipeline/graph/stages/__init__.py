@@ -12,6 +12,7 @@ from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.evaluate import continue_part, generate, score
 from pipeline.graph.stages.pack import outer, pack
 from pipeline.graph.stages.solve import factor_group, scales, solve_range
+from pipeline.graph.stages.verify import verify
 
 ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {Kind.GENERATE: 3}
 """Part of every key: raised when a stage's code changes its output, so that stale outputs are not found."""
@@ -30,4 +31,5 @@ STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {
     Kind.SCORE: score,
     Kind.CONTINUE: continue_part,
     Kind.GENERATE: generate,
+    Kind.VERIFY: verify,
 }

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import GraphError, StorageError
+from pipeline.errors import GraphError, SourceNotFoundError, StorageError
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.outline import Source
 from pipeline.graph.shelf import Shelf, Tensors
+from pipeline.hub.source import Source as HubSource
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import Skeleton
-from pipeline.storage.work import StageWriter, WorkStore
+from pipeline.storage.work import StageWriter, WorkStore, missing_file
 from pipeline.tensors.local import read_file_tensors
 from pipeline.tensors.reader import FileStamp
 from pipeline.tensors.writer import write_safetensors
@@ -43,20 +44,22 @@ class JobContext:
     """What every work unit of a job needs to know; no part of any key.
 
     Attributes:
-        work_root: Folder of the work store, reachable by every worker.
+        work_url: Where the work store is; every worker opens it with its own environment.
         source_folder: Folder with the source's files.
+        streamed: The source on its hub when its weights are streamed; None when they are in ``source_folder``.
         source_commit: The source's commit, or the fingerprint of its files' digests.
         stamps: What each weights file was when its digest was taken.
         device: ``cpu`` or ``cuda``.
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
     """
 
-    work_root: str
+    work_url: str
     source_folder: str
     source_commit: str
     stamps: tuple[tuple[str, FileStamp], ...]
     device: str
     shelf_bytes: int
+    streamed: HubSource | None = None
 
 
 FetchFrom = Callable[[str, str], Tensors]
@@ -147,7 +150,11 @@ class Call:
             StorageError: when it is gone or damaged.
         """
         path = self.work.open_checked(*place, OUTPUT)
-        found = read_file_tensors(path, lambda name: name.startswith(prefix))
+        try:
+            found = read_file_tensors(path, lambda name: name.startswith(prefix))
+        except (FileNotFoundError, SourceNotFoundError) as error:
+            # Another run has discarded it since the check: saved hidden states are dropped by whoever is done first.
+            raise missing_file(*place, OUTPUT, self.work.url) from error
         return {name: tensor.to(self.context.device) for name, tensor in found.items()}
 
     def summary(self, need: WorkUnit) -> dict[str, Any]:
@@ -159,7 +166,7 @@ class Call:
         record = self.work.lookup(*need.place)
         if record is None:
             raise StorageError(
-                f"{need.title} is not in {self.work.root} any more",
+                f"{need.title} is not in {self.work.url} any more",
                 code="storage.missing_stage",
                 context=need.place._asdict(),
             )

@@ -130,7 +130,7 @@ def generate(call: Call) -> dict[str, Any]:
         ends = [call.get(need) for need in call.needs(Kind.CONTINUE)]
         continued = [end["ids"][int(end["num_own"]) :].tolist() for end in ends]
         return {"continuations": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in continued]}
-    load = BlockCache(VariantReader(call), skeleton.dtype)
+    load = BlockCache(VariantReader(call), skeleton.dtype, call.context.shelf_bytes)
     skeleton.attach_outer(outer_weights(call))
     found = []
     for prompt in call.params["prompts"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def check_engine(
     max_tokens: int,
     cache_dir: Path,
     on_line: Callable[[str], None],
+    known: Sequence[str] = (),
 ) -> Check:
     """Return whether the engine, unmodified, computes what the project's own loader computes.
 
@@ -109,6 +111,7 @@ def check_engine(
         max_tokens: Tokens to generate for each prompt.
         cache_dir: Where environments are kept.
         on_line: Told what takes long.
+        known: Sentences that say why the engine does not load such a release, for the detail of a failed check.
 
     Raises:
         EngineError: when the environment cannot be made.
@@ -116,22 +119,29 @@ def check_engine(
     python = ensure_environment(engine, cache_dir, on_line) / "bin" / "python"
     on_line(f"loading {release_folder.name[:12]} in {engine}")
     with tempfile.TemporaryDirectory(prefix="bitmill-engine-") as name:
-        out = Path(name)
+        out, hub_home = Path(name), Path(name) / "hub"
+        hub_home.mkdir()
         (out / "job.json").write_text(json.dumps({"prompts": [ids for _, ids in prompts], "max_tokens": max_tokens}))
         script = resources.files("pipeline.validate.engines") / f"run_{engine}.py"
         command = [str(python), str(script), str(release_folder), str(out / "job.json"), str(out)]
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, env=engine_environment(), timeout=ENGINE_TIMEOUT_S, check=False
+                command,
+                capture_output=True,
+                text=True,
+                env=engine_environment(hub_home),
+                timeout=ENGINE_TIMEOUT_S,
+                check=False,
             )
         except subprocess.TimeoutExpired:
-            return Check(name="engine", passed=False, detail=f"{engine}: no answer within {ENGINE_TIMEOUT_S:.0f} s")
+            return _failed(f"{engine}: no answer within {ENGINE_TIMEOUT_S:.0f} s", known)
         if done.returncode:
-            said = " / ".join(done.stderr.strip().splitlines()[-3:])
-            return Check(name="engine", passed=False, detail=f"{engine} cannot run the release: {said}")
+            # What is known explains the failure better than its traceback does.
+            said = " / ".join(done.stderr.strip().splitlines()[-1 if known else -3 :])
+            return _failed(f"{engine} cannot run the release: {said}", known)
         result = json.loads((out / "result.json").read_text())
         logits = read_file_tensors(out / "logits.safetensors")
-    return judge_engine(engine, result, logits, reference, prompts)
+    return judge_engine(engine, result, logits, reference, prompts, known)
 
 
 def judge_engine(
@@ -140,15 +150,36 @@ def judge_engine(
     logits: dict[str, Tensor],
     reference: Callable[[Sequence[int]], Tensor],
     prompts: Sequence[tuple[str, list[int]]],
+    known: Sequence[str] = (),
 ) -> Check:
-    """Return the check of an engine's answers: each token it chose, and all logits, against the reference."""
-    found, worst_error = Agreement(), 0.0
-    for number, ((_, ids), sequence) in enumerate(zip(prompts, result["sequences"], strict=True)):
-        ours_LV, theirs_LV = reference(sequence), logits[str(number)]
-        worst_error = max(worst_error, float((theirs_LV - ours_LV).norm() / ours_LV.norm()))
-        found += compare_choices(ours_LV, sequence, len(ids))
+    """Return the check of an engine's answers: each token it chose, and all logits, against the reference.
+
+    Args:
+        engine: Name of the engine.
+        result: ``sequences`` (prompts with continuations, token ids), ``versions``, ``dtype`` and ``tokens_per_s``.
+        logits: float32 [length, vocabulary] of each sequence under its number.
+        reference: Token ids to float32 logits [length, vocabulary].
+        prompts: Texts with their token ids.
+        known: Sentences that explain a failure.
+    """
     versions = ", ".join(f"{name} {number}" for name, number in sorted(result["versions"].items()))
-    detail = f"{engine} ({versions}; {result['dtype']}): {found.words}, relative logit error {worst_error:.4f}"
+    label = f"{engine} ({versions}; {result['dtype']})"
+    found, errors = Agreement(), []
+    for number, ((_, ids), sequence) in enumerate(zip(prompts, result["sequences"], strict=True)):
+        theirs_LV = logits[str(number)]
+        # The prompt tells the vocabulary: tokens of a wider one would not even be found in our embedding.
+        wanted = [len(sequence), reference(ids).shape[-1]]
+        if list(theirs_LV.shape) != wanted:
+            fault = f"the engine's logits of prompt {number} are {list(theirs_LV.shape)}, not {wanted}"
+            return _failed(f"{label}: {fault}", known)
+        ours_LV = reference(sequence)
+        for whose, rows_LV in (("the engine's", theirs_LV), ("the reference's", ours_LV)):
+            if not bool(rows_LV.isfinite().all()):
+                return _failed(f"{label}: {whose} logits of prompt {number} are not all finite", known)
+        errors.append(float((theirs_LV - ours_LV).norm() / ours_LV.norm()))
+        found += compare_choices(ours_LV, sequence, len(ids))
+    worst_error = _worst(errors)
+    detail = f"{label}: {found.words}, relative logit error {worst_error:.4f}"
     figures = {
         "tokens_agreeing": float(found.agreeing),
         "tokens_total": float(found.total),
@@ -156,5 +187,16 @@ def judge_engine(
         "max_relative_logit_error": worst_error,
         "tokens_per_s": result["tokens_per_s"],
     }
-    passed = found.is_near and worst_error <= MAX_LOGIT_ERROR
-    return Check(name="engine", passed=passed, detail=detail, figures=figures)
+    if not found.is_near or not worst_error <= MAX_LOGIT_ERROR:
+        return _failed(detail, known, {name: value for name, value in figures.items() if math.isfinite(value)})
+    return Check(name="engine", passed=True, detail=detail, figures=figures)
+
+
+def _worst(values: Sequence[float]) -> float:
+    """Return the largest value; NaN (nothing over nothing) counts as larger than any."""
+    return max(values, key=lambda value: (math.isnan(value), value), default=math.nan)
+
+
+def _failed(detail: str, known: Sequence[str], figures: dict[str, float] | None = None) -> Check:
+    """Return a failed check that ends with what is known of such failures."""
+    return Check(name="engine", passed=False, detail=". ".join((detail, *known)), figures=figures or {})

@@ -173,6 +173,25 @@ def test_uniform_compressed_configuration_targets_the_class() -> None:
     assert config["ignore"] == ["lm_head"]
 
 
+@pytest.mark.parametrize(
+    ("symmetric", "shape", "unpacks"),
+    [(False, _uniform, True), (False, _some_kept, True), (False, _mixed_groups, False), (True, _uniform, False)],
+)
+def test_asymmetric_files_of_one_grid_are_unpacked_while_loading(symmetric: bool, shape: Any, unpacks: bool) -> None:
+    from transformers import CompressedTensorsConfig
+
+    variant = parse_variant("rtn-w4-g64" if symmetric else "rtn-w4-g64-asym")
+    schemes = {
+        name: None if scheme is None else Scheme(scheme.bits, scheme.group_size, symmetric)
+        for name, scheme in shape(Format.COMPRESSED_TENSORS).items()
+    }
+    config = _written(Format.COMPRESSED_TENSORS, schemes, variant)
+    assert config.get("dequantize", False) is unpacks
+    # transformers takes the key from the file, and our own reader passes over it.
+    assert CompressedTensorsConfig.from_dict(dict(config)).dequantize is unpacks
+    assert _read(config, schemes) == schemes
+
+
 def _as_vllm_reads(config: Mapping[str, Any], name: str) -> tuple[int, int] | None:
     """Return bits and group size of a (possibly fused) linear as vLLM's gptq code finds them."""
     for pattern, over in config.get("dynamic", {}).items():

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.fingerprint import digest_file
 from pipeline.graph.build import Inputs
-from pipeline.graph.convert import gather_inputs
+from pipeline.graph.convert import gather_inputs, load_texts
 from pipeline.hub.fetch import FetchedSource, fetch
 from pipeline.hub.source import pin_source
 from pipeline.settings import Settings
@@ -63,7 +63,7 @@ def gather(settings: Settings) -> Callable[..., Inputs]:
     """Return ``gather(spec, device)``: the inputs of a conversion."""
 
     def inputs(spec: ConversionSpec, device: str = "cpu") -> Inputs:
-        return gather_inputs(spec, fetched(spec, settings), settings, device)
+        return gather_inputs(spec, fetched(spec, settings), load_texts(spec, settings), device)
 
     return inputs
 

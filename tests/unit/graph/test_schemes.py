@@ -27,14 +27,14 @@ def test_divisible_matrices_get_the_variant_s_scheme() -> None:
     assert [plan.note for plan in plans.values()] == [""] * 3
 
 
-@pytest.mark.parametrize("name", ["gptq-w4-g128", "awq-w4-g128"])
+@pytest.mark.parametrize("name", ["gptq-w4-g128", "awq-w4-g128", "awq-w4-g128-ct"])
 def test_one_size_is_lowered_for_the_whole_checkpoint(name: str) -> None:
     plans = plan_matrices(parse_variant(name), MODEL)
     assert {plan.scheme.group_size for plan in plans.values() if plan.scheme} == {64}
     assert all("128 does not divide every in_features" in plan.note for plan in plans.values())
 
 
-def test_compressed_tensors_lowers_only_where_needed() -> None:
+def test_symmetric_compressed_tensors_lowers_only_where_needed() -> None:
     plans = plan_matrices(parse_variant("gptq-w4-g128-ct"), MODEL)
     assert [plan.scheme.group_size for plan in plans.values() if plan.scheme] == [64, 64, 128]
     assert plans["model.layers.0.mlp.down"].note == ""

@@ -4,43 +4,59 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import CalibrationError
-from pipeline.graph import build, stages
-from pipeline.graph.build import Inputs, build_units
-from pipeline.graph.dag import Kind, reachable_units
+from pipeline.graph import build, identity
+from pipeline.graph.build import Inputs, JobUnits, build_units
+from pipeline.graph.cost import CPU_RATES, CostModel
+from pipeline.graph.dag import Kind, WorkUnit, reachable_units
+from pipeline.graph.driver import Tuning
+from pipeline.graph.stages import ALGORITHM_VERSIONS
+from pipeline.quantize.solve import TILE_ROWS
 from pipeline.spec import ConversionSpec, parse_variant
 
 MakeSpec = Callable[..., ConversionSpec]
 Gather = Callable[..., Inputs]
 UP = "model.layers.1.mlp.up_proj.weight"
+TUNING = Tuning(spans=2, solve_s=20.0)
+GPTQ, AWQ = "gptq-w4-g64", "awq-w4-g64"
+PASSING = {Kind.EMBED, Kind.CALIBRATE, Kind.ADD, Kind.FACTOR, Kind.FORWARD}
+FREE = replace(CPU_RATES, weight_bytes=1e18, peer_bytes=1e18, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9)
+"""Rates at which nothing keeps a chain from being cut into as many spans as asked for."""
 
+Place = tuple[Kind, int, str]
 Keys = dict[tuple[Kind, int, str, str], list[str]]
 
 
-def keys(inputs: Inputs) -> Keys:
-    """Return the keys of all units by kind, block, variant and label."""
-    units = build_units(inputs)
+def every(inputs: Inputs, tuning: Tuning = TUNING) -> list[WorkUnit]:
+    return reachable_units(build_units(inputs, tuning).goals)
+
+
+def keys(inputs: Inputs, tuning: Tuning = TUNING) -> Keys:
+    """Return the keys of all units by kind, block, variant and label (for what has none, its chain)."""
     found: Keys = {}
-    for unit in reachable_units(units.goals):
-        found.setdefault((unit.kind, unit.block, unit.variant, unit.label), []).append(unit.key)
+    for unit in every(inputs, tuning):
+        place = (unit.kind, unit.block, unit.variant, unit.label or unit.home.partition(":")[0])
+        found.setdefault(place, []).append(unit.key)
     return {place: sorted(own) for place, own in found.items()}
 
 
-def changed(before: Keys, after: Keys) -> set[tuple[Kind, int, str]]:
+def changed(before: Keys, after: Keys) -> set[Place]:
     """Return kind, block and variant of the units whose keys differ."""
     assert before.keys() == after.keys()
     return {place[:3] for place in before if not set(before[place]) & set(after[place])}
 
 
-def every_unit(found: Keys) -> set[tuple[Kind, int, str]]:
-    return {place[:3] for place in found}
+def places(found: Keys, accept: Callable[[Place], bool] = lambda place: True) -> set[Place]:
+    return {place[:3] for place in found if accept(place[:3])}
 
 
 def copy_changed(source: Path, folder: Path, tensor: str, both_blocks_in_one_file: bool = True) -> Path:
@@ -62,11 +78,32 @@ def copy_changed(source: Path, folder: Path, tensor: str, both_blocks_in_one_fil
 
 
 def test_all_keys_differ_from_each_other(make_spec: MakeSpec, gather: Gather) -> None:
-    units = reachable_units(build_units(gather(make_spec())).goals)
+    units = every(gather(make_spec()))
     assert len({unit.key for unit in units}) == len(units)
-    # 2 slices x (embed + 2 blocks), 2 merges, held-out 1 x 3, outer, source generation; per variant 8 solves, 2 packs,
-    # 1 evaluation, 1 generation; 8 scales for AWQ.
-    assert len(units) == 6 + 2 + 3 + 2 + 2 * 12 + 8
+    counts = {kind: sum(unit.kind is kind for unit in units) for kind in Kind}
+    # Two calibration spans and one of held-out text, two blocks of four groups, two variants.
+    assert counts == {
+        Kind.EMBED: 2 + 1,
+        Kind.CALIBRATE: 2 * 2,
+        Kind.ADD: 0,
+        Kind.MERGE: 8,
+        Kind.FACTOR: 8,
+        Kind.SCALES: 8,
+        Kind.SOLVE: 2 * 8,
+        Kind.PACK: 2 * 2,
+        Kind.OUTER: 1,
+        Kind.FORWARD: 2 + 2 * 2,
+        Kind.SCORE: 2,
+        Kind.GENERATE: 1 + 2,
+        Kind.VERIFY: 0,
+    }
+
+
+def test_what_others_can_use_again_is_durable(make_spec: MakeSpec, gather: Gather) -> None:
+    units = every(gather(make_spec()))
+    assert {unit.kind for unit in units if not unit.is_durable} == PASSING - {Kind.ADD}
+    # Files are only verified at the end where weights were streamed.
+    assert {unit.kind for unit in units if unit.is_durable} == set(Kind) - PASSING - {Kind.VERIFY}
 
 
 def test_keys_do_not_know_paths_targets_names_or_costs(
@@ -76,46 +113,137 @@ def test_keys_do_not_know_paths_targets_names_or_costs(
     moved = shutil.copytree(llama, tmp_path / "elsewhere" / "other-name")
     text = tmp_path / "same text elsewhere.txt"
     shutil.copyfile(tmp_path / "calibration.txt", text)
-    monkeypatch.setattr(build, "_solve_flops", lambda group: 1.0)
+    slow = replace(FREE, forward_flops=1.0, column_flops=1.0, factor_flops=1.0, touched_bytes=1.0)
+    monkeypatch.setattr(build, "cost_model", lambda device: CostModel(slow, 1024))
     spec = make_spec(
         source=str(moved), targets=[str(tmp_path / "a")], release="team/name", calibration={"text": str(text)}
     )
     assert keys(gather(spec)) == before
 
 
+def durable(units: Iterable[WorkUnit]) -> dict[str, WorkUnit]:
+    return {unit.key: unit for unit in units if unit.is_durable}
+
+
+@pytest.mark.parametrize("number", [1, 3, 8])
+def test_spans_are_in_no_key_of_anything_stored(make_spec: MakeSpec, gather: Gather, number: int) -> None:
+    inputs = gather(make_spec(calibration={"samples": 12, "slice_sequences": 2}, gates={"heldout_samples": 12}))
+    two, many = every(inputs), every(inputs, Tuning(number, TUNING.solve_s))
+    assert durable(two).keys() == durable(many).keys()
+    assert {place for unit in two for place in unit.saves} == {place for unit in many for place in unit.saves}
+    spans = [{unit.key for unit in units if unit.kind is Kind.CALIBRATE} for units in (two, many)]
+    assert spans[0] != spans[1]
+    factors = [{unit.key for unit in units if unit.kind is Kind.FACTOR} for units in (two, many)]
+    assert factors[0] == factors[1]
+
+
+def test_a_solve_s_rows_are_in_its_own_key_and_in_no_other(
+    make_spec: MakeSpec, gather: Gather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A range of rows is a piece of something: equal pieces have equal keys, and nobody downstream knows the pieces."""
+    monkeypatch.setitem(TILE_ROWS, "cpu", 64)
+    inputs = gather(make_spec())
+    whole, halves, tiles = (every(inputs, Tuning(2, solve_s)) for solve_s in (20.0, 0.02, 1e-9))
+
+    def solves(units: Iterable[WorkUnit]) -> dict[tuple[Any, ...], str]:
+        return {(u.params["identity"], tuple(u.params["rows"])): u.key for u in units if u.kind is Kind.SOLVE}
+
+    def rest(units: Iterable[WorkUnit]) -> set[str]:
+        return {key for key, unit in durable(units).items() if unit.kind is not Kind.SOLVE}
+
+    assert len(solves(whole)) < len(solves(halves)) < len(solves(tiles))
+    assert rest(whole) == rest(halves) == rest(tiles)
+    assert {identity for identity, _ in solves(whole)} == {identity for identity, _ in solves(tiles)}
+    # Groups of one tile cannot be cut, so they are the same pieces in every cut.
+    common = solves(whole).keys() & solves(tiles).keys()
+    assert {place: solves(whole)[place] for place in common} == {place: solves(tiles)[place] for place in common}
+    assert len(set(solves(whole).values()) | set(solves(halves).values()) | set(solves(tiles).values())) == len(
+        solves(whole).keys() | solves(halves).keys() | solves(tiles).keys()
+    )
+
+
+def test_row_ranges_cover_a_group_once(make_spec: MakeSpec, gather: Gather, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TILE_ROWS, "cpu", 64)
+    inputs = gather(make_spec())
+    by_identity: dict[str, list[WorkUnit]] = {}
+    for unit in every(inputs, Tuning(2, 0.01)):
+        if unit.kind is Kind.SOLVE:
+            by_identity.setdefault(unit.params["identity"], []).append(unit)
+    for parts in by_identity.values():
+        rows = sorted(tuple(part.params["rows"]) for part in parts)
+        group = inputs.outline.groups[parts[0].block][parts[0].params["group"]]
+        assert rows[0][0] == 0
+        assert [low for low, _ in rows[1:]] == [high for _, high in rows[:-1]]
+        assert rows[-1][1] == sum(linear.out_features for linear in group.linears)
+        assert all(low % 64 == 0 for low, _ in rows)
+
+
 def test_more_variants_change_no_key_of_the_others(make_spec: MakeSpec, gather: Gather) -> None:
     both = keys(gather(make_spec()))
-    alone = keys(gather(make_spec(variants=["awq-w4-g64"])))
-    assert alone == {place: own for place, own in both.items() if place[2] != "gptq-w4-g64"}
+    alone = keys(gather(make_spec(variants=[AWQ])))
+    # Factors belong to no variant, and AWQ needs none.
+    kept = {place: own for place, own in both.items() if place[2] != GPTQ and place[0] is not Kind.FACTOR}
+    assert alone == kept
+
+
+def test_variants_that_differ_in_the_grid_share_statistics_and_factors(make_spec: MakeSpec, gather: Gather) -> None:
+    units = every(gather(make_spec(variants=[GPTQ, "gptq-w4-g64-ct-asym", "gptq-w8-g64"])))
+    assert sum(unit.kind is Kind.MERGE for unit in units) == 8
+    assert sum(unit.kind is Kind.FACTOR for unit in units) == 8
+    assert sum(unit.kind is Kind.SOLVE for unit in units) == 3 * 8
+
+
+def test_a_format_changes_packs_only(make_spec: MakeSpec, gather: Gather) -> None:
+    symmetric = parse_variant(GPTQ).model_dump()
+    both = [{**symmetric, "name": "a"}, {**symmetric, "name": "b", "format": "compressed-tensors"}]
+    units = every(gather(make_spec(variants=both)))
+    assert sum(unit.kind is Kind.SOLVE for unit in units) == 8
+    assert sum(unit.kind is Kind.PACK for unit in units) == 2 * 2
 
 
 def test_budgets_change_no_key(make_spec: MakeSpec, gather: Gather) -> None:
     assert keys(gather(make_spec(gates={"max_kl": 9.0}))) == keys(gather(make_spec()))
 
 
+def test_prompts_change_continuations_only(make_spec: MakeSpec, gather: Gather) -> None:
+    before = keys(gather(make_spec()))
+    for gates in ({"generated_tokens": 9}, {"prompts": [{"prompt": "Once"}]}):
+        touched = changed(before, keys(gather(make_spec(gates=gates))))
+        assert touched == places(before, lambda place: place[0] is Kind.GENERATE)
+
+
+def test_other_held_out_tokens_change_what_is_judged_by_them_only(make_spec: MakeSpec, gather: Gather) -> None:
+    before = keys(gather(make_spec()))
+    after = keys(gather(make_spec(gates={"heldout_length": 24})))
+    touched = {place for place in before if before[place] != after[place]}
+    assert {place[0] for place in touched} == {Kind.EMBED, Kind.FORWARD, Kind.SCORE}
+    assert not any(place[3] == "calibration" for place in touched)
+
+
 def test_other_calibration_tokens_change_everything_that_saw_them(make_spec: MakeSpec, gather: Gather) -> None:
     before = keys(gather(make_spec()))
     after = keys(gather(make_spec(calibration={"length": 40})))
-    untouched = {(Kind.OUTER, -1, ""), (Kind.GENERATE, -1, "")}
-    touched = changed(before, after)
-    # Held-out slices share kind and block with the calibration's, so their places keep a key.
-    assert every_unit(before) - touched == untouched | {
-        (Kind.EMBED, -1, ""),
-        *((Kind.CALIBRATE, b, "") for b in (0, 1)),
+    untouched = {place for place in before if before[place] == after[place]}
+    assert untouched == {
+        (Kind.OUTER, -1, "", ""),
+        (Kind.GENERATE, -1, "", ""),
+        (Kind.EMBED, -1, "", "held-out"),
+        (Kind.FORWARD, 0, "", "held-out"),
+        (Kind.FORWARD, 1, "", "held-out"),
     }
 
 
 def test_slices_are_part_of_the_result(make_spec: MakeSpec, gather: Gather) -> None:
     before = keys(gather(make_spec()))
     after = keys(gather(make_spec(calibration={"slice_sequences": 3})))
-    assert {(Kind.MERGE, 0, ""), (Kind.PACK, 1, "gptq-w4-g64")} <= changed(before, after)
+    assert {(Kind.MERGE, 0, ""), (Kind.PACK, 1, GPTQ)} <= changed(before, after)
 
 
 def test_a_solver_option_changes_its_variant_only(make_spec: MakeSpec, gather: Gather) -> None:
     before = keys(gather(make_spec()))
-    damped = parse_variant("gptq-w4-g64").model_copy(update={"damping": 0.05})
-    after = keys(gather(make_spec(variants=[damped.model_dump(), "awq-w4-g64"])))
-    own = {place for place in every_unit(before) if place[2] == "gptq-w4-g64"}
+    damped = parse_variant(GPTQ).model_copy(update={"damping": 0.05})
+    after = keys(gather(make_spec(variants=[damped.model_dump(), AWQ])))
+    own = places(before, lambda place: place[2] == GPTQ or place[0] is Kind.FACTOR)
     assert changed(before, after) == own
 
 
@@ -124,8 +252,8 @@ def test_a_changed_weight_changes_its_block_and_what_follows(
 ) -> None:
     before = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "a", "", False)))))
     after = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "b", UP, False)))))
-    first_block = {place for place in every_unit(before) if place[1] == 0}
-    assert every_unit(before) - changed(before, after) == first_block | {(Kind.EMBED, -1, ""), (Kind.OUTER, -1, "")}
+    first_block = places(before, lambda place: place[1] == 0)
+    assert places(before) - changed(before, after) == first_block | {(Kind.EMBED, -1, ""), (Kind.OUTER, -1, "")}
 
 
 def test_a_weight_in_the_only_file_changes_everything(
@@ -133,22 +261,47 @@ def test_a_weight_in_the_only_file_changes_everything(
 ) -> None:
     before = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "a", "")))))
     after = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "b", UP)))))
-    assert changed(before, after) == every_unit(before)
+    assert changed(before, after) == places(before)
 
 
-def test_config_device_and_algorithm_version_change_everything(
+def test_config_device_and_package_versions_change_everything(
     make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = keys(gather(make_spec()))
     folder = shutil.copytree(llama, tmp_path / "b")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
-    assert changed(before, keys(gather(make_spec(source=str(folder))))) == every_unit(before)
-    assert changed(before, keys(gather(make_spec(), "cuda"))) == every_unit(before)
-    versions = {**stages.ALGORITHM_VERSIONS, Kind.SCALES: 2}
-    monkeypatch.setattr(build, "ALGORITHM_VERSIONS", versions)
-    own = {place for place in every_unit(before) if place[2] == "awq-w4-g64"}
-    assert changed(before, keys(gather(make_spec()))) == own
+    assert changed(before, keys(gather(make_spec(source=str(folder))))) == places(before)
+    assert changed(before, keys(gather(make_spec(), "cuda"))) == places(before)
+    monkeypatch.setattr(identity, "version", lambda name: "99.0")
+    assert changed(before, keys(gather(make_spec()))) == places(before)
+
+
+def downstream(units: JobUnits, kind: Kind) -> set[str]:
+    """Return the keys of the units of a kind and of all that read them, directly or not."""
+    found: dict[str, bool] = {}
+
+    def reads(unit: WorkUnit) -> bool:
+        if unit.key not in found:
+            readers = [reads(need) for need in unit.needs]  # all of them: each one is remembered
+            found[unit.key] = any(readers) or unit.kind is kind
+        return found[unit.key]
+
+    for goal in units.goals:
+        reads(goal)
+    return {key for key, is_reader in found.items() if is_reader}
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_an_algorithm_s_version_is_in_the_keys_of_all_that_comes_from_it(
+    kind: Kind, make_spec: MakeSpec, gather: Gather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = gather(make_spec())
+    before = build_units(inputs, TUNING)
+    monkeypatch.setitem(ALGORITHM_VERSIONS, kind, 99)
+    after = {unit.key for unit in every(inputs)}
+    all_keys = {unit.key for unit in reachable_units(before.goals)}
+    assert all_keys - after == downstream(before, kind)
 
 
 def test_held_out_tokens_of_the_same_text_follow_the_calibration_s(

@@ -52,3 +52,8 @@ def test_cards_of_folders(tmp_path: Path) -> None:
     assert "cannot be read" in read_card(tmp_path).problem
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     assert read_card(tmp_path) == SourceCard(license="mit")
+
+
+def test_the_demo_model_states_its_licence() -> None:
+    card = read_card(Path(__file__).parents[3] / "jobs" / "demo" / "model")
+    assert card == SourceCard(license="apache-2.0")

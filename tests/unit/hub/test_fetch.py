@@ -433,3 +433,24 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(settings: Settings, f
     (folder / WEIGHTS).unlink()
     with pytest.raises(SourceNotFoundError, match="No such file"):
         fetch(source, settings)
+
+
+def test_weights_can_stay_on_the_hub_and_are_known_by_what_it_announces(
+    hub: LoopbackHub, settings: Settings, source: Source, model_files: dict[str, bytes]
+) -> None:
+    fetched = fetch(source, settings, with_weights=False)
+    assert fetched.digests == fetch(source, settings).digests
+    assert not [path for path in source.weight_files if path not in fetched.digests]
+    hub.requests.clear()
+    again = dataclasses.replace(settings, cache_dir=settings.cache_dir / "other")
+    fetch(source, again, with_weights=False)
+    assert not [request for request in hub.requests if request.path.endswith(".safetensors")]
+    assert not list(again.cache_dir.rglob("*.safetensors"))
+
+
+def test_weights_without_an_announced_digest_do_not_stay(settings: Settings, source: Source) -> None:
+    files = tuple(dataclasses.replace(file, sha256=None) for file in source.files)
+    with pytest.raises(SourceError, match=r"00001-of-00002\.safetensors: the hub states no SHA-256") as caught:
+        fetch(dataclasses.replace(source, files=files), settings, with_weights=False)
+    assert caught.value.code == "source.no_digest"
+    assert "--stream" in caught.value.hint

@@ -21,6 +21,8 @@ from pipeline.observe.events import (
     StageFinished,
     VariantJudged,
     Warned,
+    WorkersReady,
+    WorkersStarting,
     to_json,
 )
 from pipeline.observe.terminal import one_line, printable
@@ -34,6 +36,8 @@ EVERY_EVENT: tuple[Event, ...] = (
     Published("a", "acme/tiny-a", "r1", "/srv/r1", 100),
     Failed("graph.failed", "a worker died", "run it again"),
     SourceAdvanced("model.safetensors", 5, 10),
+    WorkersStarting(2),
+    WorkersReady(1, 2),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,8 @@ from pipeline.observe.events import (
     StageFinished,
     VariantJudged,
     Warned,
+    WorkersReady,
+    WorkersStarting,
 )
 from pipeline.observe.progress import JsonProgress, LiveProgress, PlainProgress, ProgressMode, make_sink
 
@@ -46,8 +49,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def solved(block: int, variant: str = "gptq-w4-g128") -> StageFinished:
-    return StageFinished(Phase.SOLVE, 1.0, 1.0, block=block, variant=variant, group="mlp.down_proj", loss=0.0123)
+def solved(block: int, variant: str = "gptq-w4-g128", seconds: float = 1.0) -> StageFinished:
+    return StageFinished(Phase.SOLVE, seconds, 1.0, block=block, variant=variant, group="mlp.down_proj", loss=0.0123)
 
 
 @pytest.fixture
@@ -73,15 +76,17 @@ def frame(sink: LiveProgress, width: int = 80) -> str:
 def test_plain_lines_come_at_a_phase_s_ends_and_then_at_most_every_few_seconds(clock: Clock) -> None:
     stream = io.StringIO()
     sink = PlainProgress(stream, clock, interval_s=5.0)
-    sink.emit(JOB)
-    for block in range(6):
+    sink.emit(JobStarted("acme/tiny", JOB.variants, 12, (PhaseWork(Phase.SOLVE, 12, 12.0),)))
+    for block in range(12):
         clock.now_s += 2.0
-        sink.emit(solved(block))
+        sink.emit(solved(block, seconds=2.0))
     assert stream.getvalue().splitlines() == [
-        "[0:00:00] acme/tiny: 3 blocks, variants gptq-w4-g128, awq-w4-g128",
-        "[0:00:02] solve 1/6, gptq-w4-g128, block 0 mlp.down_proj, loss 0.0123, about 10 s left",
-        "[0:00:08] solve 4/6, gptq-w4-g128, block 3 mlp.down_proj, loss 0.0123, about 4 s left",
-        "[0:00:12] solve 6/6, gptq-w4-g128, block 5 mlp.down_proj, loss 0.0123",
+        "[0:00:00] acme/tiny: 12 blocks, variants gptq-w4-g128, awq-w4-g128",
+        "[0:00:02] solve 1/12, gptq-w4-g128, block 0 mlp.down_proj, loss 0.0123",
+        "[0:00:08] solve 4/12, gptq-w4-g128, block 3 mlp.down_proj, loss 0.0123",
+        "[0:00:14] solve 7/12, gptq-w4-g128, block 6 mlp.down_proj, loss 0.0123, about 10 s left",
+        "[0:00:20] solve 10/12, gptq-w4-g128, block 9 mlp.down_proj, loss 0.0123, about 4 s left",
+        "[0:00:24] solve 12/12, gptq-w4-g128, block 11 mlp.down_proj, loss 0.0123",
     ]
 
 
@@ -114,10 +119,74 @@ def test_files_on_their_way_are_told_before_the_job_starts(clock: Clock, live: t
         sink.emit(event)
         live[0].emit(event)
         clock.now_s += 2.0
-        assert f"source files {done_bytes} GB of 16 GB" in frame(live[0])
+        assert ("planning" if done_bytes == 16 else f"source files {done_bytes} GB of 16 GB") in frame(live[0])
     assert stream.getvalue().splitlines() == [
         "[0:00:00] source files 4 GB of 16 GB",
         "[0:00:06] source files 16 GB of 16 GB",
+    ]
+
+
+def test_the_start_of_workers_is_told_before_there_is_a_plan(clock: Clock, live: tuple[LiveProgress, Console]) -> None:
+    stream = io.StringIO()
+    plain = PlainProgress(stream, clock)
+    said = []
+    for event in (
+        SourceAdvanced("model.safetensors", 9, 9),
+        WorkersStarting(2),
+        WorkersReady(1, 2),
+        JOB,
+        WorkersReady(2, 2),
+    ):
+        plain.emit(event)
+        live[0].emit(event)
+        clock.now_s += 4.0
+        said.append(" ".join(frame(live[0]).splitlines()[1].split()))
+    assert stream.getvalue().splitlines()[1:4] == [
+        "[0:00:04] starting 2 workers",
+        "[0:00:08] 1 of 2 workers ready",
+        "[0:00:12] acme/tiny: 3 blocks, variants gptq-w4-g128, awq-w4-g128",
+    ]
+    assert said == [
+        "planning 4 s",
+        "starting 2 workers 8 s",
+        "starting 2 workers 12 s",
+        "acme/tiny 16 s · 1 of 2 workers",
+        "acme/tiny 20 s",
+    ]
+
+
+def test_what_an_earlier_run_did_is_shown_as_done_in_every_row(
+    clock: Clock, live: tuple[LiveProgress, Console]
+) -> None:
+    sink, _ = live
+    work = (PhaseWork(Phase.SOLVE, 6, 6.0), PhaseWork(Phase.PACK, 6, 6.0), PhaseWork(Phase.EVALUATE, 2, 2.0))
+    sink.emit(JobStarted("acme/tiny", JOB.variants, 3, work))
+    for block in range(3):
+        for variant in JOB.variants:
+            for phase, error in ((Phase.PACK, 0.1), (Phase.SOLVE, None)):
+                sink.emit(
+                    StageFinished(
+                        phase, 0.0, 1.0, block, variant, relative_error=error and error + 0.01 * block, reused=True
+                    )
+                )
+    lines = [" ".join(line.split()) for line in frame(sink).splitlines()]
+    assert [line.split()[-3:] for line in lines[3:5]] == [["6/6", "6", "reused"]] * 2
+    assert lines[8:] == [f"{variant} 3/3 - 12 % - evaluating" for variant in JOB.variants]
+
+
+def test_the_place_in_the_blocks_never_jumps_back(clock: Clock, live: tuple[LiveProgress, Console]) -> None:
+    sink, _ = live
+    work = (PhaseWork(Phase.CALIBRATE, 9, 9.0), PhaseWork(Phase.EVALUATE, 9, 9.0))
+    sink.emit(JobStarted("acme/tiny", JOB.variants, 3, work))
+    notes = []
+    for phase, block in ((Phase.CALIBRATE, 0), (Phase.CALIBRATE, 2), (Phase.CALIBRATE, 1), (Phase.EVALUATE, 2)):
+        sink.emit(StageFinished(phase, 1.0, 1.0, block=block))
+        notes.append([re.findall(r"\d/9.*", line)[0].split() for line in frame(sink).splitlines()[3:5]])
+    assert notes == [
+        [["1/9", "block", "1/3"], ["0/9"]],
+        [["2/9", "block", "3/3"], ["0/9"]],
+        [["3/9", "block", "3/3"], ["0/9"]],
+        [["3/9", "block", "3/3"], ["1/9"]],
     ]
 
 
@@ -139,17 +208,22 @@ def test_json_is_one_object_per_event(clock: Clock) -> None:
 
 def test_the_live_view_shows_phases_variants_time_and_loss(clock: Clock, live: tuple[LiveProgress, Console]) -> None:
     sink, _ = live
-    sink.emit(JOB)
-    clock.now_s += 65.0
-    sink.emit(StageFinished(Phase.SOLVE, 65.0, 1.0, 0, "gptq-w4-g128", loss=0.0123, relative_error=0.0412))
+    sink.emit(WorkersReady(1, 1))
+    sink.emit(
+        JobStarted("acme/tiny", JOB.variants, 3, (PhaseWork(Phase.SOLVE, 30, 30.0), PhaseWork(Phase.PACK, 3, 0.3)))
+    )
+    for _ in range(6):
+        clock.now_s += 10.0
+        sink.emit(StageFinished(Phase.SOLVE, 10.0, 1.0, 0, "gptq-w4-g128", loss=0.0123, relative_error=0.0412))
+    sink.emit(StageFinished(Phase.PACK, 0.1, 0.1, 0, "gptq-w4-g128", relative_error=0.0412))
     sink.emit(Degraded("gptq-w4-g128", "m", "r"))
     lines = [" ".join(line.split()) for line in frame(sink).splitlines()]
-    assert lines[1] == "acme/tiny 1 min 05 s · about 5 min 25 s left"
+    assert lines[1].startswith("acme/tiny 1 min 00 s · about 3 min 5")
     assert lines[3].startswith("solve")
-    assert lines[3].endswith("1/6 block 0")
-    assert lines[6:] == [
+    assert lines[3].endswith("6/30 block 1/3")
+    assert lines[7:] == [
         "gptq-w4-g128 1/3 0.0123 4.12 % - quantizing, 1 degraded",
-        "awq-w4-g128 - - - - waiting",
+        "awq-w4-g128 0/3 - - - waiting",
     ]
 
 

@@ -84,6 +84,24 @@ def test_a_local_source_has_no_base_model_and_the_card_says_so(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("base_models", "expected"),
+    [
+        (("acme/base",), "acme/base"),
+        (("acme/base", "acme/other"), ["acme/base", "acme/other"]),
+        (("acme/base", "./somewhere/on/disk", "x\n---\n"), "acme/base"),
+        (("not a name",), None),
+    ],
+)
+def test_what_a_local_source_says_that_it_was_made_from_is_carried_through(
+    base_models: tuple[str, ...], expected: object, tmp_path: Path
+) -> None:
+    facts = with_source(make_facts(), is_local=True, name="my-model", base_models=base_models)
+    metadata = loaded_metadata(render_card(facts), tmp_path)
+    assert metadata.get("base_model") == expected
+    assert "base_model_relation" not in metadata
+
+
+@pytest.mark.parametrize(
     ("license_id", "expected"),
     [
         ("llama3.1", {"license": "llama3.1"}),
@@ -102,14 +120,36 @@ def test_a_licence_that_is_no_identifier_becomes_other_with_its_name(
 def test_the_card_says_how_to_load_each_format() -> None:
     needs_half = make_facts("gptq-w4-g64", modules=(make_module(in_features=576, group_size=64),))
     gptq, awq, ct = (section(render_card(make_facts(name)), "Load it") for name in VARIANTS[:3])
-    assert "vllm serve demo/TinyLlama-gptq-w4-g128\n" in gptq
+    assert "bitmill download TARGET/releases/demo/TinyLlama-gptq-w4-g128 TinyLlama-gptq-w4-g128\n" in gptq
+    assert "vllm serve ./TinyLlama-gptq-w4-g128\n" in gptq
+    assert 'release = "./TinyLlama-gptq-w4-g128"' in gptq
+    assert "demo/TinyLlama" not in gptq.replace("TARGET/releases/demo/TinyLlama", "")
     assert all("gptqmodel==7.6.0 optimum==2.3.0" in text and "compressed-tensors" not in text for text in (gptq, awq))
     assert "compressed-tensors==0.20.0" in ct
     assert "gptqmodel" not in ct
     assert "it needs a GPU" in ct
-    assert "transformers~=5.17.0" in section(render_card(make_facts("gptq-w4-g64-ct-asym")), "Load it")
+    asymmetric = section(render_card(make_facts("gptq-w4-g64-ct-asym")), "Load it")
+    assert '"transformers>=5" accelerate compressed-tensors==0.20.0' in asymmetric
     assert "--dtype half" not in gptq
-    assert "vllm serve demo/TinyLlama-gptq-w4-g64 --dtype half" in section(render_card(needs_half), "Load it")
+    assert "vllm serve ./TinyLlama-gptq-w4-g64 --dtype half" in section(render_card(needs_half), "Load it")
+
+
+def test_the_card_offers_no_program_where_transformers_does_not_load_the_files() -> None:
+    modules = (make_module("gpt_neox.layers.0.attention.dense"),)
+    facts = with_source(make_facts("awq-w4-g128", modules=modules), architecture="GPTNeoXForCausalLM")
+    text = section(render_card(facts), "Load it")
+    assert "transformers 5.23.0 does not load these files: " in text
+    assert "vllm serve" in text
+    assert "AutoModelForCausalLM" not in text
+    assert "gptqmodel" not in text
+
+
+def test_the_card_names_the_package_that_reads_asymmetric_files_with_several_group_sizes() -> None:
+    modules = (make_module(), make_module("model.layers.0.mlp.down_proj", group_size=64))
+    text = section(render_card(make_facts("gptq-w4-g128-ct-asym", modules=modules)), "Load it")
+    assert "compressed-tensors==0.17.0" in text
+    assert "several group sizes" in text
+    assert "AutoModelForCausalLM" in text
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -282,11 +322,12 @@ def reproduced(facts: ReleaseFacts, folder: Path) -> ConversionSpec:
     text = reproduce_spec(facts)
     assert ("--spec" in words) is (text is not None)
     with convert_command.make_context("convert", words[2:]) as context:
-        flags = {name: context.params[name] for name in inspect.signature(spec_from_flags).parameters}
+        names = inspect.signature(spec_from_flags).parameters.keys() - {"command"}
+        flags = {name: context.params[name] for name in names}
     if text is not None:
         (folder / "spec.yaml").write_text(text, encoding="utf-8")
         flags["spec_file"] = folder / flags["spec_file"]
-    return spec_from_flags(**flags)
+    return spec_from_flags(command="convert", **flags)
 
 
 GATES: list[dict[str, Any]] = [

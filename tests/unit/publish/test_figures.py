@@ -19,7 +19,7 @@ from pipeline.publish.figures import (
     quantized_share,
     worst_modules,
 )
-from pipeline.spec import parse_variant
+from pipeline.spec import VariantSpec, parse_variant
 from tests.factories import make_facts, make_module
 
 
@@ -128,7 +128,25 @@ def test_kinds_are_the_same_in_every_block(name: str, kind: str) -> None:
 
 
 def test_schemes_are_described_in_words() -> None:
-    assert describe_scheme(parse_variant("gptq-w4-g128")) == "4-bit GPTQ, symmetric, groups of 128"
-    assert describe_scheme(parse_variant("rtn-w8-channel-asym")) == (
+    assert describe_scheme(parse_variant("gptq-w4-g128"), [make_module()]) == "4-bit GPTQ, symmetric, groups of 128"
+    rows = make_module(bits=8, group_size=-1)
+    assert describe_scheme(parse_variant("rtn-w8-channel-asym"), [rows]) == (
         "8-bit round to nearest, asymmetric, one scale per row"
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((96, 96), "groups of 96"),
+        ((64, 64), "groups of 64 (96 asked)"),
+        ((32, 96), "groups of 96 and 32"),
+        ((32, 64), "groups of 64 and 32 (96 asked)"),
+        ((), "groups of 96"),
+    ],
+)
+def test_a_scheme_states_the_groups_that_the_linears_have(sizes: tuple[int, ...], expected: str) -> None:
+    modules = [make_module(group_size=size) for size in sizes]
+    modules.append(make_module(bits=16, group_size=0, note="ignored by the spec"))
+    spec = VariantSpec.model_validate({"method": "gptq", "format": "gptq", "group_size": 96})
+    assert describe_scheme(spec, modules).endswith(f"symmetric, {expected}")

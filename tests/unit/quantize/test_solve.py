@@ -173,18 +173,18 @@ def test_raised_damping_is_reported_as_a_degradation(layer: Layer) -> None:
 def test_groups_that_need_a_scale_out_of_range_are_counted(layer: Layer, method: Method, symmetric: bool) -> None:
     weight, statistics = layer(9, 64)
     weight = weight.sign()
-    weight[1] *= 2.0**-14 * 7  # exactly the smallest scale, at 4 bits and symmetric
-    weight[2, :16] *= 2.0**-13
+    weight[1] *= 2.0**-15 * 7  # exactly half the smallest scale, at 4 bits and symmetric
+    weight[2, :16] *= 2.0**-14
     weight[2, 16:32] = 0.0  # an empty group needs no scale at all
-    weight[4] *= 2.0**-13
+    weight[4] *= 2.0**-14
     weight[6, 48:] *= 1e6
     sizes, scheme = [3, 4, 2], Scheme(4, 16, symmetric)
     first, second, third = solve(method, weight, sizes, statistics, scheme, SolveOptions())
     # Asymmetric grids have more codes for the same range, hence the smaller scale.
     below = 1 if symmetric else 5
-    assert first.report.degradations == (f"{below} of 12 groups need a scale below the smallest normal float16",)
+    assert first.report.degradations == (f"{below} of 12 groups need a scale below half the smallest normal float16",)
     assert second.report.degradations == (
-        "4 of 16 groups need a scale below the smallest normal float16",
+        "4 of 16 groups need a scale below half the smallest normal float16",
         "1 of 16 groups need a scale above the largest that can be stored",
     )
     assert third.report.degradations == ()

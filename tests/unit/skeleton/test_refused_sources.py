@@ -151,3 +151,34 @@ def test_tokenizer_knows_every_end_token(llama_folder: Path) -> None:
     assert tokenizer.decode(ids) == "The people of the United States"
     assert ids
     assert not set(ids) & tokenizer.end_ids
+
+
+@pytest.mark.parametrize(("value", "expected"), [(7, {1, 7}), ([7, 9], {1, 7, 9}), (None, {1}), ([], {1})])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_end_tokens_come_from_the_generation_config_else_from_the_config(
+    llama_folder: Path, name: str, value: int | list[int] | None, expected: set[int]
+) -> None:
+    (llama_folder / "generation_config.json").unlink()
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 11}))
+    (llama_folder / name).write_text(json.dumps({**config, "eos_token_id": value}))
+    assert TextTokenizer(llama_folder).end_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting"),
+        ("[]", "not an object"),
+        ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"),
+        ('{"eos_token_id": [1, null]}', "eos_token_id is [1, None]"),
+        ('{"eos_token_id": true}', "eos_token_id is True"),
+    ],
+)
+def test_a_damaged_generation_config_is_refused_by_name(llama_folder: Path, content: str, reason: str) -> None:
+    (llama_folder / "generation_config.json").write_text(content)
+    with pytest.raises(SourceError, match=r"generation_config\.json of llama") as caught:
+        TextTokenizer(llama_folder)
+    assert reason in caught.value.message
+    assert caught.value.code == "source.tokenizer"
+    assert caught.value.hint

@@ -111,3 +111,15 @@ def test_opening_a_store_does_not_load_boto3() -> None:
         "open_store('x', load_settings()); assert 'boto3' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_directory_is_called_what_it_was_given_as_and_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    store = DirectoryStore(Path("out"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store.put("key", b"data")
+    assert (store.url, store.root) == ("out", tmp_path / "out")
+    assert (tmp_path / "out" / "key").read_bytes() == b"data"

@@ -51,9 +51,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
+        # Said and not only done: a client that reuses the connection may not have seen yet that it is closed.
+        self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
-        self.close_connection = True
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _reply
 

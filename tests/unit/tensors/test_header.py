@@ -105,7 +105,9 @@ def test_json_that_is_no_header_is_refused(build_file: Build, text: bytes, reaso
         ({"dtype": "F32", "shape": [8], "data_offsets": [0, 8]}, "does not take the 8 bytes"),
         ({"dtype": "U8", "shape": [2**40] * 50, "data_offsets": [0, 8]}, "does not take the 8 bytes"),
         ({"dtype": "F4", "shape": [15], "data_offsets": [0, 8]}, "does not take the 8 bytes"),
-        ({"dtype": "U8", "shape": [2**70, 0], "data_offsets": [0, 8]}, "does not take the 8 bytes"),
+        ({"dtype": "U8", "shape": [2**70, 0], "data_offsets": [0, 8]}, "has a size that no tensor can have"),
+        ({"dtype": "U8", "shape": [0, 2**63], "data_offsets": [8, 8]}, "has a size that no tensor can have"),
+        ({"dtype": "U8", "shape": [2**62, 0], "data_offsets": [0, 8]}, "does not take the 8 bytes"),
     ],
 )
 def test_a_lying_tensor_is_named(build_file: Build, entry: Any, reason: str) -> None:

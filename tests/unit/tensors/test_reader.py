@@ -115,6 +115,32 @@ def test_what_changed_since_the_index_is_an_error(tmp_path: Path, folder_reader:
 
 
 @pytest.mark.parametrize(
+    ("target", "reason"),
+    [("model.safetensors", "Too many levels of symbolic links"), ("/proc/self/mem", "Input/output error")],
+)
+def test_a_file_that_cannot_be_opened_or_read_is_named_with_the_reason(
+    tmp_path: Path, folder_reader: Reader, target: str, reason: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    write_safetensors(path, {"w": torch.ones(1000)}, {})
+    found = read_index({path.name: path.stat().st_size}, folder_reader)
+    path.unlink()
+    path.symlink_to(target)
+    with pytest.raises(SourceNotFoundError) as caught:
+        read_tensors(tmp_path, found, ["w"])
+    assert caught.value.message == f"{path} cannot be read: {reason}"
+    assert caught.value.code == "source.unreadable"
+
+
+def test_an_empty_tensor_of_the_widest_shape_is_read(
+    tmp_path: Path, folder_reader: Reader, build_file: Any, tensor: Any
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(build_file({"w": tensor(0, 0, "F32", [0, 2**63 - 1])}))
+    found = read_index({"model.safetensors": (tmp_path / "model.safetensors").stat().st_size}, folder_reader)
+    assert read_tensors(tmp_path, found, ["w"])["w"].shape == (0, 2**63 - 1)
+
+
+@pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2, torch.complex64]
 )
 def test_not_finite_values_are_counted_and_placed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

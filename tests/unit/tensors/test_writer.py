@@ -96,7 +96,7 @@ def test_a_full_disk_keeps_the_old_file_and_says_what_is_needed(
 
 def test_a_real_full_disk_is_reported(tmp_path: Path) -> None:
     with small_disk(tmp_path / "small") as disk:
-        with pytest.raises(DiskFullError, match="no space left to write 4 MB"):
+        with pytest.raises(DiskFullError, match="no space left; 4 MB more are needed"):
             write_safetensors(disk / "x.safetensors", {"a": torch.ones(1_000_000)}, {})
         assert list(disk.iterdir()) == []
 

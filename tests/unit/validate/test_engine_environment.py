@@ -35,12 +35,37 @@ def test_a_package_that_does_not_exist_ends_in_pip_s_words_and_is_tried_again(
 
 def test_an_environment_is_installed_once(tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "pinned_requirements", lambda engine: "# nothing to install\npip\n")
+    # Mirrors and caches of this machine are the installation's, not the engine's.
+    monkeypatch.setenv("PIP_LOG", str(tmp_path / "pip.log"))
     first = ensure_environment("transformers", tmp_path, lines.append)
     assert (first / "bin" / "python").exists()
+    assert (tmp_path / "pip.log").is_file()
     assert ensure_environment("transformers", tmp_path, lines.append) == first
     assert len(lines) == 1
     monkeypatch.setattr(environment, "pinned_requirements", lambda engine: "# other pins\npip\n")
     assert ensure_environment("transformers", tmp_path, lines.append) != first
+
+
+def test_an_engine_sees_neither_our_credentials_nor_our_hub_folder(
+    tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "engine" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nenv > "{tmp_path}/seen"\nls -A "$HF_HOME" > "{tmp_path}/hub"\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(environment, "ensure_environment", lambda *arguments: tmp_path / "engine")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (tmp_path / "release").mkdir()
+    prompts = [("a", [1, 2])]
+    check = check_engine(
+        "transformers", tmp_path / "release", lambda ids: torch.zeros(2, 4), prompts, 2, tmp_path, lines.append
+    )
+    assert not check.passed
+    seen = dict(line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines())
+    assert "hf_secret" not in seen.values()
+    assert seen["HF_HOME"] != str(tmp_path)
+    assert (tmp_path / "hub").read_text() == ""
 
 
 def test_an_engine_that_fails_gives_a_failed_check_with_its_last_words(

@@ -30,8 +30,17 @@ def test_a_lost_tensor_fails_accounting() -> None:
 
 
 def test_every_linear_must_be_proven() -> None:
-    assert check_round_trip(4, 4).passed
-    assert not check_round_trip(3, 4).passed
+    assert check_round_trip(4, 4, []).passed
+    assert not check_round_trip(3, 4, []).passed
+
+
+def test_a_copy_that_differs_fails_the_round_trip() -> None:
+    problems = [f"tensor {number} was not copied bit for bit" for number in range(5)]
+    failed = check_round_trip(4, 4, problems)
+    assert not failed.passed
+    assert "tensor 2 was not copied" in failed.detail
+    assert "tensor 3" not in failed.detail
+    assert failed.detail.endswith("and 2 more")
 
 
 @pytest.mark.parametrize(

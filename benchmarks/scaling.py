@@ -1,0 +1,73 @@
+"""How well one job spreads over workers, and what Ray costs against calling the same functions in one process.
+
+Runs the job inline, with one worker and with several (one thread each, so as many cores are needed), then the same in
+reverse order, each in a fresh work directory. From the repository root:
+``.venv/bin/python benchmarks/scaling.py [--model FOLDER] [--workers 2]``
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from conversions import Conversion, Job, Timing
+from flags import add_model, add_order, job_parser, scratch_folder, the_job, there_and_back
+from models import Shape
+from report import print_header, print_table
+
+
+def main() -> None:
+    parser = job_parser(__doc__, variants=["gptq-w4-g64"], samples=32, length=256)
+    add_model(parser, Shape(layers=4, hidden=1024, intermediate=2816))
+    add_order(parser)
+    parser.add_argument("--workers", type=int, default=2, help="against one, default 2")
+    args = parser.parse_args()
+    print_header()
+    many = f"{args.workers} workers"
+    with scratch_folder(args) as folder:
+        job = the_job(args, folder)
+        timings = defaultdict(list)
+        for kind in there_and_back(["inline", "1 worker", many], args.single):
+            timing = _measure(job, folder / "run", kind, args.workers if kind == many else 1)
+            print(f"{kind:<10} work {timing.work_s:7.1f} s, whole command {timing.whole_s:7.1f} s", flush=True)
+            timings[kind].append(timing)
+    _report(timings["inline"], timings["1 worker"], timings[many], args.workers)
+
+
+def _measure(job: Job, place: Path, kind: str, workers: int) -> Timing:
+    try:
+        with Conversion(job, place, workers, inline=kind == "inline") as run:
+            return run.finish()
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _report(inline: Sequence[Timing], one: Sequence[Timing], many: Sequence[Timing], workers: int) -> None:
+    kinds = (("inline", inline), ("1 worker", one), (f"{workers} workers", many))
+    rows = [
+        [kind, *(f"{_sum(own, field) / len(own):.1f}" for field in ("work_s", "worker_s", "busy_s", "whole_s"))]
+        for kind, own in kinds
+    ]
+    print_table(["mean seconds", "work", "worker-seconds", "busy", "whole command"], rows)
+    efficiency = _sum(one, "work_s") / (workers * _sum(many, "work_s"))
+    # The workers after the first become ready later; what they could not do then is start-up, not schedule.
+    shared = _sum(one, "worker_s") / _sum(many, "worker_s")
+    print(f"efficiency T1 / ({workers} T{workers}), work alone:       {efficiency:.3f}")
+    print(f"  the same per second that a worker was ready: {shared:.3f}")
+    print(
+        f"  the same for the whole command:              {_sum(one, 'whole_s') / workers / _sum(many, 'whole_s'):.3f}"
+    )
+    # The same units ran: when they took longer side by side, the machine was shared, by them or by others.
+    print(f"  time inside units, {workers} workers against 1:       {_sum(many, 'busy_s') / _sum(one, 'busy_s'):.3f}")
+    print(f"Ray against inline, 1 worker, work alone:      {_sum(one, 'work_s') / _sum(inline, 'work_s'):.3f}")
+    print(f"  the same for the whole command:              {_sum(one, 'whole_s') / _sum(inline, 'whole_s'):.3f}")
+
+
+def _sum(timings: Sequence[Timing], field: str) -> float:
+    return sum(getattr(timing, field) for timing in timings)
+
+
+if __name__ == "__main__":
+    main()

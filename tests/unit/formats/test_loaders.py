@@ -1,0 +1,199 @@
+"""What is known of the loaders, against the loaders' own code where this environment has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as t
+from torch import nn
+from transformers import initialization
+from transformers.integrations.awq import AWQ_SCALES_MAPPINGS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.formats.loaders import (
+    INITIALIZED,
+    OWN_LINEARS,
+    SCALED_ACTIVATIONS,
+    Contents,
+    Limit,
+    Loader,
+    limits,
+)
+from pipeline.spec import PER_CHANNEL, Format, VariantSpec, parse_variant
+from tests.architectures import DENSE
+from tests.factories import make_facts, make_module
+
+CONFIGS: dict[str, Any] = {
+    "BloomForCausalLM": lambda: t.BloomConfig(n_layer=1),
+    "FalconForCausalLM": lambda: t.FalconConfig(num_hidden_layers=1),
+    "GPT2LMHeadModel": lambda: t.GPT2Config(n_layer=1),
+    "GPTBigCodeForCausalLM": lambda: t.GPTBigCodeConfig(n_layer=1),
+    "GPTJForCausalLM": lambda: t.GPTJConfig(n_layer=1),
+    "GPTNeoXForCausalLM": lambda: t.GPTNeoXConfig(num_hidden_layers=1),
+    "Gemma3ForCausalLM": lambda: t.Gemma3TextConfig(num_hidden_layers=1, layer_types=["full_attention"]),
+    "LlamaForCausalLM": lambda: t.LlamaConfig(num_hidden_layers=1),
+    "MistralForCausalLM": lambda: t.MistralConfig(num_hidden_layers=1),
+    "ModernBertDecoderForCausalLM": lambda: t.ModernBertDecoderConfig(num_hidden_layers=1),
+    "MptForCausalLM": lambda: t.MptConfig(n_layers=1),
+    "NanoChatForCausalLM": lambda: t.NanoChatConfig(num_hidden_layers=1),
+    "OPTForCausalLM": lambda: t.OPTConfig(num_hidden_layers=1),
+    "Phi3ForCausalLM": lambda: t.Phi3Config(num_hidden_layers=1),
+    "Qwen2ForCausalLM": lambda: t.Qwen2Config(num_hidden_layers=1),
+    "Qwen3ForCausalLM": lambda: t.Qwen3Config(num_hidden_layers=1),
+    "Starcoder2ForCausalLM": lambda: t.Starcoder2Config(num_hidden_layers=1),
+}
+"""One block each, on the meta device: what the project says it converts and what the tables name."""
+
+
+class Packed(nn.Module):
+    """A packed linear as the model's class sees it: it has no weight."""
+
+    bias = None
+
+
+def model(architecture: str) -> Any:
+    with torch.device("meta"):
+        net = t.AutoModelForCausalLM.from_config(CONFIGS[architecture]())
+    assert type(net).__name__ == architecture
+    return net
+
+
+def block_linears(net: Any) -> dict[str, nn.Module]:
+    """Return the linears inside the decoder blocks by full name."""
+    numbered = {name: module for name, module in net.named_modules() if any(part == "0" for part in name.split("."))}
+    return {name: module for name, module in numbered.items() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def initializes_packed_linears(net: Any) -> bool:
+    with torch.no_grad(), initialization.guard_torch_init_functions():
+        for module in net.modules():
+            try:
+                net._init_weights(module)
+            except AttributeError as error:
+                if "'Packed' object has no attribute 'weight'" not in str(error):
+                    raise
+                return True
+    return False
+
+
+def leaves_asked_for_weights(net: Any) -> set[str]:
+    """Return the last name parts of linears whose weight the class wants to initialize when they have none."""
+    linears, asked = block_linears(net), set()
+    for leaf in {name.rpartition(".")[2] for name in linears}:
+        chosen = {name: module for name, module in linears.items() if name.endswith(f".{leaf}")}
+        for name in chosen:
+            net.set_submodule(name, Packed())
+        if initializes_packed_linears(net):
+            asked.add(leaf)
+        for name, module in chosen.items():
+            net.set_submodule(name, module)
+    return asked
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_the_table_names_what_classes_of_transformers_ask_for_weights(architecture: str) -> None:
+    assert leaves_asked_for_weights(model(architecture)) == INITIALIZED.get(architecture, frozenset())
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_the_table_names_the_architectures_with_linears_of_their_own(architecture: str) -> None:
+    kinds = {type(module) for module in block_linears(model(architecture)).values()}
+    assert (not kinds <= {nn.Linear, Conv1D}) == (architecture in OWN_LINEARS)
+
+
+def test_the_table_names_the_architectures_whose_activations_transformers_scales() -> None:
+    # RefinedWebModel is Falcon under its older name, which only remote code knows.
+    known = [name for name in AWQ_SCALES_MAPPINGS if name != "RefinedWebModel"]
+    assert {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in known} == SCALED_ACTIVATIONS
+
+
+def test_every_table_is_tested_with_every_architecture_it_names() -> None:
+    assert set(CONFIGS) >= {*INITIALIZED, *OWN_LINEARS, *SCALED_ACTIVATIONS}
+    assert len(CONFIGS) >= len(DENSE)
+
+
+def contents(
+    variant: str, architecture: str = "LlamaForCausalLM", *, sizes: frozenset[int] = frozenset({64}), names: str = ""
+) -> Contents:
+    spec: VariantSpec = parse_variant(variant)
+    quantized = tuple(names.split()) or ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+    return Contents(architecture, spec.format, spec.bits, spec.symmetric, sizes, quantized)
+
+
+def known(found: Contents, loader: Loader) -> tuple[Limit, ...]:
+    return tuple(limit for limit in limits(found) if limit.loader is loader)
+
+
+@pytest.mark.parametrize("variant", ["gptq-w4-g64", "awq-w4-g64", "rtn-w4-g64", "awq-w4-g64-ct", "rtn-w4-channel"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "OPTForCausalLM"])
+def test_nothing_limits_ordinary_releases(variant: str, architecture: str) -> None:
+    assert limits(contents(variant, architecture)) == ()
+
+
+@pytest.mark.parametrize(
+    ("variant", "architecture", "sizes", "names", "reason"),
+    [
+        ("gptq-w4-g64", "GPT2LMHeadModel", {64}, "transformer.h.0.attn.c_proj", "asks c_proj for weights"),
+        ("rtn-w4-g64", "NanoChatForCausalLM", {64}, "model.layers.0.self_attn.o_proj", "asks o_proj for weights"),
+        ("awq-w4-g64", "GPTNeoXForCausalLM", {64}, "gpt_neox.layers.0.attention.dense", "act.scales"),
+        ("gptq-w4-g64", "FalconForCausalLM", {64}, "transformer.h.0.mlp.dense_h_to_4h", "random weights"),
+        ("rtn-w4-g64", "FalconForCausalLM", {64}, "transformer.h.0.mlp.dense_h_to_4h", "asks its linears"),
+        ("gptq-w4-g64", "LlamaForCausalLM", {64, 32}, "", "another group size"),
+        ("gptq-w4-g64", "MptForCausalLM", {64}, "transformer.blocks.0.attn.Wqkv", "under `transformer.blocks`"),
+    ],
+)
+def test_what_transformers_does_not_load_is_said_with_the_reason(
+    variant: str, architecture: str, sizes: set[int], names: str, reason: str
+) -> None:
+    (limit,) = known(contents(variant, architecture, sizes=frozenset(sizes), names=names), Loader.TRANSFORMERS)
+    assert not limit.loads
+    assert limit.text.startswith("transformers 5.23.0 does not load these files: ")
+    assert reason in limit.text
+    assert limit.text.endswith(".")
+
+
+def test_linears_left_in_16_bit_are_not_asked_for_packed_weights() -> None:
+    names = "transformer.h.0.attn.c_attn transformer.h.0.mlp.c_fc"
+    assert known(contents("gptq-w4-g64", "GPT2LMHeadModel", names=names), Loader.TRANSFORMERS) == ()
+    names += " transformer.h.0.attn.c_proj"
+    (limit,) = known(contents("gptq-w4-g64", "GPT2LMHeadModel", names=names), Loader.TRANSFORMERS)
+    assert "`ignore: ['re:c_proj$']`" in limit.text
+
+
+@pytest.mark.parametrize("architecture", [*INITIALIZED, *OWN_LINEARS])
+def test_files_unpacked_while_loading_have_no_limit_of_the_class(architecture: str) -> None:
+    leaf = next(iter(INITIALIZED.get(architecture, {"dense"})))
+    one = contents("awq-w4-g64-ct", architecture, names=f"model.layers.0.{leaf}")
+    assert known(one, Loader.TRANSFORMERS) == ()
+
+
+def test_asymmetric_files_with_several_group_sizes_need_an_older_package() -> None:
+    several = frozenset({64, 32})
+    (limit,) = limits(contents("awq-w4-g64-ct", sizes=several))
+    assert (limit.loader, limit.loads) == (Loader.TRANSFORMERS, True)
+    assert "compressed-tensors 0.17.0 it loads" in limit.text
+    assert limits(contents("rtn-w4-g64", sizes=several)) == ()
+
+
+@pytest.mark.parametrize("variant", ["rtn-w8-g64", "rtn-w8-g64-gptq", "rtn-w8-g64-asym"])
+def test_eight_bits_need_a_gpu_in_vllm(variant: str) -> None:
+    found = known(contents(variant), Loader.VLLM)
+    assert "needs a GPU" in found[0].text
+    assert len(found) == (2 if variant.endswith("asym") else 1)
+
+
+def test_the_contents_of_a_release_are_those_of_its_quantized_linears() -> None:
+    modules = (
+        make_module("model.layers.0.a", group_size=64),
+        make_module("model.layers.0.b", group_size=32),
+        make_module("model.layers.0.c", group_size=0, bits=16),
+    )
+    names = ("model.layers.0.a", "model.layers.0.b")
+    assert Contents.of_release(make_facts("gptq-w4-g64", modules=modules)) == Contents(
+        "LlamaForCausalLM", Format.GPTQ, 4, True, frozenset({64, 32}), names
+    )
+    rows = Contents.of_release(make_facts("rtn-w4-channel", modules=modules))
+    assert rows.group_sizes == frozenset({PER_CHANNEL})

@@ -1,0 +1,196 @@
+"""What a worker keeps: how much in memory, what goes first, and that it comes back as it was."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.errors import StorageError
+from pipeline.graph.shelf import Shelf, Tensors
+from tests.small_disk import small_disk
+
+KILO = 1000
+
+
+def tensors(seed: int, num_bytes: int = KILO) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"x": torch.randn(num_bytes // 4, generator=generator)}
+
+
+def make(folder: Path, max_bytes: int) -> Shelf:
+    return Shelf(max_bytes, folder / "spill", "cpu")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def same_bits(found: Tensors | None, expected: Tensors) -> bool:
+    assert found is not None
+    assert found.keys() == expected.keys()
+    return all(
+        found[name].dtype is tensor.dtype
+        and found[name].shape == tensor.shape
+        and torch.equal(found[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+        for name, tensor in expected.items()
+    )
+
+
+def test_what_is_put_is_there_until_it_is_dropped(tmp_path: Path) -> None:
+    shelf = make(tmp_path, 10 * KILO)
+    shelf.put("a", tensors(0))
+    assert same_bits(shelf.get("a"), tensors(0))
+    assert shelf.get("b") is None
+    shelf.drop(["a", "never"])
+    assert shelf.get("a") is None
+    assert files(tmp_path) == []
+
+
+def test_nothing_is_spilled_within_the_budget(tmp_path: Path) -> None:
+    shelf = make(tmp_path, 3 * KILO)
+    for number in range(3):
+        shelf.put(str(number), tensors(number))
+    assert (shelf.num_spilled, files(tmp_path)) == (0, [])
+
+
+def test_the_least_recently_used_is_spilled_and_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    shelf = make(tmp_path, 2 * KILO)
+    shelf.put("a", tensors(0))
+    shelf.put("b", tensors(1))
+    shelf.get("a")
+    shelf.put("c", tensors(2))
+    assert files(tmp_path) == ["b.safetensors"]
+    for number, key in enumerate("abc"):
+        assert same_bits(shelf.get(key), tensors(number))
+    shelf.put("d", tensors(3))
+    assert files(tmp_path) == ["a.safetensors", "b.safetensors"]
+    assert shelf.num_spilled == 2
+
+
+def test_every_dtype_shape_and_bit_survives_the_disk(tmp_path: Path) -> None:
+    odd = {
+        "0.second_moment": torch.tensor([[-0.0, float("nan")], [float("inf"), 1e-45]]),
+        "half": torch.randn(3, 5, dtype=torch.bfloat16),
+        "double": torch.randn(2, 2, dtype=torch.float64).t(),
+        "codes": torch.arange(7, dtype=torch.uint8),
+        "order": torch.tensor([3, 1, 2]),
+        "flags": torch.tensor([True, False]),
+        "none": torch.empty(0, 4),
+    }
+    shared = torch.arange(6.0)
+    odd |= {"first": shared[:3], "whole": shared}
+    shelf = make(tmp_path, 0)
+    shelf.put("odd", odd)
+    shelf.put("next", tensors(0))
+    assert files(tmp_path) == ["odd.safetensors"]
+    assert same_bits(shelf.get("odd"), odd)
+
+
+def test_the_newest_stays_in_memory_even_when_it_alone_is_too_large(tmp_path: Path) -> None:
+    shelf = make(tmp_path, KILO)
+    shelf.put("large", tensors(0, 5 * KILO))
+    assert files(tmp_path) == []
+    shelf.put("small", tensors(1))
+    assert files(tmp_path) == ["large.safetensors"]
+    assert same_bits(shelf.get("large"), tensors(0, 5 * KILO))
+
+
+def test_copies_are_dropped_before_anything_is_spilled(tmp_path: Path) -> None:
+    shelf = make(tmp_path, 3 * KILO)
+    shelf.put("own", tensors(0))
+    shelf.put("copy1", tensors(1), is_copy=True)
+    shelf.put("copy2", tensors(2), is_copy=True)
+    shelf.put("own2", tensors(3))
+    assert shelf.get("copy1") is None
+    assert same_bits(shelf.get("copy2"), tensors(2))
+    assert (shelf.num_spilled, files(tmp_path)) == (0, [])
+    shelf.put("own3", tensors(4, 2 * KILO))
+    assert shelf.get("copy2") is None
+    assert files(tmp_path) == ["own.safetensors"]
+
+
+def test_a_copy_displaces_older_copies_and_nothing_else(tmp_path: Path) -> None:
+    shelf = make(tmp_path, 3 * KILO)
+    shelf.put("copy1", tensors(0), is_copy=True)
+    shelf.put("own", tensors(1, 2 * KILO))
+    shelf.put("copy2", tensors(2), is_copy=True)
+    assert shelf.get("copy1") is None
+    assert same_bits(shelf.get("copy2"), tensors(2))
+    shelf.put("copy3", tensors(3, 2 * KILO), is_copy=True)
+    assert shelf.get("copy2") is None
+    assert shelf.get("copy3") is None, "there is room only if the worker's own output is written to disk"
+    assert same_bits(shelf.get("own"), tensors(1, 2 * KILO))
+    assert (shelf.num_spilled, files(tmp_path)) == (0, [])
+
+
+def test_putting_a_key_again_replaces_it_in_memory_and_on_disk(tmp_path: Path) -> None:
+    shelf = make(tmp_path, KILO)
+    shelf.put("a", tensors(0))
+    shelf.put("b", tensors(1))
+    assert files(tmp_path) == ["a.safetensors"]
+    shelf.put("a", tensors(2))
+    assert files(tmp_path) == ["b.safetensors"]
+    assert same_bits(shelf.get("a"), tensors(2))
+    shelf.put("a", tensors(3))
+    assert shelf.num_spilled == 2
+
+
+def test_dropping_gives_back_memory_and_files(tmp_path: Path) -> None:
+    shelf = make(tmp_path, 2 * KILO)
+    for number in range(4):
+        shelf.put(str(number), tensors(number))
+    assert files(tmp_path) == ["0.safetensors", "1.safetensors"]
+    shelf.drop(["0", "3"])
+    assert files(tmp_path) == ["1.safetensors"]
+    shelf.put("4", tensors(4))
+    assert files(tmp_path) == ["1.safetensors"], "the memory of what was dropped is free again"
+    shelf.drop(str(number) for number in range(5))
+    assert files(tmp_path) == []
+    assert [shelf.get(str(number)) for number in range(5)] == [None] * 5
+
+
+def test_threads_see_whole_entries_or_none(tmp_path: Path) -> None:
+    """Handing over runs beside the unit at hand: reads, spills and drops of the same entries meet."""
+    shelf, rounds = make(tmp_path, 3 * KILO), 12
+    expected = {str(number): tensors(number) for number in range(8)}
+    wrong: list[str] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            for key, whole in expected.items():
+                found = shelf.get(key)
+                if found is not None and not same_bits(found, whole):
+                    wrong.append(key)
+
+    def drop() -> None:
+        while not stop.is_set():
+            shelf.drop(["1", "5"])
+
+    threads = [threading.Thread(target=read), threading.Thread(target=read), threading.Thread(target=drop)]
+    for thread in threads:
+        thread.start()
+    for _ in range(rounds):
+        for key in expected:
+            shelf.put(key, tensors(int(key)), is_copy=key == "7")
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert wrong == []
+    assert shelf.num_spilled > 0
+    shelf.drop(expected)
+    assert files(tmp_path) == []
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        shelf = Shelf(0, disk / "spill", "cpu")
+        shelf.put("large", tensors(0, 3 << 20))
+        with pytest.raises(StorageError, match=r"large\.safetensors") as caught:
+            shelf.put("next", tensors(1))
+    assert caught.value.code == "storage.full"
