@@ -8,10 +8,12 @@ from datetime import UTC, datetime
 
 import click
 
+from jobs.cli.flags import HELP_NAMES
+
 POLL_S = 0.5
 
 
-@click.command("cancel", short_help="Stop a running JOB, or list the running ones.")
+@click.command("cancel", context_settings=HELP_NAMES, short_help="Stop a running JOB, or list the running ones.")
 @click.argument("job", required=False)
 @click.option(
     "--work-dir",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.cli.flags import default_workers, spec_from_flags, with_spec_flags
+from jobs.cli.flags import HELP_NAMES, default_workers, spec_from_flags, with_spec_flags
 from pipeline.errors import GateFailed, PipelineError
 from pipeline.observe.events import ClosingSink, Event, EventSink, Failed, Published
 
@@ -29,7 +29,7 @@ class WorkAddress(click.ParamType):  # type: ignore[type-arg]  # generic only to
         return value if str(value).startswith("s3://") else self._directory.convert(value, param, ctx)
 
 
-@click.command("convert", short_help="Convert SOURCE and publish what passes its gates.")
+@click.command("convert", context_settings=HELP_NAMES, short_help="Convert SOURCE and publish what passes its gates.")
 @with_spec_flags
 @click.option(
     "--to",

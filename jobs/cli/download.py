@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from jobs.cli.flags import HELP_NAMES
 from pipeline.units import format_bytes
 
 if TYPE_CHECKING:
     from pipeline.storage.manifest import ReleaseFile
 
 
-@click.command("download", short_help="Copy a published RELEASE and check every file.")
+@click.command("download", context_settings=HELP_NAMES, short_help="Copy a published RELEASE and check every file.")
 @click.argument("release")
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="What was copied, as JSON.")

@@ -14,6 +14,9 @@ from pipeline.spec import ConversionSpec, build_spec, load_spec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+"""Context settings of every command, so that each has both whether it is called in the group or alone."""
+
 SPEC_FLAGS = (
     click.argument("source", required=False),
     click.option(

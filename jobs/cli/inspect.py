@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import click
 
+from jobs.cli.flags import HELP_NAMES
 
-@click.command("inspect", short_help="Show a published RELEASE: figures, modules, card.")
+
+@click.command("inspect", context_settings=HELP_NAMES, short_help="Show a published RELEASE: figures, modules, card.")
 @click.argument("release")
 @click.option("--modules", is_flag=True, help="Also the table of every linear.")
 @click.option("--card", is_flag=True, help="The card (README.md) as it is published.")

@@ -19,6 +19,7 @@ import click
 from jobs.cli.cancel import cancel_command
 from jobs.cli.convert import convert_command
 from jobs.cli.download import download_command
+from jobs.cli.flags import HELP_NAMES
 from jobs.cli.inspect import inspect_command
 from jobs.cli.plan import plan_command
 from jobs.cli.verify import verify_command
@@ -49,7 +50,7 @@ class _Commands(click.Group):
             raise _Stopped from error
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_Commands, context_settings={**HELP_NAMES, "max_content_width": 100})
 @click.version_option(package_name="bitmill", prog_name="bitmill")
 def cli() -> None:
     """Turn open-weight language models into verified, quantized releases.

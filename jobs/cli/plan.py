@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from jobs.cli.flags import default_workers, spec_from_flags, with_spec_flags
+from jobs.cli.flags import HELP_NAMES, default_workers, spec_from_flags, with_spec_flags
 from jobs.cli.forecast import render_forecast
 from pipeline.errors import SpecError
 from pipeline.units import format_bytes, format_count, format_duration, parse_bytes
@@ -22,7 +22,7 @@ UNLIMITED_COLUMNS = 100_000
 """A width that nothing reaches; what is not a terminal has none."""
 
 
-@click.command("plan", short_help="Show what converting SOURCE would do.")
+@click.command("plan", context_settings=HELP_NAMES, short_help="Show what converting SOURCE would do.")
 @with_spec_flags
 @click.option(
     "--workers",

@@ -6,10 +6,11 @@ import json
 
 import click
 
+from jobs.cli.flags import HELP_NAMES
 from pipeline.errors import GateFailed
 
 
-@click.command("verify", short_help="Check a published RELEASE from its storage alone.")
+@click.command("verify", context_settings=HELP_NAMES, short_help="Check a published RELEASE from its storage alone.")
 @click.argument("release")
 @click.option(
     "--engine",

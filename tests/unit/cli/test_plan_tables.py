@@ -37,6 +37,7 @@ def report() -> PlanReport:
         2e15,
         {NOTE: 1},
         (),
+        (),
         {"8 GB GPU or laptop": True},
         rows,
     )

@@ -48,14 +48,14 @@ def test_the_plan_and_the_release_have_the_same_limits(
     assert report.limits == limits(Contents.of_release(facts))
 
 
-def test_an_asymmetric_file_has_several_group_sizes_only_where_none_divides_all(tmp_path: Path) -> None:
-    one = make_model("llama", tmp_path / "llama", intermediate_size=288)
-    assert planned(one, "awq-w4-g64-ct") == []
+def test_an_asymmetric_file_gets_one_group_size_that_every_loader_reads(tmp_path: Path) -> None:
     # 64 divides the hidden size, 32 what o_proj reads, and neither what down_proj reads.
     heads = {"head_dim": 32, "num_attention_heads": 5, "num_key_value_heads": 5}
-    several = make_model("qwen3", tmp_path / "qwen3", intermediate_size=272, **heads)
-    (limit,) = planned(several, "awq-w4-g64-ct")
-    assert "several group sizes" in limit
+    source = make_model("qwen3", tmp_path / "qwen3", intermediate_size=272, **heads)
+    spec = build_spec({"source": str(source), "variants": ["awq-w4-g64-ct"], "targets": ["nowhere"]}, "test")
+    (report,) = plan_conversion(spec, load_settings(), 1)[0].variants
+    assert {row.group_size for row in report.matrices} == {32, 0}
+    assert report.limits == ()
 
 
 def test_the_command_shows_limits_word_by_word(tmp_path: Path) -> None:
