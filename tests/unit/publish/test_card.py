@@ -144,6 +144,15 @@ def test_the_card_offers_no_program_where_transformers_does_not_load_the_files()
     assert "gptqmodel" not in text
 
 
+def test_the_card_offers_no_command_where_vllm_does_not_load_the_files() -> None:
+    modules = (make_module("transformer.h.0.self_attention.query_key_value"),)
+    facts = with_source(make_facts("gptq-w4-g128", modules=modules), architecture="BloomForCausalLM")
+    text = section(render_card(facts), "Load it")
+    assert "vLLM 0.32.0 does not load these files: " in text
+    assert "vllm serve" not in text
+    assert "AutoModelForCausalLM" in text
+
+
 def test_the_card_names_the_package_that_reads_asymmetric_files_with_several_group_sizes() -> None:
     modules = (make_module(), make_module("model.layers.0.mlp.down_proj", group_size=64))
     text = section(render_card(make_facts("gptq-w4-g128-ct-asym", modules=modules)), "Load it")
