@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -182,7 +183,7 @@ def test_the_simulated_order_respects_needs_homes_and_the_workers(cluster: Clust
             assert homes.setdefault(one.unit.home, one.worker) == one.worker
     for worker in simulated.workers:
         own = sorted((one.begin_s, one.end_s) for one in ran.values() if one.worker == worker)
-        assert all(before[1] <= after[0] for before, after in zip(own, own[1:], strict=False))
+        assert all(before[1] <= after[0] for before, after in pairwise(own))
     tuning = make_tuning(cluster.num_workers, cost_model("cpu"))
     assert ran.keys() == {made.key for made in reachable_units(build_units(inputs(), tuning).goals)}
 
