@@ -30,9 +30,9 @@ from pipeline.spec import build_spec
 STEP = 1e-6
 """Share by which a rate is changed to see what a unit's cost owes to it; too little for a job to be cut otherwise."""
 
-FIXED = "unit_s"
+FIXED = ("unit_s", "passing_s")
 FITTED = (
-    FIXED,
+    *FIXED,
     "forward_flops",
     "moment_flops",
     "column_flops",
@@ -74,7 +74,7 @@ def parts_of(inputs: UnitInputs) -> tuple[dict[str, WorkUnit], dict[str, Parts]]
     parts: dict[str, dict[str, float]] = defaultdict(dict)
     for name in FITTED:
         value = getattr(model.rates, name)
-        slower = replace(model.rates, **{name: value * (1 + STEP) if name == FIXED else value / (1 + STEP)})
+        slower = replace(model.rates, **{name: value * (1 + STEP) if name in FIXED else value / (1 + STEP)})
         for key, unit in _units(inputs, replace(model, rates=slower)).items():
             parts[key][name] = (unit.cost - units[key].cost) / STEP
     return units, dict(parts)
@@ -131,7 +131,7 @@ def report(found: Mapping[str, Sequence[tuple[float, Parts]]]) -> None:
 
 def _rates(factors: Mapping[str, float]) -> str:
     fitted = {
-        name: getattr(CPU_RATES, name) * factor if name == FIXED else getattr(CPU_RATES, name) / factor
+        name: getattr(CPU_RATES, name) * factor if name in FIXED else getattr(CPU_RATES, name) / factor
         for name, factor in factors.items()
         if factor > 0
     }

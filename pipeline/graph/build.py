@@ -349,7 +349,7 @@ class UnitBuilder:
                         (before, after, outer),
                         stand_ins={before.key: (self.keys.saved(source.identities[-1], number),)},
                         rank=self.num_blocks,
-                        cost=self.costs.forward_s(2 * head, sum(map(len, rows))),
+                        cost=self.costs.score_s(head, sum(map(len, rows))),
                         variant=plan.spec.name,
                     )
                 )

@@ -2,10 +2,10 @@
 
 A token follows from all blocks and the next token from it, so this is a chain of as many passes as there are tokens.
 Reading every block for every token would make it the longest chain of a job by far. So the blocks are cut into *parts*
-that stay in memory: one unit takes a prompt through one part for one token, the units of a part are at home on one
-worker, and that worker reads the part once, as soon as it is there. Prompts follow each other through the parts, and
-models each other as far as their parts do not fit into the workers' memory together. How blocks are cut changes no
-byte.
+that stay in memory: one unit takes a prompt (or all of them) through one part for one token, the units of a part are at
+home on one worker, and that worker reads the part once, as soon as it is there. Prompts follow each other through the
+parts, or go together where parts do not stay; models follow each other as far as their parts do not fit into the
+workers' memory. None of this changes a byte.
 """
 
 from __future__ import annotations
@@ -62,18 +62,24 @@ class ContinuationBuilder:
             [*packs[first:last], *(outer if first == 0 or last == self._num_blocks else ())] for first, last in parts
         ]
         loads = [
-            replace(self._unit(unit, "", LOAD, number, part, own), after=after)
+            replace(self._unit(unit, [], LOAD, number, part, own), after=after)
             for number, (part, own) in enumerate(zip(parts, reads, strict=True))
         ]
         ends: list[WorkUnit] = []
-        for prompt in unit.params["prompts"]:
+        for prompts in self._chains(unit.params["prompts"], len(parts)):
             made: list[WorkUnit] = []
             for step in range(unit.params["max_tokens"]):
                 for number, (part, own) in enumerate(zip(parts, reads, strict=True)):
-                    made = [self._unit(unit, prompt, step, number, part, [*made, loads[number], *own])]
+                    made = [self._unit(unit, prompts, step, number, part, [*made, loads[number], *own])]
             ends += made
         params = {**unit.params, "is_split": True}
         return replace(unit, params=params, needs=tuple(ends), cost=self.costs.rates.unit_s)
+
+    def _chains(self, prompts: Sequence[str], num_parts: int) -> list[list[str]]:
+        """Return which prompts go through the parts together: each alone, as that is sooner done, unless parts have to
+        be taken in again for every one of them."""
+        is_tight = KEPT_PARTS * self._num_workers < num_parts
+        return [list(prompts)] if is_tight else [[prompt] for prompt in prompts]
 
     def _parts(self) -> list[Part]:
         parts: list[Part] = []
@@ -87,11 +93,11 @@ class ContinuationBuilder:
         return [*parts, (first, self._num_blocks)]
 
     def _unit(
-        self, unit: WorkUnit, prompt: str, step: int, number: int, part: Part, reads: Sequence[WorkUnit]
+        self, unit: WorkUnit, prompts: list[str], step: int, number: int, part: Part, reads: Sequence[WorkUnit]
     ) -> WorkUnit:
-        """Return the unit that takes a prompt through the ``number``-th part for the token ``step``, or takes the part
+        """Return the unit that takes prompts through the ``number``-th part for the token ``step``, or takes the part
         in."""
-        place = {"prompt": prompt, "step": step, "first": part[0], "last": part[1]}
+        place = {"prompts": prompts, "step": step, "first": part[0], "last": part[1]}
         params = {**place, "of": unit.key, "quantization_config": unit.params["quantization_config"]}
         parameters = sum(self._parameters[part[0] : part[1]])
         return WorkUnit(
@@ -102,7 +108,7 @@ class ContinuationBuilder:
             is_durable=False,
             home=f"continue:{unit.variant or 'source'}:{number}",
             rank=unit.rank,
-            cost=self.costs.continue_s(parameters, PROMPT_TOKENS),
-            out_bytes=4.0 * PROMPT_TOKENS * self.keys.outline.groups[0][0].in_features,
+            cost=self.costs.continue_s(parameters, len(prompts), PROMPT_TOKENS),
+            out_bytes=4.0 * len(prompts) * PROMPT_TOKENS * self.keys.outline.groups[0][0].in_features,
             variant=unit.variant,
         )

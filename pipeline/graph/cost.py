@@ -38,7 +38,8 @@ class Rates:
         store_bytes: Bytes through the link of one node to the work store and the source's weights.
         peer_bytes: Bytes from one worker of a node to another.
         network_bytes: Bytes into, and as many out of, one node.
-        unit_s: Fixed seconds of a unit: reading headers, placing modules, the record.
+        unit_s: Fixed seconds of a unit whose output is stored: reading headers, placing modules, the record.
+        passing_s: The same where the output is passed on.
         solve_s: Solves that take longer are cut into ranges of rows.
         held_bytes: Bytes of hidden states and sums that a span may have outstanding, over all its blocks.
         weight_size: Bytes of a weight in a worker's memory.
@@ -60,6 +61,7 @@ class Rates:
     peer_bytes: float
     network_bytes: float
     unit_s: float
+    passing_s: float
     solve_s: float
     held_bytes: float
     weight_size: int
@@ -82,6 +84,7 @@ CPU_RATES = Rates(
     peer_bytes=2e9,
     network_bytes=1.25e9,
     unit_s=0.02,
+    passing_s=0.005,
     solve_s=20.0,
     held_bytes=0.25e9,
     weight_size=4,
@@ -107,6 +110,7 @@ H100_RATES = Rates(
     peer_bytes=300e9,
     network_bytes=50e9,
     unit_s=0.02,
+    passing_s=0.005,
     solve_s=1.0,
     held_bytes=64e9,
     weight_size=2,
@@ -180,19 +184,24 @@ class CostModel:
         """Return the seconds of one block over tokens, with the second moments of ``groups``."""
         rates = self.rates
         moments = moment_flops(groups, tokens) / rates.moment_flops
-        return rates.unit_s + forward_flops(parameters, tokens) / rates.forward_flops + moments
+        return rates.passing_s + forward_flops(parameters, tokens) / rates.forward_flops + moments
+
+    def score_s(self, head_parameters: float, tokens: float) -> float:
+        """Return the seconds of comparing two models' predictions of tokens."""
+        return self.rates.unit_s + forward_flops(2 * head_parameters, tokens) / self.rates.forward_flops
 
     def add_s(self, groups: Iterable[GroupShape], num_parts: int) -> float:
         """Return the seconds of adding up sums of ``groups`` that stay in memory."""
-        return self.rates.unit_s + sum_bytes(groups) * num_parts / self.rates.added_bytes
+        return self.rates.passing_s + sum_bytes(groups) * num_parts / self.rates.added_bytes
 
     def merge_s(self, group: GroupShape, num_parts: int) -> float:
         """Return the seconds of adding a group's sums and storing the result."""
-        return self.add_s((group,), num_parts) + 2 * sum_bytes((group,)) / self.rates.touched_bytes
+        size = sum_bytes((group,))
+        return self.rates.unit_s + size * num_parts / self.rates.added_bytes + 2 * size / self.rates.touched_bytes
 
     def factor_s(self, group: GroupShape) -> float:
         """Return the seconds of a factorization."""
-        return self.rates.unit_s + factor_flops(group) / self.rates.factor_flops
+        return self.rates.passing_s + factor_flops(group) / self.rates.factor_flops
 
     def scales_s(self, group: GroupShape) -> float:
         """Return the seconds of a search for activation-aware scales."""
@@ -213,14 +222,15 @@ class CostModel:
         touched = 4.0 * parameters / self.rates.touched_bytes
         return self.rates.unit_s + touched + 4.0 * parameters * num_prompts * num_tokens / self.rates.decoded_bytes
 
-    def continue_s(self, parameters: float, num_tokens: int) -> float:
-        """Return the seconds of taking a prompt of ``num_tokens`` through weights that are in memory."""
+    def continue_s(self, parameters: float, num_prompts: int, num_tokens: int) -> float:
+        """Return the seconds of taking prompts of ``num_tokens`` each through weights that are in memory."""
         passed = self.rates.weight_size * parameters / self.rates.decoded_bytes
-        return self.rates.unit_s + passed + forward_flops(parameters, num_tokens) / self.rates.forward_flops
+        computed = forward_flops(parameters, num_tokens) / self.rates.forward_flops
+        return self.rates.passing_s + num_prompts * (passed + computed)
 
     def embed_s(self, num_bytes: float) -> float:
         """Return the seconds of taking in what lies outside the blocks; looking tokens up costs next to nothing."""
-        return self.rates.unit_s + num_bytes / self.rates.weight_bytes
+        return self.rates.passing_s + num_bytes / self.rates.weight_bytes
 
     def copy_s(self, num_bytes: float) -> float:
         """Return the seconds of copying tensors."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -51,54 +52,73 @@ def tokenizer_of(folder: Path) -> TextTokenizer:
 
 
 def continue_part(call: Call) -> dict[str, Any]:
-    """Take a smoke prompt, with what continues it so far, through a part of the blocks; after the last part it has one
-    more token, or has ended. Before the first token the part's weights are only taken in.
+    """Take smoke prompts, with what continues them so far, through a part of the blocks; after the last part each has
+    one more token, or has ended. Before the first token the part's weights are only taken in.
 
     No keys and values are kept: prompts are short, and so what is passed on does not depend on the parts.
     """
-    skeleton, device = call.skeleton, call.context.device
-    first, last = call.params["first"], call.params["last"]
+    skeleton, first, last = call.skeleton, call.params["first"], call.params["last"]
     read = VariantReader(call)
     if call.params["step"] < 0:
         for index in range(first, last):
             _kept_block(call, read, index)
         return {}
     state = _continued_so_far(call)
-    if not state["ended"]:
-        hidden = state.pop("hidden", None)
-        if hidden is None:
-            skeleton.attach_outer(_kept(call, "outer", lambda: outer_weights(call)))
-            hidden = skeleton.embed(state["ids"][None])
-            skeleton.detach_outer()
-        for index in range(first, last):
-            with skeleton.attached(index, _kept_block(call, read, index)):
-                hidden = skeleton.run_block(index, hidden)
-        if last < skeleton.num_blocks:
-            state["hidden"] = hidden
-        else:
-            skeleton.attach_outer(_kept(call, "outer", lambda: outer_weights(call)))
-            token = int(skeleton.logits(hidden)[0, -1].argmax())
-            skeleton.detach_outer()
-            if token in tokenizer_of(call.source.folder).end_ids:
-                state["ended"] = torch.tensor(True)
-            else:
-                state["ids"] = torch.cat([state["ids"], torch.tensor([token], device=device)])
+    running = [number for number in range(len(call.params["prompts"])) if not state[f"ended.{number}"]]
+    hidden = {number: state.pop(f"hidden.{number}") for number in running if first}
+    if running and not first:
+        with _outer_attached(call):
+            hidden = {number: skeleton.embed(state[f"ids.{number}"][None]) for number in running}
+    for index in range(first, last if running else first):
+        with skeleton.attached(index, _kept_block(call, read, index)):
+            hidden = {number: skeleton.run_block(index, states) for number, states in hidden.items()}
+    if running and last == skeleton.num_blocks:
+        with _outer_attached(call):
+            tokens = {number: int(skeleton.logits(states)[0, -1].argmax()) for number, states in hidden.items()}
+        _append_tokens(call, state, tokens)
+    else:
+        state |= {f"hidden.{number}": states for number, states in hidden.items()}
     call.put(state)
     return {}
 
 
 def _continued_so_far(call: Call) -> dict[str, Tensor]:
-    """Return the prompt's token ids with those that continue it, the number of its own, and whether it has ended;
-    between parts, its hidden states too."""
+    """Return for each prompt its token ids with those that continue it, the number of its own, and whether it has
+    ended; between parts, its hidden states too."""
     before = [need for need in call.needs(Kind.CONTINUE) if need.params["step"] >= 0]
     if before:
         return call.get(before[0])
-    ids = tokenizer_of(call.source.folder).encode(call.params["prompt"], with_special=True)
-    return {
-        "ids": torch.tensor(ids, dtype=torch.int64, device=call.context.device),
-        "num_own": torch.tensor(len(ids)),
-        "ended": torch.tensor(False),
-    }
+    state = {}
+    for number, prompt in enumerate(call.params["prompts"]):
+        ids = tokenizer_of(call.source.folder).encode(prompt, with_special=True)
+        state[f"ids.{number}"] = torch.tensor(ids, dtype=torch.int64, device=call.context.device)
+        state[f"num_own.{number}"] = torch.tensor(len(ids))
+        state[f"ended.{number}"] = torch.tensor(False)
+    return state
+
+
+def _continuations(state: Mapping[str, Tensor]) -> list[list[int]]:
+    """Return the ids that continue each prompt."""
+    numbers = range(sum(name.startswith("ids.") for name in state))
+    return [state[f"ids.{number}"][int(state[f"num_own.{number}"]) :].tolist() for number in numbers]
+
+
+def _append_tokens(call: Call, state: dict[str, Tensor], tokens: Mapping[int, int]) -> None:
+    """Add to each prompt the token that follows, or note that it has ended."""
+    for number, token in tokens.items():
+        if token in tokenizer_of(call.source.folder).end_ids:
+            state[f"ended.{number}"] = torch.tensor(True)
+        else:
+            ids = state[f"ids.{number}"]
+            state[f"ids.{number}"] = torch.cat([ids, torch.tensor([token], device=ids.device)])
+
+
+@contextmanager
+def _outer_attached(call: Call) -> Iterator[None]:
+    """Within the context, the weights outside the blocks are in place."""
+    call.skeleton.attach_outer(_kept(call, "outer", lambda: outer_weights(call)))
+    yield
+    call.skeleton.detach_outer()
 
 
 def _kept(call: Call, name: str, read: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -127,8 +147,7 @@ def generate(call: Call) -> dict[str, Any]:
     skeleton = call.skeleton
     tokenizer = tokenizer_of(call.source.folder)
     if call.params.get("is_split"):
-        ends = [call.get(need) for need in call.needs(Kind.CONTINUE)]
-        continued = [end["ids"][int(end["num_own"]) :].tolist() for end in ends]
+        continued = [ids for need in call.needs(Kind.CONTINUE) for ids in _continuations(call.get(need))]
         return {"continuations": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in continued]}
     load = BlockCache(VariantReader(call), skeleton.dtype, call.context.shelf_bytes)
     skeleton.attach_outer(outer_weights(call))

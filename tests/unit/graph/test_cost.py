@@ -30,7 +30,8 @@ def costs(model: CostModel) -> list[float]:
         model.solve_s(GROUP, False),
         model.pack_s(1e6),
         model.generate_s(1e6, 3, 32),
-        model.continue_s(1e6, 32),
+        model.continue_s(1e6, 3, 32),
+        model.score_s(1e6, 32),
         model.embed_s(1e6),
         model.copy_s(1e6),
     ]
@@ -39,12 +40,12 @@ def costs(model: CostModel) -> list[float]:
 def only(rates: Rates, name: str) -> Rates:
     """Return rates of which all but one take no time."""
     free = dict.fromkeys(RATES, float("inf"))
-    return replace(rates, **{**free, "unit_s": 0.0, name: getattr(rates, name)})
+    return replace(rates, **{**free, "unit_s": 0.0, "passing_s": 0.0, name: getattr(rates, name)})
 
 
 @pytest.mark.parametrize("rates", [CPU_RATES, H100_RATES])
 def test_costs_are_sums_of_what_each_rate_takes(rates: Rates) -> None:
-    parts = [costs(CostModel(only(rates, name), 1024)) for name in [*RATES, "unit_s"]]
+    parts = [costs(CostModel(only(rates, name), 1024)) for name in [*RATES, "unit_s", "passing_s"]]
     for together, *alone in zip(costs(CostModel(rates, 1024)), *parts, strict=True):
         assert together == pytest.approx(sum(alone), rel=1e-12)
     assert all(max(column) > 0 for column in parts)

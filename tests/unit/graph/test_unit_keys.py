@@ -29,7 +29,9 @@ UP = "model.layers.1.mlp.up_proj.weight"
 TUNING = Tuning(spans=2, solve_s=20.0)
 GPTQ, AWQ = "gptq-w4-g64", "awq-w4-g64"
 PASSING = {Kind.EMBED, Kind.CALIBRATE, Kind.ADD, Kind.FACTOR, Kind.FORWARD, Kind.CONTINUE}
-FREE = replace(CPU_RATES, weight_bytes=1e18, peer_bytes=1e18, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9)
+FREE = replace(
+    CPU_RATES, weight_bytes=1e18, peer_bytes=1e18, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9, passing_s=1e-9
+)
 """Rates at which nothing keeps a chain from being cut into as many spans as asked for."""
 
 Place = tuple[Kind, int, str]
