@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -52,6 +53,8 @@ GPU_ROUNDING = 1e-3
 REPLACEMENT_TIMEOUT_S = 120.0
 """Longest wait, when no worker is left, for room for a new one: until Ray has cleared up after a lost node, or a node
 has come in its place."""
+
+_RAISED = re.compile(r"[\w.]+(Error|Exception): ")
 
 
 class RemoteWorker:
@@ -157,15 +160,23 @@ class RayExecutor:
         self._fill_seats()
         while not self.workers:
             if time.monotonic() > deadline_s or self._start_failures >= MAX_START_FAILURES:
-                why = f"the last one that tried: {self._last_failure}" if self._last_failure else "there was no room"
-                raise GraphError(
-                    f"no worker has started; {why}; the cluster has {_describe(_resources(self._ray))}",
-                    code="graph.infeasible",
-                    hint="other jobs may hold its CPUs: see `ray status`, or run without --address",
-                )
+                raise self._nobody_started()
             event = self._poll(1.0)
             if event is not None:
                 self._events.append(event)
+
+    def _nobody_started(self) -> GraphError:
+        if self._last_failure:
+            return GraphError(
+                f"no worker could start: {self._last_failure}",
+                code="graph.no_workers",
+                hint="every node needs the source, the work directory and this program under the same names",
+            )
+        return GraphError(
+            f"no worker has started, for want of room; the cluster has {_describe(_resources(self._ray))}",
+            code="graph.infeasible",
+            hint="other jobs may hold its CPUs: see `ray status`, or run without --address",
+        )
 
     @property
     def workers(self) -> Sequence[WorkerId]:
@@ -243,7 +254,8 @@ class RayExecutor:
         if seat.ready is not None:
             self._start_failures += 1
             self._last_failure = reason
-        # Ray's words for any sudden death name the out-of-memory killer as one of the possible causes.
+        # Only where Ray itself killed it: what it says of any sudden death names the kernel's OOM killer among the
+        # possible causes.
         is_memory = isinstance(error, self._ray.exceptions.OutOfMemoryError)
         self._fill_seats()
         return WorkerLost(name, tuple(seat.units.values()), reason, is_memory)
@@ -356,9 +368,12 @@ def _actor_class(ray: Any, gpus: float) -> Any:
 
 
 def _last_words(error: Any) -> str:
-    """Return what Ray says of a death: what happened comes first and why comes last, with ids in between."""
+    """Return what Ray says of a death: the exception that was raised, if one was; else what happened and why, which are
+    its first and last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(dict.fromkeys((lines[0], lines[-1])))[:500] if lines else type(error).__name__
+    raised = [line for line in lines if _RAISED.match(line)]
+    words = raised[-1:] or [*lines[:1], *lines[1:][-1:]] or [type(error).__name__]
+    return "; ".join(words)[:500]
 
 
 def _resources(ray: Any) -> dict[str, float]:

@@ -184,4 +184,5 @@ def test_missing_gpu_is_refused_at_once_with_what_there_is(bitmill: Bitmill, tmp
     )
     assert done.returncode == 7, done.stderr
     assert "needs a GPU" in done.stderr
-    assert "CPU: 2" in done.stderr
+    assert "none that torch can use" in done.stderr
+    assert "--device cpu" in done.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, Bitmill, environment, files_below
-from tests.loopback_hub import LoopbackHub
+from tests.loopback_hub import Fault, LoopbackHub
 from tests.s3_server import S3Server
 
 VARIANTS = ("--variant", "gptq-w4-g128", "--variant", "awq-w4-g128")
@@ -86,12 +86,12 @@ STAGES = ("hidden", "merge", "scales", "solve", "pack", "outer", "score", "gener
 """Folders of the work store, each of which has something once the run has come to the stage."""
 
 
-def start(arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], folder: Path, **env: str) -> subprocess.Popen[bytes]:
     """Start the command in a session of its own, silent."""
     command = [sys.executable, "-m", "jobs.cli", *arguments]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(folder), stdout=quiet, stderr=quiet, start_new_session=True
+        command, cwd=ROOT, env=environment(folder, **env), stdout=quiet, stderr=quiet, start_new_session=True
     )
 
 
@@ -136,6 +136,55 @@ def test_run_killed_while_it_publishes_continues_to_the_same_bytes(
     assert contents(target) == contents(undisturbed)
     refs = {path.relative_to(target).as_posix() for path in files_below(target / "refs")}
     assert refs == {f"refs/local/model-{name}/main" for name in ("gptq-w4-g128", "awq-w4-g128")}
+
+
+def weights(target: Path) -> dict[str, bytes]:
+    """Return the weights and configs of every release, which do not depend on what else was made with it or on what
+    the source is called."""
+    kept = {path: data for path, data in contents(target).items() if path.endswith((".safetensors", "config.json"))}
+    return {"/".join((path.split("/")[1].rpartition("-")[0], path.split("/")[-1])): kept[path] for path in kept}
+
+
+def test_run_killed_while_it_fetches_continues_with_the_missing_bytes(
+    undisturbed: Path, bitmill: Bitmill, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    arguments = ["convert", "org/model", *VARIANTS, *SMALL, "--to", str(target), "--release", "local/model"]
+    with LoopbackHub(token="secret", cdn=True) as hub:
+        hub.add("org/model", {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir()})
+        env = {**hub.environment(tmp_path), "HF_TOKEN": "secret"}
+        hub.faults.append(Fault("model.safetensors", stall_after=1_000_000))
+        kill_once(start(arguments, tmp_path, **env), hub.stalled.is_set)
+        assert files_below(target / "releases") == []
+        hub.requests.clear()
+        done = bitmill(*arguments, env=env)
+        assert done.returncode == 0, done.stderr
+        starts = [int(wanted.removeprefix("bytes=").split("-")[0]) for wanted in hub.ranges("model.safetensors")]
+    assert max(starts) > 500_000, "what had come was kept"
+    assert weights(target) == weights(undisturbed)
+
+
+def test_two_runs_at_once_in_one_work_directory_do_not_disturb_each_other(undisturbed: Path, tmp_path: Path) -> None:
+    """They calibrate alike, save the same hidden states, and the one that ends first drops them."""
+    target, work = tmp_path / "out", tmp_path / "work"
+    target.mkdir()
+    places = ("--to", str(target), "--work-dir", str(work))
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", "convert", str(DEMO_MODEL), "--variant", variant, *SMALL, *places],
+            cwd=ROOT,
+            env=environment(tmp_path),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for variant in ("gptq-w4-g128", "awq-w4-g128")
+    ]
+    for run in runs:
+        _, stderr = run.communicate(timeout=280)
+        assert run.returncode == 0, stderr
+    assert weights(target) == weights(undisturbed)
 
 
 def test_hub_source_is_pinned_and_published_to_s3(undisturbed: Path, bitmill: Bitmill, tmp_path: Path) -> None:

@@ -164,11 +164,12 @@ def judge_engine(
     """
     versions = ", ".join(f"{name} {number}" for name, number in sorted(result["versions"].items()))
     label = f"{engine} ({versions}; {result['dtype']})"
+    # A prompt tells the vocabulary: tokens of a wider one would not even be found in our embedding.
+    vocabulary = reference(prompts[0][1]).shape[-1] if prompts else 0
     found, errors = Agreement(), []
     for number, ((_, ids), sequence) in enumerate(zip(prompts, result["sequences"], strict=True)):
         theirs_LV = logits[str(number)]
-        # The prompt tells the vocabulary: tokens of a wider one would not even be found in our embedding.
-        wanted = [len(sequence), reference(ids).shape[-1]]
+        wanted = [len(sequence), vocabulary]
         if list(theirs_LV.shape) != wanted:
             fault = f"the engine's logits of prompt {number} are {list(theirs_LV.shape)}, not {wanted}"
             return _failed(f"{label}: {fault}", known)
@@ -199,4 +200,5 @@ def _worst(values: Sequence[float]) -> float:
 
 def _failed(detail: str, known: Sequence[str], figures: dict[str, float] | None = None) -> Check:
     """Return a failed check that ends with what is known of such failures."""
-    return Check(name="engine", passed=False, detail=". ".join((detail, *known)), figures=figures or {})
+    sentences = (f"{detail.rstrip('.!')}.", *known) if known else (detail,)
+    return Check(name="engine", passed=False, detail=" ".join(sentences), figures=figures or {})

@@ -81,3 +81,18 @@ def test_an_engine_that_fails_gives_a_failed_check_with_its_last_words(
     assert not check.passed
     assert "transformers cannot run the release" in check.detail
     assert "unheard_of" in check.detail
+
+
+def test_what_is_known_stands_in_the_place_of_a_traceback(
+    tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "ensure_environment", lambda *arguments: Path(sys.prefix))
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    known = ["This engine cannot read it.", "Another one can."]
+    check = check_engine(
+        "transformers", tmp_path, lambda ids: torch.zeros(2, 4), [("a", [1, 2])], 2, tmp_path, lines.append, known
+    )
+    assert not check.passed
+    assert check.detail.endswith(" ".join(known))
+    assert 'File "' not in check.detail
+    assert "\n" not in check.detail
