@@ -18,7 +18,8 @@ from rates import planned
 from report import print_header, print_table
 from sessions import Role, processes_of
 
-from pipeline.graph.simulate import Cluster, Prediction, simulate
+from pipeline.graph.prediction import Cluster, Prediction
+from pipeline.graph.simulate import simulate
 
 
 class CpuTime:

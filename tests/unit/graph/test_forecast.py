@@ -13,7 +13,8 @@ from pipeline.graph.forecast import forecast, forecast_shape, parse_cluster, pla
 from pipeline.graph.memory import worker_memory
 from pipeline.graph.outline import open_folder
 from pipeline.graph.plan import plan_conversion
-from pipeline.graph.simulate import Cluster, simulate
+from pipeline.graph.prediction import Cluster
+from pipeline.graph.simulate import simulate
 from pipeline.settings import Settings
 from pipeline.spec import ConversionSpec
 

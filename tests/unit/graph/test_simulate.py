@@ -17,8 +17,9 @@ from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import Finished
 from pipeline.graph.forecast import planned_inputs
+from pipeline.graph.prediction import Cluster, Limit, Ran, critical_waits
 from pipeline.graph.shapes import ShapeOutline
-from pipeline.graph.simulate import Cluster, EmptyStore, Limit, Link, Ran, SimulatedExecutor, critical_waits, simulate
+from pipeline.graph.simulate import EmptyStore, Link, SimulatedExecutor, simulate
 from pipeline.graph.traffic import Route, Traffic
 from pipeline.spec import build_spec
 
