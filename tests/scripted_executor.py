@@ -66,6 +66,10 @@ class ScriptedExecutor:
         """The workers; one that died is among them until its loss was told, as nobody knows before."""
         return list(self._queues)
 
+    def node(self, worker: WorkerId) -> str:
+        """Return which machine a worker is on: there are two on each."""
+        return f"machine-{int(worker[1:]) // 2}" if worker in self.alive else ""
+
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit at a worker."""
         assert len(self._queues[worker]) < 8, "nobody needs so many units ahead"

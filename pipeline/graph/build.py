@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.formats.config import quantization_config
 from pipeline.graph.chains import Chain, ChainBuilder, Tokens, shape_of
+from pipeline.graph.continuations import ContinuationBuilder
 from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Tuning
@@ -36,6 +37,9 @@ from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
 
 HELDOUT_SLICE_SEQUENCES = 2
 """Held-out sequences in a slice; their sums add up exactly, so only speed depends on it."""
+
+PACKED_EXTRA = 0.02
+"""Bytes of a packed weight besides its code: scales and zero points of groups of 128."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ class UnitBuilder:
         self.outline = inputs.outline
         self.keys = Keyring(inputs.outline, inputs.digests, inputs.device)
         self.chains = ChainBuilder(self.keys, costs)
+        self.continuations = ContinuationBuilder(self.keys, costs, tuning.spans)
         self.num_blocks = inputs.outline.skeleton.num_blocks
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
 
@@ -178,24 +183,23 @@ class UnitBuilder:
         )
         calibration, heldout = self.chains.calibration(texts[0], spans), self.chains.heldout(texts[1], spans)
         merged = [self._merges(calibration, block) for block in range(self.num_blocks)]
-        outer = self._outer()
+        outer, source_generation = self._outer(), self._generation({}, (), "")
         built = {plan.spec.name: self._variant(plan, merged, heldout, outer) for plan in self.inputs.variants}
         variants = {name: units for name, (units, _) in built.items()}
         leftovers = [*calibration.saves, *heldout.saves, *(p for _, chain in built.values() for p in chain.saves)]
-        return JobUnits(variants, outer, self._generation({}, (), ""), tuple(leftovers))
+        return JobUnits(variants, outer, source_generation, tuple(leftovers))
 
     def _merges(self, chain: Chain, block: int) -> list[WorkUnit]:
         """Return for each linear group of a block the unit that adds up its statistics."""
         units, parts = [], self.chains.sums(chain, block)
         for position, group in enumerate(self.outline.groups[block]):
-            identity = {"chain": chain.identities[block], "names": _names(group)}
             units.append(
                 WorkUnit(
                     Kind.MERGE,
-                    self.keys.key(Kind.MERGE, identity),
+                    self.chains.merge_key(chain.identities[block], group),
                     {"group": position},
                     parts,
-                    rank=chain.blocks[block][0].rank,
+                    rank=block - 0.5,
                     cost=self.costs.merge_s(shape_of(group), len(parts)),
                     out_bytes=4.0 * group.in_features**2,
                     block=block,
@@ -207,7 +211,7 @@ class UnitBuilder:
     def _outer(self) -> WorkUnit:
         size = sum(self.outline.tensor_bytes(name) for name in self.keys.outer_names)
         key = self.keys.key(Kind.OUTER, {"weights": self.keys.places(self.keys.outer_names)})
-        return WorkUnit(Kind.OUTER, key, {}, rank=self.num_blocks, cost=self.costs.copy_s(size), out_bytes=size)
+        return WorkUnit(Kind.OUTER, key, {}, cost=self.costs.copy_s(size), out_bytes=size)
 
     def _variant(
         self, plan: VariantPlan, merged: list[list[WorkUnit]], heldout: Chain, outer: WorkUnit
@@ -244,7 +248,7 @@ class UnitBuilder:
             (*scales, *solves),
             rank=block,
             cost=self.costs.pack_s(self.keys.block_parameters(block)),
-            out_bytes=float(self.keys.block_parameters(block)),
+            out_bytes=self.keys.block_parameters(block) * (spec.bits / 8 + PACKED_EXTRA),
             block=block,
             variant=spec.name,
         )
@@ -262,6 +266,7 @@ class UnitBuilder:
             (merged,),
             rank=group.block,
             cost=self.costs.scales_s(shape_of(group)),
+            out_bytes=4.0 * group.in_features,
             block=group.block,
             variant=plan.spec.name,
             label=group.label,
@@ -344,7 +349,7 @@ class UnitBuilder:
                         (before, after, outer),
                         stand_ins={before.key: (self.keys.saved(source.identities[-1], number),)},
                         rank=self.num_blocks,
-                        cost=self.costs.forward_s(2 * head, sum(map(len, rows))),
+                        cost=self.costs.score_s(head, sum(map(len, rows))),
                         variant=plan.spec.name,
                     )
                 )
@@ -361,7 +366,7 @@ class UnitBuilder:
         }
         prompts = [prompt.prompt for prompt in gates.prompts]
         params = {"prompts": prompts, "max_tokens": gates.generated_tokens, "quantization_config": config}
-        return WorkUnit(
+        unit = WorkUnit(
             Kind.GENERATE,
             self.keys.key(Kind.GENERATE, {**identity, **params}),
             params,
@@ -370,6 +375,7 @@ class UnitBuilder:
             cost=self.costs.generate_s(self._parameters, len(prompts), gates.generated_tokens),
             variant=variant,
         )
+        return self.continuations.split(unit, needs[:-1], needs[-1:]) if self.continuations.is_split else unit
 
 
 def make_tuning(num_workers: int, costs: CostModel) -> Tuning:

@@ -4,6 +4,9 @@ A *chain* is what a text's hidden states are after so many blocks; its identity 
 and the weights passed so far. The chain is cut into *spans* of slices, one unit a span and block; how it is cut depends
 on the workers and is in no key of anything stored. Every ``SAVE_EVERY`` blocks the hidden states are saved slice by
 slice, so that a job that was stopped, or lost a worker, goes on from there with any number of workers.
+
+Chains are the longest paths of a job, so their units come before all others (their ranks are below 0, those of others
+are not): what they leave to do keeps workers busy afterwards.
 """
 
 from __future__ import annotations
@@ -30,12 +33,12 @@ SAVE_EVERY = 4
 SAVE_SHARE = 0.05
 """Most of the time of a chain that saving may take; where it would take more, hidden states are saved less often."""
 
+MIN_HELD_BLOCKS = 2
+"""Blocks whose outputs a span may have outstanding at least, before it waits for their sums to be added up."""
+
 ADDED_SPANS = 8
 """Spans whose sums one unit adds up: as many as a node of a cluster has workers, as a rule. A power of two, so that
 what they add up to is a node of the tree."""
-
-LOOKAHEAD_BLOCKS = 2
-"""Blocks that calibration may be ahead of the solves that wait for a worker: it is the longest path of the graph."""
 
 Span = tuple[int, int]
 """First slice, and the slice after the last."""
@@ -132,7 +135,7 @@ class ChainBuilder:
         shapes = [shape_of(group) for group in self.keys.outline.groups[block]]
         return WorkUnit(
             Kind.ADD,
-            self.keys.key(Kind.ADD, {"chain": chain.identities[block], "span": span}),
+            self._add_key(chain.identities[block], span),
             {"low": span[0], "high": span[1]},
             tuple(parts),
             is_durable=False,
@@ -143,6 +146,30 @@ class ChainBuilder:
             out_bytes=sum_bytes(shapes),
             block=block,
         )
+
+    def _add_key(self, identity: str, span: Span) -> str:
+        return self.keys.key(Kind.ADD, {"chain": identity, "span": span})
+
+    def merge_key(self, identity: str, group: LinearGroup) -> str:
+        """Return the key of a group's statistics over all tokens, where the chain is ``identity`` after the block."""
+        return self.keys.key(Kind.MERGE, {"chain": identity, "names": [linear.name for linear in group.linears]})
+
+    def _after(
+        self, spans: Sequence[Span], number: int, block: int, identities: Sequence[str], held_blocks: int
+    ) -> tuple[str, ...]:
+        """Return the keys of the units that have to have run before a span may pass a block, as they read its sums, and
+        what was made of them, ``held_blocks`` before."""
+        keys: list[str] = []
+        is_added = len(spans) > ADDED_SPANS
+        added = block - held_blocks
+        if is_added and added >= 0:
+            row = spans[number - number % ADDED_SPANS :][:ADDED_SPANS]
+            keys += [self._add_key(identities[added], (row[0][0], row[-1][1]))] if len(row) > 1 else []
+        # One worker of each row has what the row adds up to.
+        merged = block - held_blocks * (ADDED_SPANS // 2 if is_added else 1)
+        if merged >= 0:
+            keys += [self.merge_key(identities[merged], group) for group in self.keys.outline.groups[merged]]
+        return tuple(keys)
 
     def _num_spans(self, tokens: Tokens, num_workers: int, kind: Kind) -> int:
         """Return the number of spans: one for each worker, as long as passing the blocks takes a span longer than
@@ -205,8 +232,8 @@ class ChainBuilder:
             self.keys.key(Kind.EMBED, {"chain": start, "span": span}),
             {"low": low, "high": high, "tokens": list(tokens.slices[low:high])},
             is_durable=False,
-            home=f"{tokens.name}:{low}",
-            rank=-LOOKAHEAD_BLOCKS - 1,
+            home=f"{tokens.name}::{low}",
+            rank=-self.num_blocks - 1,
             cost=self.costs.embed_s(sum(self.keys.outline.tensor_bytes(name) for name in self.keys.outer_names)),
             out_bytes=4.0 * count * self._hidden,
         )
@@ -229,9 +256,11 @@ class ChainBuilder:
         before: tuple[WorkUnit, ...] = embeds
         # Of all slices, whatever the spans: a run with other workers must look where this one saves.
         every = self._save_every(tokens, (0, len(tokens.slices)), kind)
+        largest = max(self._out_bytes(tokens.count(spans[0]), block, kind) for block in range(self.num_blocks))
+        held_blocks = max(MIN_HELD_BLOCKS, int(self.costs.rates.held_bytes / largest))
         for block, identity in enumerate(identities):
             row = []
-            for span, previous in zip(spans, before, strict=True):
+            for place, (span, previous) in enumerate(zip(spans, before, strict=True)):
                 numbers = range(*span)
                 is_end = block == self.num_blocks - 1
                 is_kept = is_end and kind is Kind.FORWARD and not variant
@@ -247,14 +276,18 @@ class ChainBuilder:
                         self.keys.key(kind, {"chain": identity, "span": span}),
                         params,
                         needs,
+                        after=self._after(spans, place, block, identities, held_blocks)
+                        if kind is Kind.CALIBRATE
+                        else (),
                         stand_ins={previous.key: previous.saves} if previous.saves else {},
                         saves=places,
                         obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)
                         if is_saved and old >= 0 and _is_save(old, every)
                         else (),
                         is_durable=False,
-                        home=f"{variant or tokens.name}:{span[0]}",
-                        rank=block - LOOKAHEAD_BLOCKS if kind is Kind.CALIBRATE else block + 0.5,
+                        home=f"{tokens.name}:{variant}:{span[0]}",
+                        # What judges a variant waits for what all of them wait for.
+                        rank=block - self.num_blocks if kind is Kind.CALIBRATE else -0.5,
                         cost=self._cost(tokens.count(span), block, kind) + self._saving_s(tokens.count(span), places),
                         out_bytes=self._out_bytes(tokens.count(span), block, kind),
                         block=block,

@@ -196,6 +196,11 @@ class RayExecutor:
         """Where each worker is: process id, node, GPUs."""
         return {name: seat.about for name, seat in self._seats.items() if seat.ready is None}
 
+    def node(self, worker: WorkerId) -> str:
+        """Return which machine a worker is on; empty for one that is gone."""
+        seat = self._seats.get(worker)
+        return str(seat.about.get("node", "")) if seat else ""
+
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit at a worker."""
         # A unit names its needs, and they theirs: only the first level travels.

@@ -34,13 +34,16 @@ class Rates:
         added_bytes: Bytes of sums that are added up in memory.
         touched_bytes: Bytes that a worker reads or writes with their digest.
         weight_bytes: Bytes of the source's weights that a worker takes in, from where its node has them.
-        decoded_bytes: Bytes of weights that one token of a continuation passes by.
+        decoded_bytes: Bytes of weights in a worker's memory that one token of a continuation passes by.
         store_bytes: Bytes through the link of one node to the work store and the source's weights.
         peer_bytes: Bytes from one worker of a node to another.
         network_bytes: Bytes into, and as many out of, one node.
-        unit_s: Fixed seconds of a unit: reading headers, placing modules, the record.
+        unit_s: Fixed seconds of a unit whose output is stored: reading headers, placing modules, the record.
+        passing_s: The same where the output is passed on.
         solve_s: Solves that take longer are cut into ranges of rows.
-        memory_bytes: Memory of a worker that a plan may count on; 0 where it is not known.
+        held_bytes: Bytes of hidden states and sums that a span may have outstanding, over all its blocks.
+        weight_size: Bytes of a weight in a worker's memory.
+        resident_bytes: Bytes of weights that a worker keeps for continuations.
     """
 
     hardware: str
@@ -58,8 +61,11 @@ class Rates:
     peer_bytes: float
     network_bytes: float
     unit_s: float
+    passing_s: float
     solve_s: float
-    memory_bytes: float = 0.0
+    held_bytes: float
+    weight_size: int
+    resident_bytes: float
 
 
 CPU_RATES = Rates(
@@ -78,7 +84,11 @@ CPU_RATES = Rates(
     peer_bytes=2e9,
     network_bytes=1.25e9,
     unit_s=0.02,
+    passing_s=0.005,
     solve_s=20.0,
+    held_bytes=0.25e9,
+    weight_size=4,
+    resident_bytes=2.0 * 2**30,
 )
 """Fitted to a conversion of the 135 M parameter model on 2 cores (AVX-512), torch 2.13.0, float32, one thread a worker,
 2026-11-24: seconds = overhead + work / rate for each kind. The links are not: they are a plain disk, memory of the
@@ -93,21 +103,25 @@ H100_RATES = Rates(
     factor_flops=15e12,
     grid_weights=3.5e9,
     added_bytes=1e12,
-    touched_bytes=2e9,
+    touched_bytes=3e9,
     weight_bytes=50e9,
-    decoded_bytes=50e9,
+    decoded_bytes=2.5e12,
     store_bytes=10e9,
     peer_bytes=300e9,
     network_bytes=50e9,
     unit_s=0.02,
+    passing_s=0.005,
     solve_s=1.0,
-    memory_bytes=80e9,
+    held_bytes=64e9,
+    weight_size=2,
+    resident_bytes=72e9,
 )
 """Assumed, not measured. Published peaks: bf16 989 TFLOP/s dense, of which 40 % for forward passes and 30 % for second
 moments; float32 67 TFLOP/s, of which 45 % for column updates; float64 tensor cores 67 TFLOP/s, of which 22 % for a
-Cholesky factorization; memory 3.35 TB/s, which bounds a grid search of some twenty passes over five float32 arrays, and
-adding at three. NVLink 450 GB/s one way, 300 of it; network 400 Gbit/s a node; local NVMe 10 GB/s a node; a host core
-hashes 2 GB/s (SHA-256 with instructions for it); weights come over PCIe 5 at 50 GB/s."""
+Cholesky factorization; memory 3.35 TB/s, which bounds a grid search of some twenty passes over five float32 arrays,
+adding at three, and continuations (75 %). NVLink 450 GB/s one way, 300 of it; network 400 Gbit/s a node; local NVMe
+10 GB/s a node; a host core writes 5 GB/s and reads 2 GB/s with a digest (SHA-256 with instructions for it), which makes
+3 GB/s over both; weights come over PCIe 5 at 50 GB/s."""
 
 
 @dataclass(frozen=True)
@@ -170,19 +184,24 @@ class CostModel:
         """Return the seconds of one block over tokens, with the second moments of ``groups``."""
         rates = self.rates
         moments = moment_flops(groups, tokens) / rates.moment_flops
-        return rates.unit_s + forward_flops(parameters, tokens) / rates.forward_flops + moments
+        return rates.passing_s + forward_flops(parameters, tokens) / rates.forward_flops + moments
+
+    def score_s(self, head_parameters: float, tokens: float) -> float:
+        """Return the seconds of comparing two models' predictions of tokens."""
+        return self.rates.unit_s + forward_flops(2 * head_parameters, tokens) / self.rates.forward_flops
 
     def add_s(self, groups: Iterable[GroupShape], num_parts: int) -> float:
         """Return the seconds of adding up sums of ``groups`` that stay in memory."""
-        return self.rates.unit_s + sum_bytes(groups) * num_parts / self.rates.added_bytes
+        return self.rates.passing_s + sum_bytes(groups) * num_parts / self.rates.added_bytes
 
     def merge_s(self, group: GroupShape, num_parts: int) -> float:
         """Return the seconds of adding a group's sums and storing the result."""
-        return self.add_s((group,), num_parts) + 2 * sum_bytes((group,)) / self.rates.touched_bytes
+        size = sum_bytes((group,))
+        return self.rates.unit_s + size * num_parts / self.rates.added_bytes + 2 * size / self.rates.touched_bytes
 
     def factor_s(self, group: GroupShape) -> float:
         """Return the seconds of a factorization."""
-        return self.rates.unit_s + factor_flops(group) / self.rates.factor_flops
+        return self.rates.passing_s + factor_flops(group) / self.rates.factor_flops
 
     def scales_s(self, group: GroupShape) -> float:
         """Return the seconds of a search for activation-aware scales."""
@@ -203,9 +222,15 @@ class CostModel:
         touched = 4.0 * parameters / self.rates.touched_bytes
         return self.rates.unit_s + touched + 4.0 * parameters * num_prompts * num_tokens / self.rates.decoded_bytes
 
+    def continue_s(self, parameters: float, num_prompts: int, num_tokens: int) -> float:
+        """Return the seconds of taking prompts of ``num_tokens`` each through weights that are in memory."""
+        passed = self.rates.weight_size * parameters / self.rates.decoded_bytes
+        computed = forward_flops(parameters, num_tokens) / self.rates.forward_flops
+        return self.rates.passing_s + num_prompts * (passed + computed)
+
     def embed_s(self, num_bytes: float) -> float:
         """Return the seconds of taking in what lies outside the blocks; looking tokens up costs next to nothing."""
-        return self.rates.unit_s + num_bytes / self.rates.weight_bytes
+        return self.rates.passing_s + num_bytes / self.rates.weight_bytes
 
     def copy_s(self, num_bytes: float) -> float:
         """Return the seconds of copying tensors."""

@@ -30,6 +30,7 @@ class Kind(StrEnum):
     OUTER = "outer"
     FORWARD = "forward"
     SCORE = "score"
+    CONTINUE = "continue"
     GENERATE = "generate"
     VERIFY = "verify"
 
@@ -50,6 +51,8 @@ class WorkUnit:
         key: Fingerprint of everything that affects its output.
         params: JSON-serializable arguments of the stage function.
         needs: Units whose outputs it reads.
+        after: Keys of units that it does not read but waits for when they are to run at all, so that what they free is
+            freed before it adds to it.
         stand_ins: For the key of a need: places in the work store that hold what is read of it, so that it need not
             run when all of them are there (hidden states saved every few blocks).
         saves: Places in the work store that it fills besides its output.
@@ -69,6 +72,7 @@ class WorkUnit:
     key: str
     params: Mapping[str, Any]
     needs: tuple[WorkUnit, ...] = ()
+    after: tuple[str, ...] = ()
     stand_ins: Mapping[str, tuple[Stored, ...]] = field(default_factory=dict)
     saves: tuple[Stored, ...] = ()
     obsoletes: tuple[Stored, ...] = ()

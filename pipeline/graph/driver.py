@@ -4,8 +4,8 @@ It knows the goals and asks, again whenever something was lost, which units must
 are neither in the work store nor on a worker's shelf. So a start, a resume after a kill, the loss of a worker and a
 damaged file are the same thing. Nothing durable lives here.
 
-Order. Of the units that can run, those with the lowest rank do; of equal ones a worker takes one whose inputs it holds.
-A unit with a *home* runs where the home's first unit ran, because what it reads is there.
+Order. Of the units that can run, those with the lowest rank do, each where the least has to be moved to it. A unit with
+a *home* runs where the home's first unit ran, because what it reads is there.
 
 Faults. A worker that dies loses its shelf; its homes move, and what is missing is computed again from the last saved
 hidden states. A unit whose worker died ``MAX_LOSSES`` times ends the job. A unit that ran out of memory is cut into
@@ -17,6 +17,8 @@ move; whoever is first wins. The first is given nothing more until it has told o
 from __future__ import annotations
 
 import time
+from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -25,12 +27,19 @@ from typing import Protocol
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit, open_needs, reachable_units, required_units
 from pipeline.graph.executor import Executor, Finished, WorkerId, WorkerJoined, WorkerLost
-from pipeline.graph.stages.call import LOST
+from pipeline.graph.stages.call import KEPT_COPIES, LOST
 from pipeline.graph.worker import Outcome
 from pipeline.storage.work import StageRecord
 
 UNITS_AHEAD = 2
 """Units at a worker: one that runs and one that is ready when it ends."""
+
+NEAR = 0.1
+"""What moving a byte within a node costs, compared with moving it between nodes."""
+
+AHEAD_S = 2.0
+"""Longest unit, by its cost, that another one is queued behind: after a longer one the moment that it takes to hand out
+the next does not count, and the next might run elsewhere before."""
 
 MAX_LOSSES = 4
 """Deaths of the worker that ran a unit, after which the unit is taken to be their cause."""
@@ -117,7 +126,7 @@ class _Run:
         unit: The unit.
         workers: Who has it: one, or for a straggler more.
         began_s: When its turn came at the last of them; None while it waits behind others there.
-        sources: Who held each of its passing needs then.
+        sources: Who held each of its needs in memory then.
     """
 
     unit: WorkUnit
@@ -141,6 +150,7 @@ class _State:
     Attributes:
         records: Stored outputs known to be there.
         holders: Which worker holds each passing output.
+        origins: Which worker made each output, passing or stored.
         running: Units on their way, by key.
         queues: Keys of the units that each worker has, in order; those that were done elsewhere meanwhile included.
         overtaken: Of these, the keys of the units that were given to another worker since.
@@ -150,7 +160,7 @@ class _State:
         planned: Keys of the units that had to run when it was last asked.
         waiting: For each unit that cannot run yet, the keys of the needs that are missing.
         dependents: For each missing need, the units that wait for it.
-        ready: Units that can run, by key.
+        ready: Units that can run, the most urgent first; of equally urgent ones that which could run first.
         readers: For each output, the keys of the units that will read it.
         chains: Homes of each chain.
         paces: How long units of a kind take.
@@ -158,6 +168,7 @@ class _State:
 
     records: dict[Stored, StageRecord] = field(default_factory=dict)
     holders: dict[str, WorkerId] = field(default_factory=dict)
+    origins: dict[str, WorkerId] = field(default_factory=dict)
     running: dict[str, _Run] = field(default_factory=dict)
     queues: dict[WorkerId, list[str]] = field(default_factory=dict)
     overtaken: dict[WorkerId, set[str]] = field(default_factory=dict)
@@ -167,7 +178,7 @@ class _State:
     planned: set[str] = field(default_factory=set)
     waiting: dict[str, set[str]] = field(default_factory=dict)
     dependents: dict[str, list[WorkUnit]] = field(default_factory=dict)
-    ready: dict[str, WorkUnit] = field(default_factory=dict)
+    ready: list[WorkUnit] = field(default_factory=list)
     readers: dict[str, set[str]] = field(default_factory=dict)
     chains: dict[str, set[str]] = field(default_factory=dict)
     paces: dict[Kind, _Pace] = field(default_factory=dict)
@@ -235,7 +246,9 @@ class Driver:
         self._goals = self._make_goals(self._tuning)
         self._ask_what_is_stored()
         todo = required_units(self._goals, self._is_there, self._is_stored)
-        state.readers, state.waiting, state.dependents, state.ready, state.chains = {}, {}, {}, {}, {}
+        state.planned = {unit.key for unit in todo}
+        state.readers, state.waiting, state.dependents, state.chains = {}, {}, {}, {}
+        state.ready = []
         for unit in todo:
             for need in unit.needs:
                 state.readers.setdefault(need.key, set()).add(unit.key)
@@ -244,13 +257,13 @@ class Driver:
             if unit.key in state.running:
                 continue
             missing = {need.key for need in open_needs(unit, self._is_there, self._is_stored)}
+            missing |= state.planned.intersection(unit.after)
             if missing:
                 state.waiting[unit.key] = missing
             else:
-                state.ready[unit.key] = unit
+                self._is_ready(unit)
             for key in missing:
                 state.dependents.setdefault(key, []).append(unit)
-        state.planned = {unit.key for unit in todo}
         present = [unit for unit in reachable_units(self._goals) if unit.key not in state.planned]
         self._observer.planned(todo, present, state.records)
         for key in [key for key in state.holders if key not in state.readers]:
@@ -272,45 +285,90 @@ class Driver:
         ]
         self._state.records |= self._work.lookup_all(places)
 
+    def _is_ready(self, unit: WorkUnit) -> None:
+        insort(self._state.ready, unit, key=lambda other: other.rank)
+
+    def _take_ready(self, key: str) -> WorkUnit | None:
+        """Return the unit with a key, which is ready no more; None when it was not."""
+        ready = self._state.ready
+        place = next((place for place, unit in enumerate(ready) if unit.key == key), None)
+        return None if place is None else ready.pop(place)
+
     # Who does it.
 
     def _dispatch(self) -> None:
-        """Give units to workers until each has enough or nothing is ready."""
-        queues, overtaken = self._state.queues, self._state.overtaken
+        """Give units to workers until each has enough or nothing is ready: the most urgent unit first, to the idlest
+        worker that may run it, and of equally idle ones as ``_preference`` says."""
+        ready, queues, overtaken = self._state.ready, self._state.queues, self._state.overtaken
         workers = [worker for worker in self._executor.workers if not overtaken.get(worker)]
-        load = {worker: len(queues.get(worker, ())) for worker in workers}
-        while free := [worker for worker, units in load.items() if units < UNITS_AHEAD]:
-            # The idlest worker first; when there is nothing for it, others may hold a home that has work.
-            choices = ((name, self._choose(name, len(load))) for name in sorted(free, key=lambda name: load[name]))
-            found = next(((name, unit) for name, unit in choices if unit is not None), None)
-            if found is None:
-                return
-            worker, unit = found
+        load = {worker: sum(map(self._load, queues.get(worker, ()))) for worker in workers}
+        free = [worker for worker, units in load.items() if units < UNITS_AHEAD]
+        homes = Counter(self._state.homes.values()) if free else Counter()
+        place = 0
+        while free and place < len(ready):
+            unit = ready[place]
+            may_run = self._may_run(unit, free, len(load))
+            if not may_run:
+                place += 1
+                continue
+            least = min(load[worker] for worker in may_run)
+            idlest = [worker for worker in may_run if load[worker] == least]
+            worker = min(idlest, key=self._preference(unit, homes)) if len(idlest) > 1 else idlest[0]
+            ready.pop(place)
+            homes[worker] += bool(unit.home) and unit.home not in self._state.homes
             self._start(unit, worker)
-            load[worker] += 1
+            load[worker] += self._load(unit.key)
+            if load[worker] >= UNITS_AHEAD:
+                free.remove(worker)
 
-    def _choose(self, worker: WorkerId, num_workers: int) -> WorkUnit | None:
-        """Return the most urgent unit that can run on a worker."""
-        may_run = (unit for unit in self._state.ready.values() if self._may_run(unit, worker, num_workers))
-        return min(may_run, key=lambda unit: (unit.rank, not self._is_local(unit, worker)), default=None)
+    def _load(self, key: str) -> int:
+        """Return for how many units one counts at a worker. Behind a unit with a home nothing is queued: the one that
+        comes after it there is more urgent, and can only be known when it has ended."""
+        run = self._state.running.get(key)
+        return 1 if run is not None and run.unit.cost <= AHEAD_S and not run.unit.home else UNITS_AHEAD
 
-    def _may_run(self, unit: WorkUnit, worker: WorkerId, num_workers: int) -> bool:
+    def _may_run(self, unit: WorkUnit, workers: Sequence[WorkerId], num_workers: int) -> Sequence[WorkerId]:
+        """Return which of some workers may run a unit: all, the one that its home is at, or those that have no more of
+        its chain's homes than others have to."""
         if not unit.home:
-            return True
+            return workers
         owner = self._state.homes.get(unit.home)
         if owner is not None:
-            return owner == worker
+            return [owner] if owner in workers else []
         homes = self._state.chains.get(_chain(unit.home), {unit.home})
-        own = sum(self._state.homes.get(home) == worker for home in homes)
-        return own < -(-len(homes) // num_workers)
+        own = Counter(self._state.homes.get(home) for home in homes)
+        most = -(-len(homes) // num_workers)
+        return [worker for worker in workers if own[worker] < most]
 
-    def _is_local(self, unit: WorkUnit, worker: WorkerId) -> bool:
-        held = [self._state.holders.get(need.key) for need in unit.needs if not need.is_durable]
-        return all(holder in (None, worker) for holder in held)
+    def _preference(self, unit: WorkUnit, homes: Counter[WorkerId]) -> Callable[[WorkerId], tuple[float, ...]]:
+        """Return what a worker for a unit is chosen by, the least first: how much has to be moved there, and how many
+        homes it has, so that homes spread.
+
+        What follows from a unit that opens a home moves more than itself, so homes spread over nodes. Those that start
+        with nothing do not: they are spans of one text, and neighbours add up their sums.
+        """
+        node = self._executor.node
+        if unit.home in self._state.homes or not unit.home or not unit.needs:
+            return lambda worker: (self._bytes_to(worker, unit), homes[worker])
+        at_node: Counter[str] = Counter()
+        for worker, number in homes.items():
+            at_node[node(worker)] += number
+        return lambda worker: (at_node[node(worker)], homes[worker], self._bytes_to(worker, unit))
+
+    def _bytes_to(self, worker: WorkerId, unit: WorkUnit) -> float:
+        """Return how much would have to be moved to a worker for a unit. Within a node that is cheap, and what was
+        stored by a worker of the node is in the node's memory."""
+        total = 0.0
+        for need in unit.needs:
+            origin = self._state.origins.get(need.key)
+            if origin is None or origin == worker:
+                continue
+            is_near = self._executor.node(origin) == self._executor.node(worker)
+            total += need.out_bytes * (NEAR if is_near else 1.0)
+        return total
 
     def _start(self, unit: WorkUnit, worker: WorkerId) -> None:
         state = self._state
-        state.ready.pop(unit.key, None)
         if unit.home:
             state.homes.setdefault(unit.home, worker)
         run = state.running.setdefault(unit.key, _Run(unit, []))
@@ -320,8 +378,15 @@ class Driver:
         queue = state.queues.setdefault(worker, [])
         queue.append(unit.key)
         run.began_s = self._clock() if len(queue) == 1 else None
-        run.sources = {need.key: state.holders[need.key] for need in unit.needs if need.key in state.holders}
+        run.sources = {need.key: holder for need in unit.needs if (holder := self._holder(need)) is not None}
         self._executor.submit(unit, worker, {key: holder for key, holder in run.sources.items() if holder != worker})
+
+    def _holder(self, need: WorkUnit) -> WorkerId | None:
+        """Return which worker has an output in memory, as far as is known: of stored ones it may have no copy left."""
+        if not need.is_durable:
+            return self._state.holders.get(need.key)
+        origin = self._state.origins.get(need.key)
+        return origin if need.kind in KEPT_COPIES and origin in self._executor.workers else None
 
     # What became of it.
 
@@ -351,11 +416,12 @@ class Driver:
         if outcome.record is not None:
             state.records[unit.place] = outcome.record
         run = state.running.pop(unit.key, None)
-        is_wanted = run or state.ready.pop(unit.key, None) or state.waiting.pop(unit.key, None)
+        is_wanted = run or self._take_ready(unit.key) or state.waiting.pop(unit.key, None)
         if not is_wanted:  # a second worker was faster, and everything was told then
             if not unit.is_durable and state.holders.get(unit.key) != worker:
                 self._executor.forget(worker, (unit.key,))
             return
+        state.origins[unit.key] = worker
         if not unit.is_durable:
             state.holders[unit.key] = worker
             if not state.readers.get(unit.key):
@@ -372,7 +438,7 @@ class Driver:
             missing = state.waiting.get(dependent.key, set())
             missing.discard(unit.key)
             if not missing and state.waiting.pop(dependent.key, None) is not None:
-                state.ready[dependent.key] = dependent
+                self._is_ready(dependent)
 
     def _read_once(self, need: WorkUnit, reader: WorkUnit) -> None:
         readers = self._state.readers.get(need.key)

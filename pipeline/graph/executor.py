@@ -56,6 +56,10 @@ class Executor(Protocol):
         """The workers that take units now."""
         ...
 
+    def node(self, worker: WorkerId) -> str:
+        """Return which machine a worker is on; empty for one that is gone."""
+        ...
+
     @property
     def is_expecting(self) -> bool:
         """Whether a worker is to join, so that it pays to wait when there is none."""
@@ -98,6 +102,10 @@ class InlineExecutor:
     def workers(self) -> Sequence[WorkerId]:
         """The one worker."""
         return (self.NAME,)
+
+    def node(self, worker: WorkerId) -> str:
+        """This machine."""
+        return "here"
 
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit."""

@@ -13,9 +13,10 @@ from pipeline.errors import SpecError
 from pipeline.fingerprint import fingerprint
 from pipeline.graph.build import UnitInputs, make_variant_plan
 from pipeline.graph.memory import WorkerMemory, worker_memory
+from pipeline.graph.prediction import Cluster, Prediction
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.shapes import named_shape
-from pipeline.graph.simulate import Cluster, Prediction, simulate
+from pipeline.graph.simulate import simulate
 from pipeline.spec import ConversionSpec
 
 CLUSTER_KEYS = {

@@ -48,6 +48,7 @@ PHASES: dict[Kind, Phase] = {
     Kind.OUTER: Phase.PACK,
     Kind.FORWARD: Phase.EVALUATE,
     Kind.SCORE: Phase.EVALUATE,
+    Kind.CONTINUE: Phase.EVALUATE,
     Kind.GENERATE: Phase.EVALUATE,
     Kind.VERIFY: Phase.EVALUATE,
 }
@@ -146,6 +147,10 @@ class _Absent:
 
     workers: Sequence[str] = ()
     is_expecting = False
+
+    def node(self, worker: str) -> str:
+        """Nobody is anywhere."""
+        return ""
 
     def submit(self, *arguments: Any) -> None:
         """Never called."""

@@ -25,8 +25,9 @@ from pipeline.graph.forecast import ClusterRequest, Forecast, forecast, planned_
 from pipeline.graph.memory import worker_memory
 from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
+from pipeline.graph.prediction import Cluster
 from pipeline.graph.schemes import quantized_part
-from pipeline.graph.simulate import Cluster, simulate
+from pipeline.graph.simulate import simulate
 from pipeline.hub.source import Source, pin_source, range_reader, read_bytes
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings

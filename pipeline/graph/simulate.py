@@ -3,7 +3,10 @@
 ``SimulatedExecutor`` stands where Ray does. A unit takes its cost, and no less than its bytes need on their way:
 
 - The source's weights and stored outputs come and go through one link of each node; what a node has read or written
-  stays in its memory for its other workers. Reads of a queued unit go on while the unit before it runs.
+  stays in its memory for its other workers. Reads of a queued unit go on while the unit before it runs, and a block's
+  weights are read ahead while hidden states pass the block before.
+- Weights that continuations pass by stay with a worker as far as its memory goes, and are taken in again where they
+  did not.
 - Passing outputs that another worker holds come directly within a node, and between nodes through the receiver's and
   the sender's network link. They are fetched when the unit's turn has come.
 - A link carries one thing after the other, in the order in which they were asked for.
@@ -15,71 +18,26 @@ time, the start of workers, faults, and memory that runs short (``Prediction.hel
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from pipeline.graph.build import UnitInputs, build_units, make_tuning
 from pipeline.graph.cost import CostModel, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import Event, Finished, WorkerId
-from pipeline.graph.traffic import Route, Traffic
+from pipeline.graph.prediction import Cluster, Limit, Prediction, Ran, critical_waits, tail_seconds
+from pipeline.graph.traffic import Read, Route, Traffic
 from pipeline.graph.worker import Outcome
 from pipeline.storage.work import StageRecord
 
-
-class Limit(StrEnum):
-    """What the end of a schedule waited for."""
-
-    FORWARD = "forward chain"
-    REDUCTION = "adding up statistics"
-    SOLVES = "solves"
-    PACKING = "packing"
-    GENERATION = "generation and scores"
-    WEIGHTS = "weight reads"
-    STORE = "work store"
-    NETWORK = "moving outputs between workers"
-
-
-LIMIT_OF: dict[Kind, Limit] = {
-    Kind.EMBED: Limit.FORWARD,
-    Kind.CALIBRATE: Limit.FORWARD,
-    Kind.FORWARD: Limit.FORWARD,
-    Kind.ADD: Limit.REDUCTION,
-    Kind.MERGE: Limit.REDUCTION,
-    Kind.FACTOR: Limit.SOLVES,
-    Kind.SCALES: Limit.SOLVES,
-    Kind.SOLVE: Limit.SOLVES,
-    Kind.PACK: Limit.PACKING,
-    Kind.OUTER: Limit.PACKING,
-    Kind.SCORE: Limit.GENERATION,
-    Kind.GENERATE: Limit.GENERATION,
-    Kind.VERIFY: Limit.WEIGHTS,
-}
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where a conversion would run.
-
-    Attributes:
-        nodes: Machines.
-        workers: Workers of each.
-    """
-
-    nodes: int
-    workers: int
-
-    @property
-    def num_workers(self) -> int:
-        """Workers of all nodes."""
-        return self.nodes * self.workers
+SMALL_S = 0.01
+"""What a link carries in less time does not wait for larger things before it: links are shared."""
 
 
 class Link:
-    """Something that carries bytes, one thing after the other.
+    """Something that carries bytes, one thing after the other; small ones in between.
 
     Attributes:
         busy_s: Seconds for which it carried something.
@@ -93,15 +51,16 @@ class Link:
     def carry(self, now_s: float, num_bytes: float) -> float:
         """Return when bytes asked for now have passed."""
         seconds = num_bytes / self._bytes_per_s
-        self._free_s = max(self._free_s, now_s) + seconds
         self.busy_s += seconds
-        return self._free_s
+        self._free_s = max(self._free_s, now_s) + seconds
+        return self._free_s if seconds > SMALL_S else now_s + seconds
 
 
 class _Node:
     """A machine: its links, and when what it has read or written was there."""
 
-    def __init__(self, model: CostModel) -> None:
+    def __init__(self, name: str, model: CostModel) -> None:
+        self.name = name
         self.store = Link(model.rates.store_bytes)
         self.inward, self.outward = Link(model.rates.network_bytes), Link(model.rates.network_bytes)
         self.has: dict[str, float] = {}
@@ -134,34 +93,10 @@ class _Seat:
     queue: deque[_Ticket] = field(default_factory=deque)
     last: str = ""
     busy_s: float = 0.0
+    resident: OrderedDict[str, float] = field(default_factory=OrderedDict)
     held: dict[str, float] = field(default_factory=dict)
     held_bytes: float = 0.0
     peak_bytes: float = 0.0
-
-
-@dataclass(frozen=True)
-class Ran:
-    """How one unit ran.
-
-    Attributes:
-        unit: Which.
-        worker: Where.
-        begin_s: When its turn had come.
-        compute_s: When everything it reads was there.
-        computed_s: When it had computed.
-        end_s: When its output was there.
-        waited_for: What it waited for before it could compute.
-        before: The units that ended before it began, one of which it waited for: on its worker, and what caused it.
-    """
-
-    unit: WorkUnit
-    worker: WorkerId
-    begin_s: float
-    compute_s: float
-    computed_s: float
-    end_s: float
-    waited_for: Limit
-    before: tuple[str, ...]
 
 
 class SimulatedExecutor:
@@ -179,11 +114,9 @@ class SimulatedExecutor:
     def __init__(self, cluster: Cluster, model: CostModel, traffic: Traffic) -> None:
         """Start with idle workers, those of a node one after the other."""
         self._model, self._traffic = model, traffic
-        self._nodes = [_Node(model) for _ in range(cluster.nodes)]
+        self._nodes = [_Node(f"node-{number}", model) for number in range(cluster.nodes)]
         self._seats = {
-            f"node-{number}-worker-{place}": _Seat(node)
-            for number, node in enumerate(self._nodes)
-            for place in range(cluster.workers)
+            f"{node.name}-worker-{place}": _Seat(node) for node in self._nodes for place in range(cluster.workers)
         }
         self._names = tuple(self._seats)
         self._ends: list[tuple[float, int, WorkerId, Ran]] = []
@@ -198,10 +131,14 @@ class SimulatedExecutor:
         """All workers."""
         return self._names
 
+    def node(self, worker: WorkerId) -> str:
+        """Return which machine a worker is on."""
+        return self._seats[worker].node.name
+
     def submit(self, unit: WorkUnit, worker: WorkerId, holders: Mapping[str, WorkerId]) -> None:
         """Queue a unit; what it reads starts to come."""
         seat = self._seats[worker]
-        read_s, limit = self._read(unit, seat.node)
+        read_s, limit = self._read(unit, self._traffic.reads(unit, holders), seat.node)
         seat.queue.append(_Ticket(unit, holders, read_s, limit, self._last_ended))
         if len(seat.queue) == 1:
             self._begin(worker, seat)
@@ -233,10 +170,10 @@ class SimulatedExecutor:
     def close(self) -> None:
         """Nothing is to be let go of."""
 
-    def _read(self, unit: WorkUnit, node: _Node) -> tuple[float, Limit]:
+    def _read(self, unit: WorkUnit, reads: Iterable[Read], node: _Node) -> tuple[float, Limit]:
         """Ask for weights and stored outputs that the node has not; return when all are there, and what is last."""
         last_s, limit = self.now_s, Limit.STORE
-        for read in self._traffic.reads(unit):
+        for read in reads:
             there_s = node.has.get(read.name, node.has.get(read.whole))
             if there_s is None:
                 there_s = node.has[read.name] = node.store.carry(self.now_s, read.num_bytes)
@@ -250,7 +187,9 @@ class SimulatedExecutor:
         ticket = seat.queue[0]
         unit, rates = ticket.unit, self._model.rates
         fetched_s = self._fetch(ticket, seat)
-        compute_s = max(self.now_s, ticket.read_s, fetched_s)
+        self._read(unit, self._traffic.ahead(unit), seat.node)
+        taken_s = self._take_in(unit, seat) / rates.weight_bytes
+        compute_s = max(self.now_s, ticket.read_s, fetched_s) + taken_s
         end_s = computed_s = compute_s + unit.cost
         if written := self._traffic.written_bytes(unit):
             self._count(unit, Route.WRITTEN, written)
@@ -260,9 +199,24 @@ class SimulatedExecutor:
                 seat.node.has[unit.key] = end_s
         seat.busy_s += unit.cost
         waited_for = Limit.NETWORK if fetched_s >= ticket.read_s else ticket.read_limit
+        if taken_s > max(fetched_s, ticket.read_s) - self.now_s:
+            waited_for = Limit.WEIGHTS
         ran = Ran(unit, worker, self.now_s, compute_s, computed_s, end_s, waited_for, (ticket.cause, seat.last))
         self._number += 1
         heapq.heappush(self._ends, (end_s, self._number, worker, ran))
+
+    def _take_in(self, unit: WorkUnit, seat: _Seat) -> float:
+        """Return the bytes of weights that a worker takes in for a continuation: none of those that it has still."""
+        name, num_weights = self._traffic.resident(unit)
+        num_bytes = self._model.rates.weight_size * num_weights
+        if name in seat.resident:
+            seat.resident.move_to_end(name)
+            return 0.0
+        if num_bytes:
+            seat.resident[name] = num_bytes
+            while sum(seat.resident.values()) > self._model.rates.resident_bytes and len(seat.resident) > 1:
+                seat.resident.popitem(last=False)
+        return num_bytes
 
     def _fetch(self, ticket: _Ticket, seat: _Seat) -> float:
         """Ask other workers for what they hold; return when all of it is here."""
@@ -322,43 +276,6 @@ class EmptyStore:
         """Nothing is kept."""
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """How a conversion would go.
-
-    Attributes:
-        cluster: Where.
-        hardware: What the rates are of, and how they are known.
-        seconds: From the first unit to the last.
-        num_units: Work units.
-        busy_shares: Of each worker, the share of the time for which it computed.
-        bottleneck: What the end waited for longest.
-        waits: Seconds that the end waited for each thing, along the chain of units that led to it; they add up to
-            ``seconds``.
-        tail_s: Seconds at the end in which fewer than half of the workers had something to do.
-        moved_bytes: Bytes by kind of unit and how they went.
-        held_bytes: Most bytes of passing outputs that one worker held.
-        busy_links: Share of the time for which the busiest node's link was busy: to the store, and into the node.
-    """
-
-    cluster: Cluster
-    hardware: str
-    seconds: float
-    num_units: int
-    busy_shares: tuple[float, ...]
-    bottleneck: str
-    waits: Mapping[str, float]
-    tail_s: float
-    moved_bytes: Mapping[str, Mapping[str, float]]
-    held_bytes: float
-    busy_links: Mapping[str, float]
-
-    @property
-    def busy_share(self) -> float:
-        """The workers' mean share of busy time."""
-        return sum(self.busy_shares) / len(self.busy_shares)
-
-
 def simulate(inputs: UnitInputs, cluster: Cluster, model: CostModel | None = None) -> Prediction:
     """Return how a conversion would go on a cluster whose work store is empty.
 
@@ -379,33 +296,3 @@ def simulate(inputs: UnitInputs, cluster: Cluster, model: CostModel | None = Non
     )
     driver.run()
     return executor.prediction(cluster)
-
-
-def critical_waits(ran: Mapping[str, Ran]) -> dict[Limit, float]:
-    """Return for how long the end of a schedule waited for what: back from the unit that ended last, always to the
-    one whose end had it begin."""
-    waits: dict[Limit, float] = {}
-
-    def add(limit: Limit, seconds: float) -> None:
-        if seconds > 0:
-            waits[limit] = waits.get(limit, 0.0) + seconds
-
-    step = max(ran.values(), key=lambda one: one.end_s, default=None)
-    while step is not None:
-        add(LIMIT_OF[step.unit.kind], step.computed_s - step.compute_s)
-        add(step.waited_for, step.compute_s - step.begin_s)
-        add(Limit.STORE, step.end_s - step.computed_s)
-        earlier = [ran[key] for key in (*(need.key for need in step.unit.needs), *step.before) if key in ran]
-        step = max((one for one in earlier if one.end_s <= step.begin_s), key=lambda one: one.end_s, default=None)
-    return waits
-
-
-def tail_seconds(ran: Iterable[Ran], num_workers: int, end_s: float) -> float:
-    """Return the seconds at the end in which fewer than half of the workers had something to do."""
-    changes = sorted(change for one in ran for change in ((one.begin_s, 1), (one.end_s, -1)))
-    active, last_s = 0, 0.0
-    for time_s, change in changes:
-        if 2 * active >= num_workers:
-            last_s = time_s
-        active += change
-    return end_s - last_s

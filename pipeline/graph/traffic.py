@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import StrEnum
 from functools import cache
 from typing import NamedTuple
@@ -44,10 +44,10 @@ class Traffic:
         self._outline = outline
         self.block_bytes = cache(self._block_bytes)
 
-    def reads(self, unit: WorkUnit) -> Iterator[Read]:
-        """Yield what a unit reads of the source's weights and of the work store."""
+    def reads(self, unit: WorkUnit, held: Collection[str] = ()) -> Iterator[Read]:
+        """Yield what a unit reads of the source's weights and of the work store, where workers hold ``held``."""
         for need in unit.needs:
-            if need.is_durable:
+            if need.is_durable and need.key not in held:
                 yield Read(need.key, need.out_bytes, Route.READ)
         match unit.kind:
             case Kind.EMBED | Kind.OUTER | Kind.SCORE:
@@ -59,15 +59,20 @@ class Traffic:
             case Kind.FORWARD:
                 if not unit.variant:
                     yield self._block(unit.block)
-            case Kind.GENERATE:
+            case Kind.GENERATE | Kind.CONTINUE:
                 if not unit.variant:
                     yield Read("outer", self._outer_bytes, Route.WEIGHTS)
-                    for block in range(self._outline.skeleton.num_blocks):
-                        yield self._block(block)
+                    yield from map(self._block, self._continued_blocks(unit))
             case Kind.VERIFY:
                 yield Read(unit.label, unit.params["size_bytes"], Route.WEIGHTS)
             case Kind.ADD | Kind.MERGE | Kind.FACTOR:
                 pass
+
+    def ahead(self, unit: WorkUnit) -> Iterator[Read]:
+        """Yield what is read ahead while a unit runs: the source's next block, where the next unit needs it."""
+        is_walk = unit.kind in (Kind.EMBED, Kind.CALIBRATE) or (unit.kind is Kind.FORWARD and not unit.variant)
+        if is_walk and unit.block + 1 < self._outline.skeleton.num_blocks:
+            yield self._block(unit.block + 1)
 
     def written_bytes(self, unit: WorkUnit) -> float:
         """Return what a unit writes to the work store: its output, or the hidden states that it saves on the way."""
@@ -80,6 +85,19 @@ class Traffic:
         if unit.kind in (Kind.ADD, Kind.MERGE):
             return unit.out_bytes  # sums are as large as what becomes of them
         return need.out_bytes - self._sum_bytes(need)
+
+    def resident(self, unit: WorkUnit) -> tuple[str, float]:
+        """Return what weights a unit passes by again and again, and how many they are; nothing for most."""
+        if unit.kind is not Kind.CONTINUE:
+            return "", 0.0
+        blocks = map(self._outline.skeleton.block_tensors, self._continued_blocks(unit))
+        num_weights = sum(self._outline.tensor_elements(name) for block in blocks for name in block.values())
+        return unit.home, float(num_weights)
+
+    def _continued_blocks(self, unit: WorkUnit) -> range:
+        if unit.kind is Kind.CONTINUE:
+            return range(unit.params["first"], unit.params["last"])
+        return range(0 if "is_split" in unit.params else self._outline.skeleton.num_blocks)
 
     def _sum_bytes(self, unit: WorkUnit) -> float:
         if unit.kind is not Kind.CALIBRATE:

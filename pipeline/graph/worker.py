@@ -20,7 +20,7 @@ from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.outline import Source, open_folder, open_streamed
 from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
-from pipeline.graph.stages.call import LOST, Call, FetchFrom, JobContext
+from pipeline.graph.stages.call import KEPT_COPIES, LOST, Call, FetchFrom, JobContext
 from pipeline.settings import load_settings
 from pipeline.storage.work import DamagedStage, StageRecord, open_work_store
 from pipeline.tensors.reader import FileStamp
@@ -30,9 +30,6 @@ THREADS_PER_UNIT = 1
 
 WALKS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.FORWARD})
 """Units that are followed by one of the next block, whose weights are read ahead while they run."""
-
-KEPT_COPIES = frozenset({Kind.MERGE, Kind.SCALES})
-"""Durable outputs that are read again soon, so that the shelf keeps a copy as long as there is room."""
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 from pipeline.graph.dag import Kind
 from pipeline.graph.stages.calibrate import add_spans, calibrate, embed, forward, merge_spans
 from pipeline.graph.stages.call import Call
-from pipeline.graph.stages.evaluate import generate, score
+from pipeline.graph.stages.evaluate import continue_part, generate, score
 from pipeline.graph.stages.pack import outer, pack
 from pipeline.graph.stages.solve import factor_group, scales, solve_range
 from pipeline.graph.stages.verify import verify
 
-ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2)
+ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {Kind.GENERATE: 3}
 """Part of every key: raised when a stage's code changes its output, so that stale outputs are not found."""
 
 STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {
@@ -29,6 +29,7 @@ STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {
     Kind.OUTER: outer,
     Kind.FORWARD: forward,
     Kind.SCORE: score,
+    Kind.CONTINUE: continue_part,
     Kind.GENERATE: generate,
     Kind.VERIFY: verify,
 }

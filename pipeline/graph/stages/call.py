@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import SourceNotFoundError, StorageError
+from pipeline.errors import GraphError, SourceNotFoundError, StorageError
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.outline import Source
 from pipeline.graph.shelf import Shelf, Tensors
@@ -30,6 +30,10 @@ from pipeline.tensors.writer import write_safetensors
 
 OUTPUT = "output.safetensors"
 """The file that a unit's tensors are in."""
+
+KEPT_COPIES = frozenset({Kind.MERGE, Kind.SCALES})
+"""Durable outputs that are read again soon, so that the shelf keeps a copy as long as there is room, and others ask for
+it before they read what is stored."""
 
 LOST = "graph.lost_output"
 """Code of the error for a passing output that nobody holds any more."""
@@ -117,7 +121,7 @@ class Call:
     def get(self, need: WorkUnit, prefix: str = "") -> dict[str, Tensor]:
         """Return the tensors of another unit's output whose names start with ``prefix``, on the job's device.
 
-        They are looked for on the shelf, then in the work store (digest checked) or at the worker that holds them. They
+        They are looked for on the shelf, then at the worker that holds them or in the work store (digest checked). They
         may be shared with other units: nobody writes to them.
 
         Raises:
@@ -126,8 +130,18 @@ class Call:
         """
         found = self.shelf.get(need.key)
         if found is None:
-            found = self.read(need.place, prefix) if need.is_durable else self.fetch(need.key, prefix)
+            found = self._copy(need, prefix) if need.is_durable else self.fetch(need.key, prefix)
         return {name: tensor.to(self.context.device) for name, tensor in found.items() if name.startswith(prefix)}
+
+    def _copy(self, need: WorkUnit, prefix: str) -> Tensors:
+        """Return a stored output's tensors: another worker's copy, or what is stored."""
+        if need.kind in KEPT_COPIES:
+            try:
+                return self.fetch(need.key, prefix)
+            except GraphError as error:
+                if error.code != LOST:
+                    raise
+        return self.read(need.place, prefix)
 
     def read(self, place: Stored, prefix: str = "") -> dict[str, Tensor]:
         """Return the tensors of a place in the work store whose names start with ``prefix``, its digest checked.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.graph.dag import Kind
@@ -40,10 +45,110 @@ def score(call: Call) -> dict[str, Any]:
     return {"divergence": add_up(parts).as_dict()}
 
 
+@lru_cache(maxsize=1)
+def tokenizer_of(folder: Path) -> TextTokenizer:
+    """Return the tokenizer in a folder; loading it takes longer than a token does."""
+    return TextTokenizer(folder)
+
+
+def continue_part(call: Call) -> dict[str, Any]:
+    """Take smoke prompts, with what continues them so far, through a part of the blocks; after the last part each has
+    one more token, or has ended. Before the first token the part's weights are only taken in.
+
+    No keys and values are kept: prompts are short, and so what is passed on does not depend on the parts.
+    """
+    skeleton, first, last = call.skeleton, call.params["first"], call.params["last"]
+    read = VariantReader(call)
+    if call.params["step"] < 0:
+        for index in range(first, last):
+            _kept_block(call, read, index)
+        return {}
+    state = _continued_so_far(call)
+    running = [number for number in range(len(call.params["prompts"])) if not state[f"ended.{number}"]]
+    hidden = {number: state.pop(f"hidden.{number}") for number in running if first}
+    if running and not first:
+        with _outer_attached(call):
+            hidden = {number: skeleton.embed(state[f"ids.{number}"][None]) for number in running}
+    for index in range(first, last if running else first):
+        with skeleton.attached(index, _kept_block(call, read, index)):
+            hidden = {number: skeleton.run_block(index, states) for number, states in hidden.items()}
+    if running and last == skeleton.num_blocks:
+        with _outer_attached(call):
+            tokens = {number: int(skeleton.logits(states)[0, -1].argmax()) for number, states in hidden.items()}
+        _append_tokens(call, state, tokens)
+    else:
+        state |= {f"hidden.{number}": states for number, states in hidden.items()}
+    call.put(state)
+    return {}
+
+
+def _continued_so_far(call: Call) -> dict[str, Tensor]:
+    """Return for each prompt its token ids with those that continue it, the number of its own, and whether it has
+    ended; between parts, its hidden states too."""
+    before = [need for need in call.needs(Kind.CONTINUE) if need.params["step"] >= 0]
+    if before:
+        return call.get(before[0])
+    state = {}
+    for number, prompt in enumerate(call.params["prompts"]):
+        ids = tokenizer_of(call.source.folder).encode(prompt, with_special=True)
+        state[f"ids.{number}"] = torch.tensor(ids, dtype=torch.int64, device=call.context.device)
+        state[f"num_own.{number}"] = torch.tensor(len(ids))
+        state[f"ended.{number}"] = torch.tensor(False)
+    return state
+
+
+def _continuations(state: Mapping[str, Tensor]) -> list[list[int]]:
+    """Return the ids that continue each prompt."""
+    numbers = range(sum(name.startswith("ids.") for name in state))
+    return [state[f"ids.{number}"][int(state[f"num_own.{number}"]) :].tolist() for number in numbers]
+
+
+def _append_tokens(call: Call, state: dict[str, Tensor], tokens: Mapping[int, int]) -> None:
+    """Add to each prompt the token that follows, or note that it has ended."""
+    for number, token in tokens.items():
+        if token in tokenizer_of(call.source.folder).end_ids:
+            state[f"ended.{number}"] = torch.tensor(True)
+        else:
+            ids = state[f"ids.{number}"]
+            state[f"ids.{number}"] = torch.cat([ids, torch.tensor([token], device=ids.device)])
+
+
+@contextmanager
+def _outer_attached(call: Call) -> Iterator[None]:
+    """Within the context, the weights outside the blocks are in place."""
+    call.skeleton.attach_outer(_kept(call, "outer", lambda: outer_weights(call)))
+    yield
+    call.skeleton.detach_outer()
+
+
+def _kept(call: Call, name: str, read: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Return weights that the worker has from an earlier token as long as there was room, else what ``read`` gives."""
+    key = f"{call.params['of']} {name}"
+    found = call.shelf.get(key)
+    if found is None:
+        found = read()
+        call.shelf.put(key, found, is_copy=True)
+    return found
+
+
+def _kept_block(call: Call, read: VariantReader, index: int) -> Mapping[str, Tensor]:
+    """Return a block's weights as the model computes with them."""
+
+    def load() -> dict[str, Tensor]:
+        weights = {name: tensor.to(call.context.device) for name, tensor in read(index).items()}
+        return {name: t.to(call.skeleton.dtype) if t.is_floating_point() else t for name, t in weights.items()}
+
+    return _kept(call, f"block {index}", load)
+
+
 def generate(call: Call) -> dict[str, Any]:
-    """Continue the smoke prompts greedily with the variant's dense weights, or the source's."""
+    """Continue the smoke prompts greedily with the variant's dense weights, or the source's; of a model that is
+    continued in parts, write down what came of it."""
     skeleton = call.skeleton
-    tokenizer = TextTokenizer(call.source.folder)
+    tokenizer = tokenizer_of(call.source.folder)
+    if call.params.get("is_split"):
+        continued = [ids for need in call.needs(Kind.CONTINUE) for ids in _continuations(call.get(need))]
+        return {"continuations": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in continued]}
     load = BlockCache(VariantReader(call), skeleton.dtype, call.context.shelf_bytes)
     skeleton.attach_outer(outer_weights(call))
     found = []

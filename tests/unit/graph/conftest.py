@@ -58,7 +58,7 @@ def make_spec(llama: Path, tmp_path: Path) -> Callable[..., ConversionSpec]:
             "gates": {"heldout": str(tmp_path / "heldout.txt"), "heldout_samples": 2, "heldout_length": 32},
         }
         for key, value in changes.items():
-            base[key] = {**base[key], **value} if isinstance(value, dict) else value
+            base[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value
         return build_spec(base, "test")
 
     return make

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.fingerprint import fingerprint
-from pipeline.graph.chains import SAVE_EVERY, Chain, ChainBuilder, Span, Tokens, cut
+from pipeline.graph import chains
+from pipeline.graph.chains import ADDED_SPANS, SAVE_EVERY, Chain, ChainBuilder, Span, Tokens, cut
 from pipeline.graph.cost import CPU_RATES, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import HIDDEN_STAGE, Keyring
@@ -89,6 +90,25 @@ def test_sums_are_the_same_bits_however_the_slices_are_cut(count: int, wanted: i
     assert same_bits(total(slices, cut(count, count)), whole)
 
 
+@settings(deadline=None, max_examples=200)
+@given(num_slices, num_wanted, st.integers(0, 2**32), st.sampled_from([2, 4, ADDED_SPANS]))
+def test_sums_are_the_same_bits_when_neighbouring_spans_are_added_first(
+    count: int, wanted: int, seed: int, arity: int
+) -> None:
+    slices = slice_statistics(seed, count)
+    sums = {span: span_sum(slices, span) for span in cut(count, wanted)}
+    while len(sums) > arity:
+        spans = list(sums)
+        rows = [spans[first : first + arity] for first in range(0, len(spans), arity)]
+        ends = [(row[0][0], row[-1][1]) for row in rows]
+        assert set(ends) <= nodes(0, count)
+        parts, sums = sums, {}
+        for end in ends:
+            sums[end] = add_up(*end, lambda low, high, p=parts: p.get((low, high)), lambda a, b: merge([a, b]))
+    whole = add_up(0, count, lambda low, high: sums.get((low, high)), lambda a, b: merge([a, b]))
+    assert same_bits(to_tensors(whole), total(slices, [(0, count)]))
+
+
 def test_another_order_would_give_other_bits() -> None:
     slices = slice_statistics(0, 40)
     in_a_row = to_tensors(merge(slices))
@@ -109,7 +129,9 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> ChainBuilder:
     outline = open_folder(folder).outline
     digests = dict.fromkeys(("config.json", *outline.index.files), "d" * 64)
     # No cost keeps the chain from being cut as asked, or saved as often as can be.
-    free = replace(CPU_RATES, weight_bytes=1e18, peer_bytes=1e18, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9)
+    free = replace(
+        CPU_RATES, weight_bytes=1e18, peer_bytes=1e18, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9, passing_s=1e-9
+    )
     costs = replace(cost_model("cpu"), rates=free)
     return ChainBuilder(Keyring(outline, digests, "cpu"), costs)
 
@@ -222,3 +244,49 @@ def test_slices_are_part_of_a_chain_s_identity(builder: ChainBuilder) -> None:
     ids = [row for part in tokens("t").slices for row in part]
     regrouped = Tokens("t", tuple(ids[start : start + 7] for start in range(0, len(ids), 7)), tokens("t").digest)
     assert builder.calibration(regrouped, 1).identities != builder.calibration(tokens("t"), 1).identities
+
+
+def test_neighbouring_spans_are_added_up_by_one_of_their_own_in_turn(
+    builder: ChainBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chains, "ADDED_SPANS", 4)
+    chain = builder.calibration(tokens("calibration", 18), 18)
+    for block in (0, 1, 5):
+        tops = builder.sums(chain, block)
+        assert [(top.params["low"], top.params["high"]) for top in tops] == [(0, 16), (16, 18)]
+        rows = list(tops[0].needs)
+        assert [(row.params["low"], row.params["high"]) for row in rows] == [(0, 4), (4, 8), (8, 12), (12, 16)]
+        assert [row.home for row in rows] == [row.needs[block % 4].home for row in rows]
+        assert {row.kind for row in rows} == {Kind.ADD}
+        assert [need for row in rows for need in row.needs] == list(chain.blocks[block][:16])
+        assert tops[1].needs == chain.blocks[block][16:]
+    few = builder.calibration(tokens("calibration", 4), 4)
+    assert builder.sums(few, 0) == few.blocks[0]
+
+
+def test_a_span_waits_for_what_reads_its_sums_some_blocks_before(
+    builder: ChainBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chains, "ADDED_SPANS", 4)
+    bounded = ChainBuilder(
+        builder.keys,
+        replace(builder.costs, rates=replace(builder.costs.rates, held_bytes=1.0)),
+    )
+    for slices, reads in ((3, "merge"), (8, "add")):
+        chain = bounded.calibration(tokens("calibration", slices), slices)
+        assert all(unit.after == () for row in chain.blocks[: chains.MIN_HELD_BLOCKS] for unit in row)
+        merged = [
+            {bounded.merge_key(chain.identities[block], group) for group in builder.keys.outline.groups[block]}
+            for block in range(NUM_BLOCKS)
+        ]
+        for block in range(chains.MIN_HELD_BLOCKS, NUM_BLOCKS):
+            held = block - chains.MIN_HELD_BLOCKS
+            adds = {add.key: set(add.needs) for add in bounded.sums(chain, held) if add.kind is Kind.ADD}
+            for position, unit in enumerate(chain.blocks[block]):
+                if reads == "merge":
+                    assert set(unit.after) == merged[held]
+                else:
+                    (key,) = set(unit.after) & adds.keys()
+                    assert chain.blocks[held][position] in adds[key]
+                    older = block - 2 * chains.MIN_HELD_BLOCKS
+                    assert set(unit.after) - {key} == (merged[older] if older >= 0 else set())

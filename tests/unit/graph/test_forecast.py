@@ -1,0 +1,88 @@
+"""Forecasts: clusters in words, memory that is kept or refused, prices, and that plans use the same simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import PlanError, SpecError
+from pipeline.graph.forecast import forecast, forecast_shape, parse_cluster, planned_inputs
+from pipeline.graph.memory import worker_memory
+from pipeline.graph.outline import open_folder
+from pipeline.graph.plan import plan_conversion
+from pipeline.graph.prediction import Cluster
+from pipeline.graph.simulate import simulate
+from pipeline.settings import Settings
+from pipeline.spec import ConversionSpec
+
+MakeSpec = Callable[..., ConversionSpec]
+
+
+def test_clusters_are_read_from_words() -> None:
+    request = parse_cluster("nodes=8, gpus=4,samples=512,length=2048,slice=2")
+    assert (request.cluster, request.device) == (Cluster(8, 4), "cuda")
+    assert request.calibration == {"samples": 512, "length": 2048, "slice_sequences": 2}
+    assert parse_cluster("cpus=16").cluster == Cluster(1, 16)
+    assert parse_cluster("nodes=3").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "8", "nodes=0", "nodes=-1", "gpus=two", "tpus=8", "gpus=8,gpus=4", "gpus=8,cpus=4"]
+)
+def test_what_describes_no_cluster_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_cluster(text)
+    assert caught.value.code == "spec.cluster"
+    assert "gpus" in caught.value.message + caught.value.hint
+
+
+def test_a_forecast_compares_with_one_worker_and_says_the_price(llama: Path, make_spec: MakeSpec) -> None:
+    outline = open_folder(llama).outline
+    request = parse_cluster("nodes=2,gpus=2,samples=64")
+    (found,) = forecast(outline, make_spec(cluster={"price_per_hour": 9.0}), [request])
+    assert found.tokens == 64 * 32
+    spec = make_spec(calibration={"samples": 64})
+    inputs = planned_inputs(outline, spec, "cuda")
+    assert found.prediction == simulate(inputs, Cluster(2, 2))
+    assert found.one_worker_s == simulate(inputs, Cluster(1, 1)).seconds
+    assert found.efficiency == pytest.approx(found.one_worker_s / (4 * found.prediction.seconds))
+    assert found.price == pytest.approx(9.0 * 4 * found.prediction.seconds / 3600)
+    assert forecast(outline, make_spec(), [request])[0].price is None
+
+
+def test_a_plan_s_time_is_that_of_its_units_on_so_many_workers(
+    llama: Path, make_spec: MakeSpec, settings: Settings
+) -> None:
+    report, (other,) = plan_conversion(make_spec(), settings, 3, requests=[parse_cluster("cpus=3")])
+    assert (report.seconds, report.bottleneck) == (other.prediction.seconds, other.prediction.bottleneck)
+    assert report.held_bytes == other.prediction.held_bytes > 0
+
+
+def test_a_worker_without_the_memory_is_refused_with_what_it_is_for(
+    llama: Path, make_spec: MakeSpec, settings: Settings
+) -> None:
+    needed = worker_memory(open_folder(llama).outline, make_spec())
+    assert needed.total == sum(asdict(needed).values())
+    plan_conversion(make_spec(), settings, 1, needed.total)
+    with pytest.raises(
+        PlanError, match=r"a worker needs .* process, .* block, .* outer, .* statistics, .* tokens"
+    ) as caught:
+        plan_conversion(make_spec(), settings, 1, needed.total - 1)
+    assert caught.value.code == "plan.memory"
+    assert "slice_sequences" in caught.value.hint
+
+
+def test_prices_change_no_release(make_spec: MakeSpec) -> None:
+    with pytest.raises(SpecError, match=r"cluster\.price_per_hour"):
+        make_spec(cluster={"price_per_hour": -1})
+    assert make_spec().cluster.price_per_hour is None
+
+
+def test_a_shape_is_forecast_without_a_source(make_spec: MakeSpec) -> None:
+    spec = make_spec(source="llama-3.1-8b", variants=["rtn-w8-g128"], calibration={"samples": 64, "length": 512})
+    (found,) = forecast_shape("llama-3.1-8b", spec, [parse_cluster("gpus=8")])
+    assert found.prediction.seconds < found.one_worker_s
+    assert "never measured" in found.prediction.hardware
