@@ -86,6 +86,15 @@ class Shelf:
                 if entry.file is not None:
                     entry.file.unlink(missing_ok=True)
 
+    def make_room_for(self, num_bytes: int) -> int:
+        """Return how much of so many bytes of memory is free, after copies were dropped for it."""
+        with self._lock:
+            for key in [key for key, entry in self._entries.items() if entry.is_copy]:
+                if self._in_memory + num_bytes <= self._max_bytes:
+                    break
+                self.drop((key,))
+            return max(0, min(num_bytes, self._max_bytes - self._in_memory))
+
     def _make_room(self) -> None:
         """Drop copies, then spill, oldest first, until the budget is kept. The newest entry stays in memory unless it
         is a copy: nothing is written to disk for the sake of one."""

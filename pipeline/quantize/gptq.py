@@ -12,7 +12,8 @@ This is the recursion of GPTQ (Frantar et al. 2022, arXiv:2210.17323) in the for
 arXiv:2307.13304): GPTQ's factor U of the inverse, H^-1 = U^T U, is R^-1, and the codes are the same. It needs no
 inverse: one Cholesky factorization (n^3/3) instead of factor, invert, factor (4n^3/3), and the condition number enters
 once. The factorization runs in float64, because damping at 1 % leaves condition numbers around 100 n, where an
-inverse in float32 has few digits left. R comes from the ordinary Cholesky factor of H with rows and columns reversed.
+inverse in float32 has few digits left. R comes from the ordinary Cholesky factor of H with rows and columns reversed,
+of which half is ever in memory (``cholesky.py``).
 
 Blocks. F is applied in blocks of 128 columns: one matrix product brings in all errors of earlier blocks, then one
 matrix-vector product per column those of its own block. The sums are the same in another order, so the block size
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.quantize.cholesky import LowerTiles
 from pipeline.quantize.types import Scheme
 
 BLOCK_SIZE = 128
@@ -83,22 +85,40 @@ def factor(second_moment_II: Tensor, damping: float, act_order: bool) -> Factor 
         act_order: Solve columns in falling order of H's diagonal instead of as stored.
     """
     diagonal_I = second_moment_II.diagonal()
-    order_I = torch.arange(diagonal_I.shape[0], device=diagonal_I.device)
+    num_columns = diagonal_I.shape[0]
+    order_I = torch.arange(num_columns, device=diagonal_I.device)
     if act_order:
         order_I = torch.sort(diagonal_I, descending=True, stable=True).indices
     reverse_I = order_I.flip(0)
-    damped_II = second_moment_II[reverse_I][:, reverse_I].to(torch.float64)
-    diagonal_I = damped_II.diagonal()
-    mean = diagonal_I.mean()
+    damped_I = diagonal_I[reverse_I].to(torch.float64)
+    mean = damped_I.mean()
     if not mean > 0:
         mean = torch.ones_like(mean)
-    diagonal_I.copy_(torch.where(diagonal_I == 0, mean, diagonal_I) + damping * mean)
-    lower_II, info = torch.linalg.cholesky_ex(damped_II)
-    if int(info.item()) != 0:
+    damped_I = torch.where(damped_I == 0, mean, damped_I) + damping * mean
+
+    def damped_rows(first: int, last: int) -> Tensor:
+        rows = second_moment_II[reverse_I[first:last]][:, reverse_I[:last]].to(torch.float64)
+        rows.diagonal(first).copy_(damped_I[first:last])
+        return rows
+
+    lower = LowerTiles.factor(num_columns, damped_rows)
+    if lower is None:
         return None
-    upper_II = lower_II.flip(0, 1)
-    feedback_II = (upper_II / upper_II.diagonal()).to(torch.float32).triu_(1)
-    return Factor(order_I, feedback_II, damping) if bool(feedback_II.isfinite().all()) else None
+    pivot_I = lower.diagonal()
+    feedback_II = torch.zeros_like(second_moment_II)
+    for rows, columns, tile in lower.take():
+        scaled = (tile / pivot_I[columns]).to(torch.float32)
+        if rows == columns:
+            scaled = scaled.tril_(-1)
+        if not bool(scaled.isfinite().all()):
+            return None
+        feedback_II[_reversed(rows, num_columns), _reversed(columns, num_columns)] = scaled.flip(0, 1)
+    return Factor(order_I, feedback_II, damping)
+
+
+def _reversed(span: slice, length: int) -> slice:
+    """Return where a span lies when positions are counted from the other end."""
+    return slice(length - span.stop, length - span.start)
 
 
 def solve_columns(

@@ -9,7 +9,9 @@ with each block's ``forward`` replaced by a function of ours, which gives
 - the logits of given final hidden states (final norm, head, soft caps).
 
 Weights are attached to one block for the time it runs and taken off again, so memory holds one block whatever the
-depth. Parameters outside the blocks that are not needed are zero-stride zeros: real tensors without storage.
+depth. Parameters outside the blocks that are not needed are zero-stride zeros: real tensors without storage. A large
+table (token embedding, output head) stays in the dtype that it is stored in: the rows of the tokens at hand are
+converted, or the head's rows a part at a time.
 
 Refused: models whose block arguments depend on the tokens, checkpoints that transformers would convert tensor by
 tensor while loading (fused or split experts), and classes that need remote code.
@@ -27,6 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CorruptWeightsError, UnsupportedArchitectureError
+
+TABLE_ELEMENTS = 1 << 25
+"""Tables up to this size (128 MB in float32) are converted as a whole: for every token anew would be slower."""
+
+HEAD_PART_ELEMENTS = 1 << 23
+"""Elements of the output head that are converted together (32 MB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,10 @@ class Skeleton:
         self.extra_names: tuple[str, ...] = ()
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self._blocks_return_tuples = False
+        self._outer: Mapping[str, Tensor] = {}
+        self._tables: dict[str, Tensor] = {}
         self._move_buffers()
+        self._compute_by_parts()
 
     @property
     def num_blocks(self) -> int:
@@ -164,16 +175,24 @@ class Skeleton:
             for name in weights:
                 _set_tensor(block, name, before[name].detach().to("meta"))
 
+    def dense(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights as the model computes with them. ``weights`` is used up: no tensor is in memory twice."""
+        return {name: self._computed_with(weights.pop(name)) for name in list(weights)}
+
     def attach_outer(self, weights: Mapping[str, Tensor]) -> None:
         """Put ``weights`` (by model name) in place outside the blocks; what is missing becomes zero-stride zeros."""
         prefixes = tuple(name + "." for name in self.block_names)
-        outer = [name for name in self.net.state_dict() if not name.startswith(prefixes)]
+        state = self.net.state_dict()
+        tied = {name: weights[origin] for name, origin in self._tied_names().items() if origin in weights}
+        found = {**tied, **weights}
+        large = {name: found[name] for name in self._tabled if name in found and found[name].numel() > TABLE_ELEMENTS}
+        self._tables = {name: tensor.to(self.device) for name, tensor in large.items()}
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
-        filled = {name: zero.expand(self.net.state_dict()[name].shape) for name in outer if name not in weights}
-        self._assign(self.net, {**filled, **{name: weights[name] for name in outer if name in weights}})
-        for model_name, origin in self._tied_names().items():
-            if model_name not in weights and origin in weights:
-                self._assign(self.net, {model_name: weights[origin]})
+        for name, before in state.items():
+            if not name.startswith(prefixes):
+                is_placed = name in found and name not in large
+                self._assign(self.net, {name: found[name] if is_placed else zero.expand(before.shape)})
+        self._outer = weights
 
     def detach_outer(self) -> None:
         """Drop the weights outside the blocks."""
@@ -201,11 +220,11 @@ class Skeleton:
     def calls(self, batch: int, length: int) -> list[BlockCall]:
         """Return each block's call for a batch of that shape (cached; independent of weights and tokens)."""
         if (batch, length) not in self._calls:
-            tensors = {n: t for n, t in self.net.state_dict().items() if not t.is_meta}
+            attached = self._outer
             self.detach_outer()
             zeros = torch.zeros(batch, length, dtype=torch.long, device=self.device)
             self._calls[batch, length], _ = self._capture(zeros)
-            self.attach_outer(tensors)
+            self.attach_outer(attached)
         return self._calls[batch, length]
 
     @torch.no_grad()
@@ -285,16 +304,69 @@ class Skeleton:
             found = {a: b for a, b in (pair, pair[::-1]) if a not in self.names}
         return found
 
+    def _compute_by_parts(self) -> None:
+        """Have token embedding and output head compute from tables where there are some. Others than torch's own
+        classes, which say what a forward is, are left alone."""
+        names = {module: name for name, module in self.net.named_modules()}
+        embedding, head = self.net.get_input_embeddings(), self.net.get_output_embeddings()
+        self._tabled: list[str] = []
+        for module, is_meant in (
+            (embedding, isinstance(embedding, nn.Embedding) and embedding.max_norm is None),
+            (head, type(head) is nn.Linear),
+        ):
+            if is_meant and module in names:
+                table = f"{names[module]}.weight"
+                module.forward = self._by_parts(table, module, _embed if module is embedding else _apply_head)
+                self._tabled.append(table)
+
+    def _by_parts(self, table: str, module: nn.Module, parts: _ByParts) -> BlockForward:
+        whole = module.forward
+
+        def forward(x: Tensor) -> Any:
+            found = self._tables.get(table)
+            return whole(x) if found is None else parts(module, whole, found, x, self.dtype)
+
+        return forward
+
+    def _computed_with(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype)
+
     def _assign(self, owner: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for name, tensor in weights.items():
-            kind = self.dtype if tensor.is_floating_point() else tensor.dtype
-            _set_tensor(owner, name, tensor.to(device=self.device, dtype=kind))
+            _set_tensor(owner, name, self._computed_with(tensor))
 
     def _move_buffers(self) -> None:
         for module in self.net.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
+
+
+_ByParts = Callable[[nn.Module, BlockForward, Tensor, Tensor, torch.dtype], Tensor]
+"""What a module gives, from its own forward, a table in the stored dtype, its input, and the dtype to compute in."""
+
+
+def _embed(module: nn.Module, whole: BlockForward, table_VH: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what the embedding gives for token ids: its own forward over the rows of those that occur."""
+    occurring, places = torch.unique(ids, return_inverse=True)
+    before = module._parameters["weight"]
+    _set_tensor(module, "weight", table_VH[occurring].to(dtype))
+    try:
+        output: Tensor = whole(places)
+    finally:
+        module._parameters["weight"] = before
+    return output
+
+
+def _apply_head(module: nn.Module, whole: BlockForward, table_VH: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what the output head gives, [..., vocabulary]."""
+    output = x.new_empty(*x.shape[:-1], table_VH.shape[0])
+    num_rows = max(1, HEAD_PART_ELEMENTS // table_VH.shape[1])
+    for start in range(0, table_VH.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        output[..., rows] = nn.functional.linear(x, table_VH[rows].to(dtype))
+    bias = module._parameters["bias"]
+    return output if bias is None else output.add_(bias)
 
 
 def dense_logits(skeleton: Skeleton, tokens_BL: Tensor, load: Callable[[int], Mapping[str, Tensor]]) -> Tensor:

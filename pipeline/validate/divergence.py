@@ -8,14 +8,14 @@ slices add up in any grouping; accumulated in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits handled at once (float32, 128 MB)."""
+CHUNK_ELEMENTS = 1 << 23
+"""Logits of one model handled at once (float32, 32 MB); seven times as much is in memory."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,23 @@ def add_up(parts: Iterable[Divergence]) -> Divergence:
 
 
 @torch.no_grad()
-def compare_logits(source_LV: Tensor, variant_LV: Tensor, tokens_L: Tensor) -> Divergence:
-    """Return the divergence over one sequence.
+def compare_predictions(
+    logits: Callable[[Tensor], Tensor], source_LH: Tensor, variant_LH: Tensor, tokens_L: Tensor, vocabulary_size: int
+) -> Divergence:
+    """Return the divergence over one sequence; logits are made and compared for some positions at a time.
 
     Args:
-        source_LV: float32 logits of the source [length, vocabulary].
-        variant_LV: float32 logits of the variant, the same shape.
+        logits: Gives float32 logits [positions, vocabulary] of final hidden states [positions, H].
+        source_LH: Final hidden states of the source.
+        variant_LH: Final hidden states of the variant.
         tokens_L: int64 token ids [length].
+        vocabulary_size: Number of logits of one position.
     """
-    rows = max(1, CHUNK_ELEMENTS // source_LV.shape[1])
-    last = source_LV.shape[0] - 1
+    rows = max(1, CHUNK_ELEMENTS // vocabulary_size)
+    predicting, targets_L = slice(0, tokens_L.shape[0] - 1), tokens_L[1:]
+    chunks = (torch.split(tensor, rows) for tensor in (source_LH[predicting], variant_LH[predicting], targets_L))
     return add_up(
-        _compare(
-            source_LV[start : min(start + rows, last)],
-            variant_LV[start : min(start + rows, last)],
-            tokens_L[start + 1 : min(start + rows, last) + 1],
-        )
-        for start in range(0, last, rows)
+        _compare(logits(source), logits(variant), targets) for source, variant, targets in zip(*chunks, strict=True)
     )
 
 

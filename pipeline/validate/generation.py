@@ -84,20 +84,19 @@ class BlockCache:
 
     def __init__(
         self,
-        load: Callable[[int], Mapping[str, Tensor]],
-        dtype: torch.dtype = torch.float32,
+        load: Callable[[int], dict[str, Tensor]],
+        dense: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
         max_bytes: int = RESIDENT_BYTES,
     ) -> None:
-        """Read blocks with ``load``; floating-point weights are kept in ``dtype``, so that it is made once."""
-        self._load, self._dtype, self._max_bytes = load, dtype, max_bytes
+        """Read blocks with ``load`` and keep them as ``dense`` makes them for computing, so that it is done once."""
+        self._load, self._dense, self._max_bytes = load, dense, max_bytes
         self._blocks: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
         self._bytes: dict[int, int] = {}
 
     def __call__(self, index: int) -> Mapping[str, Tensor]:
         """Return the weights of one block by local name."""
         if index not in self._blocks:
-            loaded = self._load(index).items()
-            weights = {name: t.to(self._dtype) if t.is_floating_point() else t for name, t in loaded}
+            weights = self._dense(self._load(index))
             self._blocks[index] = weights
             self._bytes[index] = sum(tensor.nbytes for tensor in weights.values())
             while sum(self._bytes.values()) > self._max_bytes and len(self._blocks) > 1:

@@ -98,7 +98,7 @@ class ReleaseModel:
             linear.name: linear for block in groups for group in block for linear in group.linears
         }
         self._reader = DenseReader(config.get("quantization_config"), list(self._linears.values()))
-        self._load = BlockCache(self._read_block)
+        self._load = BlockCache(self._read_block, self.skeleton.dense)
         self.tokenizer = TextTokenizer(folder)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:

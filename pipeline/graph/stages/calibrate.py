@@ -80,7 +80,7 @@ def calibrate(call: Call) -> dict[str, Any]:
             call.put({hidden_name(start): output})
         return statistics
 
-    with skeleton.attached(index, call.source.block(index)):
+    with skeleton.attached(index, skeleton.dense(call.source.block(index))):
         sums = add_up(low, high, slice_sums, _add_all)
     save_hidden(call)
     for position, statistics in enumerate(sums):
@@ -137,7 +137,7 @@ def forward(call: Call) -> dict[str, Any]:
     """Make one block's output hidden states for a span of held-out slices, with the source's weights or a variant's."""
     skeleton, index = call.skeleton, call.unit.block
     hidden = hidden_states(call)
-    with skeleton.attached(index, VariantReader(call)(index)):
+    with skeleton.attached(index, skeleton.dense(VariantReader(call)(index))):
         for number in list(hidden):
             output, _ = forward_block(skeleton, index, hidden.pop(number), (), must_be_finite=not call.unit.variant)
             call.put({hidden_name(number): output})

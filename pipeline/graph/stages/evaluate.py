@@ -16,7 +16,7 @@ from pipeline.graph.stages.calibrate import slice_states
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.variant import VariantReader
 from pipeline.skeleton.tokenizer import TextTokenizer
-from pipeline.validate.divergence import Divergence, add_up, compare_logits
+from pipeline.validate.divergence import add_up, compare_predictions
 from pipeline.validate.generation import BlockCache, continue_greedily
 
 
@@ -31,16 +31,18 @@ def outer_weights(call: Call) -> dict[str, Tensor]:
 
 
 def score(call: Call) -> dict[str, Any]:
-    """Compare the variant's predictions with the source's over one slice of held-out tokens."""
+    """Compare the variant's predictions with the source's over one slice of held-out tokens.
+
+    What lies outside the blocks is the release's for both: it was proven to be the source's when it was written.
+    """
     skeleton, tokens_NL, number = call.skeleton, call.tokens(), call.params["slice"]
     source_NLH, variant_NLH = (slice_states(call, need, [number])[number] for need in call.needs(Kind.FORWARD))
-    source_outer, variant_outer = call.source.outer(), outer_weights(call)
-    parts: list[Divergence] = []
-    for row in range(tokens_NL.shape[0]):
-        skeleton.attach_outer(source_outer)
-        source_LV = skeleton.logits(source_NLH[row : row + 1])[0]
-        skeleton.attach_outer(variant_outer)
-        parts.append(compare_logits(source_LV, skeleton.logits(variant_NLH[row : row + 1])[0], tokens_NL[row]))
+    vocabulary_size = call.source.outline.vocabulary_size
+    skeleton.attach_outer(outer_weights(call))
+    parts = [
+        compare_predictions(lambda hidden_LH: skeleton.logits(hidden_LH[None])[0], *row, vocabulary_size)
+        for row in zip(source_NLH, variant_NLH, tokens_NL, strict=True)
+    ]
     skeleton.detach_outer()
     return {"divergence": add_up(parts).as_dict()}
 
@@ -134,11 +136,7 @@ def _kept(call: Call, name: str, read: Callable[[], Mapping[str, Tensor]]) -> Ma
 def _kept_block(call: Call, read: VariantReader, index: int) -> Mapping[str, Tensor]:
     """Return a block's weights as the model computes with them."""
 
-    def load() -> dict[str, Tensor]:
-        weights = {name: tensor.to(call.context.device) for name, tensor in read(index).items()}
-        return {name: t.to(call.skeleton.dtype) if t.is_floating_point() else t for name, t in weights.items()}
-
-    return _kept(call, f"block {index}", load)
+    return _kept(call, f"block {index}", lambda: call.skeleton.dense(read(index)))
 
 
 def generate(call: Call) -> dict[str, Any]:
@@ -149,7 +147,8 @@ def generate(call: Call) -> dict[str, Any]:
     if call.params.get("is_split"):
         continued = [ids for need in call.needs(Kind.CONTINUE) for ids in _continuations(call.get(need))]
         return {"continuations": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in continued]}
-    load = BlockCache(VariantReader(call), skeleton.dtype, call.context.shelf_bytes)
+    num_bytes = call.source.outline.index.num_parameters * skeleton.dtype.itemsize
+    load = BlockCache(VariantReader(call), skeleton.dense, call.shelf.make_room_for(num_bytes))
     skeleton.attach_outer(outer_weights(call))
     found = []
     for prompt in call.params["prompts"]:

@@ -11,7 +11,7 @@ from pipeline.facts import Check, Sample
 from pipeline.spec import Budgets, PromptSpec
 from pipeline.validate import divergence
 from pipeline.validate.dense import scale_problems
-from pipeline.validate.divergence import Divergence, add_up, compare_logits
+from pipeline.validate.divergence import Divergence, add_up, compare_predictions
 from pipeline.validate.gates import (
     check_accounting,
     check_degradations,
@@ -159,13 +159,13 @@ def test_no_prediction_is_lost_or_scored_twice_at_a_chunk_s_edge(length: int, mo
         kl = float((p.exp() * (p - q)).sum())
         agrees = int(int(p.argmax()) == int(q.argmax()))
         expected = add_up([expected, Divergence(1, -float(p[target]), -float(q[target]), kl, agrees)])
-    found = compare_logits(source, variant, tokens)
+    found = compare_predictions(torch.clone, source, variant, tokens, 13)
     assert found.as_dict() == pytest.approx(expected.as_dict(), rel=1e-5)
 
 
 def test_equal_logits_do_not_diverge() -> None:
     logits = torch.randn(5, 13, generator=torch.Generator().manual_seed(0))
-    found = compare_logits(logits, logits.clone(), torch.arange(5))
+    found = compare_predictions(torch.clone, logits, logits.clone(), torch.arange(5), 13)
     assert (found.kl, found.num_agreeing, found.top1_agreement) == (0.0, 4, 1.0)
     assert found.perplexity == found.source_perplexity
 
@@ -181,7 +181,7 @@ def test_cache_keeps_what_is_needed_last_out_of_memory() -> None:
         loaded.append(index)
         return {"w": torch.full((100,), float(index))}
 
-    cache = BlockCache(load, max_bytes=800)
+    cache = BlockCache(load, dict, max_bytes=800)
     for _ in range(2):
         for index in range(3):
             assert float(cache(index)["w"][0]) == index

@@ -116,12 +116,12 @@ def test_divergence_equals_its_definition_whatever_the_chunks(monkeypatch: pytes
     generator = torch.Generator().manual_seed(0)
     source, variant = torch.randn(2, 9, 11, generator=generator).unbind()
     tokens = torch.randint(11, (9,), generator=generator)
-    whole = divergence.compare_logits(source, variant, tokens)
+    whole = divergence.compare_predictions(torch.clone, source, variant, tokens, 11)
     p, q = source.double().log_softmax(-1)[:-1], variant.double().log_softmax(-1)[:-1]
     assert whole.num_tokens == 8
     assert whole.mean_kl == pytest.approx(float((p.exp() * (p - q)).sum() / 8), rel=1e-5)
     assert whole.source_nll == pytest.approx(-float(p.gather(1, tokens[1:, None]).sum()), rel=1e-5)
     assert whole.perplexity == pytest.approx(math.exp(-float(q.gather(1, tokens[1:, None]).mean())), rel=1e-5)
     monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", 33)
-    parts = divergence.compare_logits(source, variant, tokens)
+    parts = divergence.compare_predictions(torch.clone, source, variant, tokens, 11)
     assert parts.as_dict() == pytest.approx(whole.as_dict(), rel=1e-5)
