@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -89,7 +89,7 @@ class Conversion:
         talk: What came on standard error besides.
     """
 
-    def __init__(self, job: Job, place: Path, workers: int, *, inline: bool = False) -> None:
+    def __init__(self, job: Job, place: Path, workers: int, *, inline: bool = False, flags: Sequence[str] = ()) -> None:
         """Start the job.
 
         Args:
@@ -97,6 +97,7 @@ class Conversion:
             place: Folder with ``work`` and ``out``; an earlier run in it is continued.
             workers: Work units at a time.
             inline: Run every unit in the driver, without Ray.
+            flags: Others of ``bitmill convert``.
         """
         target = place / "out"
         target.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ class Conversion:
         words = ["--spec", str(spec), "--work-dir", str(place / "work")]
         module = [str(Path(__file__).parent / "inline.py")] if inline else ["-m", "jobs.cli", "convert", "--json"]
         if not inline:
-            words += ["--workers", str(workers), "--device", "cpu"]
+            words += ["--workers", str(workers), "--device", "cpu", *flags]
         self.events: list[tuple[float, dict[str, Any]]] = []
         self.talk: list[str] = []
         self._started_s, self._ended_s = time.monotonic(), 0.0

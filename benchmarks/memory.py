@@ -1,16 +1,18 @@
 """The largest memory of every process of a conversion, over the depth of the model.
 
 Random Llama models of equal blocks, one conversion each: a process should need the same whatever the depth. With
-``--large GB`` instead one model of at least so many gigabytes, whose blocks are as large as those of a 7B model (about
-400 MB). From the repository root: ``.venv/bin/python benchmarks/memory.py [--depths 8,16,32,64 | --large 6]``
+``--large GB`` instead one model of at least so many gigabytes with blocks (208 MB) and a vocabulary (128,256 tokens,
+tied embeddings of 788 MB) as large as those of Llama 3.2 3B, run with ``--max-memory``.
+From the repository root: ``.venv/bin/python benchmarks/memory.py [--depths 8,16,32,64 | --large 6]``
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+from argparse import Namespace
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conversions import Conversion, Job, Timing
@@ -20,7 +22,7 @@ from report import print_header, print_table
 from sessions import Memory, Process, Role, memory_of, processes_of
 
 HIDDEN, INTERMEDIATE = 512, 1408
-LARGE_HIDDEN, LARGE_INTERMEDIATE = 4096, 11008
+LARGE = Shape(1, 3072, 8192, vocabulary=128_256, is_tied=True)
 MEGABYTE = 1e6
 
 
@@ -74,21 +76,22 @@ def main() -> None:
     parser = job_parser(__doc__, variants=["gptq-w4-g64"], samples=16, length=128)
     parser.add_argument("--depths", default="8,16,32,64", help="blocks of the models, default 8,16,32,64")
     parser.add_argument("--large", type=float, metavar="GB", help="one model of at least so many gigabytes instead")
+    parser.add_argument("--max-memory", default="1.5GB", help="of a worker, with --large; default 1.5GB")
     parser.add_argument("--workers", type=int, default=2, help="default 2")
     args = parser.parse_args()
     print_header()
     with scratch_folder(args) as folder:
         if args.large:
-            large = Shape(1, LARGE_HIDDEN, LARGE_INTERMEDIATE)
-            layers = math.ceil(args.large * 1e9 / (2 * large.block_parameters))
-            shapes = [Shape(layers, LARGE_HIDDEN, LARGE_INTERMEDIATE)]
+            outer = 2 * LARGE.vocabulary * LARGE.hidden
+            layers = math.ceil((args.large * 1e9 - outer) / (2 * LARGE.block_parameters))
+            shapes = [replace(LARGE, layers=layers)]
         else:
             shapes = [Shape(int(depth), HIDDEN, INTERMEDIATE) for depth in args.depths.split(",")]
         measured = []
         for shape in shapes:
             source = make_llama(folder / "model", shape)
             job = Job(source, variants_of(args), args.samples, args.length)
-            measured.append(_measure(job, shape, folder / "run", args.workers))
+            measured.append(_measure(job, shape, folder / "run", args))
             shutil.rmtree(source)
             shutil.rmtree(folder / "run")
             print(f"{shape.layers} blocks: work {measured[-1].timing.work_s:.1f} s", flush=True)
@@ -98,8 +101,9 @@ def main() -> None:
         _report_depths(measured)
 
 
-def _measure(job: Job, shape: Shape, place: Path, workers: int) -> Measured:
-    with Conversion(job, place, workers) as run:
+def _measure(job: Job, shape: Shape, place: Path, args: Namespace) -> Measured:
+    flags = ["--max-memory", args.max_memory] if args.large else []
+    with Conversion(job, place, args.workers, flags=flags) as run:
         peaks = Peaks(run.session)
         timing = run.finish(peaks.look)
     return Measured(shape, timing, peaks.found)

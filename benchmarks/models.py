@@ -36,11 +36,15 @@ class Shape:
         layers: Decoder blocks.
         hidden: Width of the residual stream, a multiple of 2 * HEAD_SIZE.
         intermediate: Width of the MLP.
+        vocabulary: Tokens; those beyond the tokenizer's never occur.
+        is_tied: Whether the output head is the token embedding.
     """
 
     layers: int
     hidden: int
     intermediate: int
+    vocabulary: int = VOCABULARY
+    is_tied: bool = False
 
     @property
     def block_parameters(self) -> int:
@@ -80,9 +84,9 @@ def _write_config(folder: Path, shape: Shape) -> None:
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
         head_dim=HEAD_SIZE,
-        vocab_size=VOCABULARY,
+        vocab_size=shape.vocabulary,
         max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.is_tied,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -91,10 +95,13 @@ def _write_config(folder: Path, shape: Shape) -> None:
 
 def _outer(shape: Shape) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(0)
+    if shape.is_tied:
+        embedding = {"model.embed_tokens.weight": _matrix(shape.vocabulary, shape.hidden, random)}
+        return embedding | {"model.norm.weight": _norm(shape.hidden, random)}
     return {
-        "model.embed_tokens.weight": torch.randn(VOCABULARY, shape.hidden, generator=random).bfloat16(),
+        "model.embed_tokens.weight": torch.randn(shape.vocabulary, shape.hidden, generator=random).bfloat16(),
         "model.norm.weight": _norm(shape.hidden, random),
-        "lm_head.weight": _matrix(VOCABULARY, shape.hidden, random),
+        "lm_head.weight": _matrix(shape.vocabulary, shape.hidden, random),
     }
 
 

@@ -11,6 +11,7 @@ import click
 from jobs.cli.flags import HELP_NAMES, default_workers, spec_from_flags, with_spec_flags
 from pipeline.errors import GateFailed, PipelineError
 from pipeline.observe.events import ClosingSink, Event, EventSink, Failed, Published
+from pipeline.units import parse_bytes
 
 if TYPE_CHECKING:
     from pipeline.graph.convert import VariantOutcome
@@ -58,6 +59,13 @@ class WorkAddress(click.ParamType):  # type: ignore[type-arg]  # generic only to
     "to this disk first; never changes a byte.",
 )
 @click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Memory of a worker, for example 1.5GB: work is cut so that it fits, what waits for others goes to disk, and "
+    "a conversion that needs more is refused before anything is fetched; never changes a byte.  [default: as much as "
+    "it takes]",
+)
+@click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
@@ -71,6 +79,7 @@ def convert_command(
     workers: int | None,
     work_dir: str | None,
     stream: bool,
+    max_memory: str | None,
     device: str,
     address: str | None,
     as_json: bool,
@@ -91,7 +100,9 @@ def convert_command(
     try:
         with with_progress:
             try:
-                outcomes = _convert(spec, settings, with_progress, workers, work_dir, device, address, stream)
+                outcomes = _convert(
+                    spec, settings, with_progress, workers, work_dir, device, address, stream, max_memory
+                )
             except PipelineError as error:
                 if not as_json:  # there the command line says every failure, as the last event
                     with_progress.emit(Failed(error.code, error.message, error.hint))
@@ -121,6 +132,7 @@ def _convert(
     device: str,
     address: str | None,
     stream: bool,
+    max_memory: str | None,
 ) -> tuple[VariantOutcome, ...]:
     """Run the conversion with what the flags leave open decided."""
     from pipeline.graph.convert import RunOptions, convert, resolve_device
@@ -131,6 +143,7 @@ def _convert(
         device=resolve_device(device),
         stream=stream,
         address=address or settings.ray_address,
+        max_memory_bytes=parse_bytes(max_memory) if max_memory else None,
     )
     return convert(spec, settings, options, sink)
 

@@ -33,7 +33,8 @@ UNLIMITED_COLUMNS = 100_000
 @click.option(
     "--max-memory",
     metavar="SIZE",
-    help="Memory of a worker, for example 1.5GB; a plan that needs more is refused.  [default: as much as it takes]",
+    help="Memory of a worker, for example 1.5GB: a conversion that cannot be cut to fit is refused.  [default: as much "
+    "as it takes]",
 )
 @click.option(
     "--simulate",

@@ -378,9 +378,9 @@ class UnitBuilder:
         return self.continuations.split(unit, needs[:-1], needs[-1:]) if self.continuations.is_split else unit
 
 
-def make_tuning(num_workers: int, costs: CostModel) -> Tuning:
-    """Return how a job is cut for a number of workers before anything has run."""
-    return Tuning(spans=num_workers, solve_s=costs.rates.solve_s)
+def make_tuning(spans: int, costs: CostModel) -> Tuning:
+    """Return how a job is cut before anything has run, with a span of token slices for each worker or more."""
+    return Tuning(spans=spans, solve_s=costs.rates.solve_s)
 
 
 def build_units(inputs: UnitInputs, tuning: Tuning, costs: CostModel | None = None) -> JobUnits:

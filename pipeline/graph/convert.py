@@ -25,6 +25,7 @@ from pipeline.graph.assemble import (
 )
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
 from pipeline.graph.job import run_job
+from pipeline.graph.memory import plan_memory
 from pipeline.graph.naming import name_releases
 from pipeline.graph.outline import make_outline, stamp_files
 from pipeline.graph.plan import remote_outline, require_positions
@@ -46,9 +47,6 @@ from pipeline.tensors.index import WeightIndex
 from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import FileStamp
 
-SHELF_BYTES = 500_000_000
-"""Memory for passing outputs that a worker may use unless it is told otherwise."""
-
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -61,7 +59,9 @@ class RunOptions:
         address: Ray cluster to join, or None to start one here.
         inline: Run every unit in this process, without Ray.
         stream: Read the weights of a hub source block by block where they are, instead of fetching them first.
-        shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
+        max_memory_bytes: Memory that a worker may use; None for what it takes.
+        shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk; None for what the
+            rest leaves of ``max_memory_bytes``.
     """
 
     work_dir: str | Path
@@ -70,7 +70,8 @@ class RunOptions:
     address: str | None = None
     inline: bool = False
     stream: bool = False
-    shelf_bytes: int = SHELF_BYTES
+    max_memory_bytes: int | None = None
+    shelf_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def convert(
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
+    memory = plan_memory(outline, spec, options.workers, options.max_memory_bytes)
     texts = load_texts(spec, settings)
     require_device(options)
     cautions = [names.caution] if names.caution else []
@@ -123,11 +125,11 @@ def convert(
         source_commit=fetched.commit,
         stamps=tuple(sorted(stamps.items())),
         device=options.device,
-        shelf_bytes=options.shelf_bytes,
+        shelf_bytes=memory.shelf_bytes if options.shelf_bytes is None else options.shelf_bytes,
         streamed=source if is_streamed else None,
     )
     jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
-    units, records = run_job(inputs, work, jobs, context, options, sink)
+    units, records = run_job(inputs, work, jobs, context, options, memory.spans, sink)
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:

@@ -133,7 +133,7 @@ def forecast(outline: ModelShape, spec: ConversionSpec, requests: Sequence[Clust
                 prediction=prediction,
                 tokens=calibration.samples * calibration.length,
                 one_worker_s=alone[key],
-                memory=worker_memory(outline, own),
+                memory=worker_memory(outline, own, request.cluster.num_workers),
                 price=None if hourly is None else hourly * hours,
             )
         )

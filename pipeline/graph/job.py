@@ -28,6 +28,7 @@ from pipeline.observe.events import (
 from pipeline.storage.objects import ObjectStore
 from pipeline.storage.running import announced
 from pipeline.storage.work import StageRecord, WorkStore
+from pipeline.units import format_bytes
 
 if TYPE_CHECKING:
     from pipeline.graph.convert import RunOptions
@@ -55,7 +56,13 @@ PHASES: dict[Kind, Phase] = {
 
 
 def run_job(
-    inputs: Inputs, work: WorkStore, jobs: ObjectStore, context: JobContext, options: RunOptions, sink: EventSink
+    inputs: Inputs,
+    work: WorkStore,
+    jobs: ObjectStore,
+    context: JobContext,
+    options: RunOptions,
+    spans: int,
+    sink: EventSink,
 ) -> tuple[JobUnits, Records]:
     """Run what a conversion needs and return its units with the records of all goals.
 
@@ -65,10 +72,10 @@ def run_job(
     Raises:
         PipelineError: when a unit, a worker or the cluster fails.
     """
-    tuning = make_tuning(options.workers, cost_model(inputs.device))
+    tuning = make_tuning(spans, cost_model(inputs.device))
     units, proofs = build_units(inputs, tuning), _proofs(inputs, work, context)
     num_workers = 1 if options.inline else options.workers
-    observer = _Telling(inputs, num_workers, sink)
+    observer = _Telling(inputs, num_workers, options.max_memory_bytes, sink)
     names = tuple(plan.spec.name for plan in inputs.variants)
     goals = {unit.place for unit in (*units.goals, *proofs)}
 
@@ -169,8 +176,8 @@ class _Absent:
 class _Telling(Observer):
     """Turns what the driver sees into events."""
 
-    def __init__(self, inputs: Inputs, num_workers: int, sink: EventSink) -> None:
-        self._inputs, self._num_wanted, self._sink = inputs, num_workers, sink
+    def __init__(self, inputs: Inputs, num_workers: int, max_bytes: int | None, sink: EventSink) -> None:
+        self._inputs, self._num_wanted, self._max_bytes, self._sink = inputs, num_workers, max_bytes, sink
         self._num_ready = 0
         self._is_started = False
 
@@ -199,8 +206,12 @@ class _Telling(Observer):
             self._tell(unit, records.get(unit.place), 0.0, reused=True)
 
     def finished(self, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int) -> None:
-        """Tell of a unit."""
+        """Tell of a unit, and once when a worker took more memory than it may."""
         self._tell(unit, record, seconds, reused=False)
+        if self._max_bytes is not None and peak_bytes > self._max_bytes:
+            most, allowed = format_bytes(peak_bytes), format_bytes(self._max_bytes)
+            self._sink.emit(Warned(f"a worker took {most} up to the end of {unit.title}; --max-memory is {allowed}"))
+            self._max_bytes = None
 
     def recovered(self, reason: str) -> None:
         """Tell what is done again."""

@@ -1,22 +1,36 @@
-"""What one worker needs in memory, from shapes alone: an upper estimate, part by part.
+"""What one worker needs in memory, from shapes alone: an upper estimate, kind of unit by kind of unit.
 
-Passing outputs are not in it: beyond a worker's budget they go to disk.
+A worker runs one unit at a time, so it needs what the largest does, besides itself and its shelf, on which outputs wait
+for others. The shelf keeps its budget: what does not fit there goes to disk. A unit that sums statistics over a span of
+token slices holds several partial sums, so shorter spans need less; nothing else can be cut.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import takewhile
 
+from pipeline.calibrate.forward import MICRO_BATCH_TOKENS
 from pipeline.errors import PlanError
 from pipeline.graph.shape import ModelShape
-from pipeline.spec import ConversionSpec
+from pipeline.quantize.solve import TILE_ROWS
+from pipeline.skeleton.model import HEAD_PART_ELEMENTS, TABLE_ELEMENTS
+from pipeline.spec import ConversionSpec, Method
 from pipeline.units import format_bytes
+from pipeline.validate.divergence import CHUNK_ELEMENTS
 
-WORKER_BASE_BYTES = 650_000_000
-"""A worker process with torch and transformers imported (measured: 2 cores, torch 2.13.0, `ps -o rss`)."""
+PROCESS_BYTES = 480_000_000
+"""A worker process with torch, transformers and Ray imported and a model's skeleton (measured: VmHWM, torch 2.13.0)."""
 
-HELDOUT_ROWS = 8
-"""Held-out sequences whose hidden states a worker has at a time, at most."""
+FREED_BYTES = 128_000_000
+"""Memory that units have freed, and that the process keeps for the next ones (``worker.FREED_BYTES`` and what comes
+between two looks)."""
+
+SHELF_BYTES = 500_000_000
+"""Memory for passing outputs that a worker uses where there is enough."""
+
+FLOAT, DOUBLE, HALF = 4, 8, 2
 
 
 @dataclass(frozen=True)
@@ -25,54 +39,101 @@ class WorkerMemory:
 
     Attributes:
         process: Of itself.
-        block: Weights of the largest block in float32, with their stored copy.
-        outer: Weights outside the blocks in float32.
-        statistics: Of the block with most of them, twice: what there is and what is added.
-        tokens: Hidden states of a token slice, and the logits of a held-out sequence of source and variant.
+        units: Of the largest unit of each kind.
     """
 
     process: int
-    block: int
-    outer: int
-    statistics: int
-    tokens: int
+    units: Mapping[str, int]
 
     @property
     def total(self) -> int:
-        """All parts."""
-        return self.process + self.block + self.outer + self.statistics + self.tokens
+        """What it needs when its shelf is empty."""
+        return self.process + max(self.units.values())
 
-    def require(self, max_bytes: int) -> None:
-        """Return when a worker with ``max_bytes`` can do.
-
-        Raises:
-            PlanError: naming what it needs more for.
-        """
-        if self.total <= max_bytes:
-            return
-        parts = ", ".join(f"{format_bytes(size)} {name}" for name, size in asdict(self).items())
-        raise PlanError(
-            f"a worker needs {format_bytes(self.total)} ({parts}), and --max-memory is {format_bytes(max_bytes)}",
-            code="plan.memory",
-            hint="give workers more memory; smaller calibration.slice_sequences or shorter sequences need less for "
-            "tokens, the rest follows from the model",
-        )
+    @property
+    def largest(self) -> str:
+        """The kind of unit that needs most."""
+        return max(self.units, key=lambda kind: self.units[kind])
 
 
-def worker_memory(outline: ModelShape, spec: ConversionSpec) -> WorkerMemory:
-    """Return what one worker needs for a conversion."""
-    blocks = [
-        sum(map(outline.tensor_elements, outline.skeleton.block_tensors(block).values()))
-        for block in range(outline.skeleton.num_blocks)
-    ]
-    moments = max(4 * sum(group.in_features**2 for group in block) for block in outline.groups)
-    widest = max(group.in_features for block in outline.groups for group in block)
-    length = spec.gates.heldout_length
-    tokens = max(spec.calibration.slice_sequences * spec.calibration.length, HELDOUT_ROWS * length)
-    return WorkerMemory(
-        process=WORKER_BASE_BYTES,
-        block=6 * max(blocks),
-        outer=4 * sum(map(outline.tensor_elements, outline.skeleton.outer_tensors().values())),
-        statistics=2 * moments,
-        tokens=4 * (3 * tokens * widest + 4 * length * outline.vocabulary_size),
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How workers keep within their memory.
+
+    Attributes:
+        needed: What a worker needs besides its shelf.
+        spans: Spans of token slices that calibration is cut into, at least.
+        shelf_bytes: Budget of its shelf.
+    """
+
+    needed: WorkerMemory
+    spans: int
+    shelf_bytes: int
+
+
+def plan_memory(outline: ModelShape, spec: ConversionSpec, workers: int, max_bytes: int | None) -> MemoryPlan:
+    """Return how workers keep within ``max_bytes`` of memory each.
+
+    Args:
+        outline: The source.
+        spec: What to make.
+        workers: How many.
+        max_bytes: What each may use; None for what it takes, and a shelf of ``SHELF_BYTES``.
+
+    Raises:
+        PlanError: when they cannot, naming what needs more.
+    """
+    num_slices = -(-spec.calibration.samples // spec.calibration.slice_sequences)
+    needed = worker_memory(outline, spec, workers)
+    if max_bytes is None:
+        return MemoryPlan(needed, workers, SHELF_BYTES)
+    for spans in [*takewhile(lambda count: count < num_slices, (workers << step for step in range(32))), num_slices]:
+        needed = worker_memory(outline, spec, spans)
+        if needed.total <= max_bytes:
+            return MemoryPlan(needed, spans, min(SHELF_BYTES, max_bytes - needed.total))
+    largest = needed.units[needed.largest]
+    raise PlanError(
+        f"a worker needs {format_bytes(needed.total)}: {format_bytes(needed.process)} for itself and "
+        f"{format_bytes(largest)} to {needed.largest}, and --max-memory is {format_bytes(max_bytes)}",
+        code="plan.memory",
+        hint=f"give workers at least {format_bytes(needed.total)}; smaller calibration.slice_sequences or shorter "
+        "sequences need less for tokens, the rest follows from the model",
     )
+
+
+def worker_memory(outline: ModelShape, spec: ConversionSpec, spans: int) -> WorkerMemory:
+    """Return what one worker needs for a conversion whose calibration is cut into so many spans."""
+    block_names = [outline.skeleton.block_tensors(block).values() for block in range(outline.skeleton.num_blocks)]
+    stored = max(sum(map(outline.tensor_bytes, names)) for names in block_names)
+    dense = FLOAT * max(sum(map(outline.tensor_elements, names)) for names in block_names)
+    outer = [(outline.tensor_elements(n), outline.tensor_bytes(n)) for n in outline.skeleton.outer_tensors().values()]
+    groups = [group for block in outline.groups for group in block]
+    widest = max(group.in_features for group in groups)
+    rows = max(sum(linear.out_features for linear in group.linears) for group in groups)
+    moment = FLOAT * widest**2
+    moments = max(FLOAT * sum(group.in_features**2 for group in block) for block in outline.groups)
+    sequences, length = spec.calibration.slice_sequences, spec.calibration.length
+    heldout = spec.gates.heldout_length
+    # The widest activations of a few are there at a time: inputs, outputs, and what an activation function makes.
+    passing = 4 * FLOAT * max(widest, rows) * max(length, min(sequences * length, MICRO_BATCH_TOKENS))
+    slices = -(-spec.calibration.samples // sequences)
+    partial_sums = 1 + (-(-slices // spans) - 1).bit_length()
+    embedding = sum(size + (FLOAT * count if count <= TABLE_ELEMENTS else 0) for count, size in outer)
+    embedding += FLOAT * HEAD_PART_ELEMENTS
+    weight_rows = FLOAT * rows * widest
+    tile = 12 * FLOAT * TILE_ROWS["cpu"] * widest
+    units = {
+        "embed tokens": embedding + 2 * FLOAT * sequences * length * widest,
+        "calibrate on a block": dense + stored // 4 + passing + partial_sums * moments,
+        "add up statistics": 3 * moments,
+        "solve a linear group": 2 * moment + weight_rows + tile,
+        "pack a block": 3 * stored,
+        "score held-out text": embedding + 8 * FLOAT * CHUNK_ELEMENTS + 2 * FLOAT * heldout * widest,
+        "continue prompts": embedding + dense + stored // 4,
+    }
+    methods = {variant.method for variant in spec.variants}
+    if Method.GPTQ in methods:
+        units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4
+    if Method.AWQ in methods:
+        units["search scales"] = dense + stored + 2 * moment + weight_rows + tile
+    return WorkerMemory(PROCESS_BYTES + FREED_BYTES, units)

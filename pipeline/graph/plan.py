@@ -22,7 +22,7 @@ from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan
 from pipeline.graph.chains import shape_of
 from pipeline.graph.forecast import ClusterRequest, Forecast, forecast, planned_inputs
-from pipeline.graph.memory import worker_memory
+from pipeline.graph.memory import plan_memory, worker_memory
 from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
 from pipeline.graph.prediction import Cluster
@@ -165,8 +165,7 @@ def plan_conversion(
     names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     require_positions(spec, outline)
-    if max_memory_bytes is not None:
-        worker_memory(outline, spec).require(max_memory_bytes)
+    plan_memory(outline, spec, workers, max_memory_bytes)
     return report_plan(source, names, outline, spec, workers), forecast(outline, spec, requests)
 
 
@@ -249,7 +248,7 @@ def report_plan(
         calibrate_flops=calibrate,
         kv_cache_tokens=cache_tokens,
         kv_cache_bytes=cache_bytes,
-        worker_bytes=worker_memory(outline, spec).total,
+        worker_bytes=worker_memory(outline, spec, workers).total,
         held_bytes=predicted.held_bytes,
         work_bytes=_work_bytes(outline, spec, variants),
         workers=workers,

@@ -44,6 +44,11 @@ class Shelf:
         self._lock = threading.RLock()
         self.num_spilled = 0
 
+    @property
+    def memory_bytes(self) -> int:
+        """What the entries in memory take."""
+        return self._in_memory
+
     def put(self, key: str, tensors: Tensors, *, is_copy: bool = False) -> None:
         """Keep a unit's output.
 
@@ -96,9 +101,8 @@ class Shelf:
             return max(0, min(num_bytes, self._max_bytes - self._in_memory))
 
     def _make_room(self) -> None:
-        """Drop copies, then spill, oldest first, until the budget is kept. The newest entry stays in memory unless it
-        is a copy: nothing is written to disk for the sake of one."""
-        newest = next(reversed(self._entries))
+        """Drop copies, then spill, oldest first, until the budget is kept: nothing is written to disk for the sake of a
+        copy."""
         for is_copy in (True, False):
             for key in list(self._entries):
                 if self._in_memory <= self._max_bytes:
@@ -108,7 +112,7 @@ class Shelf:
                     continue
                 if is_copy:
                     self.drop((key,))
-                elif key != newest:
+                else:
                     self._spill(key, entry)
 
     def _spill(self, key: str, entry: _Entry) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import torch
 from torch import Tensor
 
+from pipeline.tensors.dtypes import TORCH_DTYPES
 from pipeline.tensors.header import read_header
 from pipeline.tensors.index import WeightIndex, read_index
 from pipeline.tensors.reader import FileStamp, digest_tensors, expect_tensors, read_tensors
@@ -73,11 +76,50 @@ def read_file_tensors(path: Path, select: Callable[[str], bool] = lambda name: T
     Raises:
         CorruptWeightsError: when the file is damaged.
     """
+    index = read_file_index(path)
+    return read_tensors(path.parent, index, [name for name in index.entries if select(name)])
+
+
+def read_file_index(path: Path) -> WeightIndex:
+    """Return where the tensors of one safetensors file lie.
+
+    Raises:
+        CorruptWeightsError: when the file is damaged.
+    """
     header = read_header(
         lambda name, start, end: read_local_range(path.parent, name, start, end), path.name, path.stat().st_size
     )
     entries = {name: (path.name, entry) for name, entry in header.entries.items()}
     total = sum(entry.num_bytes for entry in header.entries.values())
     count = sum(entry.num_elements for entry in header.entries.values())
-    names = [name for name in entries if select(name)]
-    return read_tensors(path.parent, WeightIndex(entries, (path.name,), total, count), names)
+    return WeightIndex(entries, (path.name,), total, count)
+
+
+def copy_problems(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return which of ``tensors`` are not in a safetensors file bit for bit, one line each.
+
+    The file is read a chunk at a time: a large tensor is not in memory twice.
+
+    Raises:
+        CorruptWeightsError: when the file is damaged.
+    """
+    entries = read_file_index(path).entries
+    problems = []
+    with path.open("rb") as handle:
+        for name, tensor in tensors.items():
+            if name not in entries:
+                problems.append(f"{name} is not in the written file")
+                continue
+            entry = entries[name][1]
+            is_alike = TORCH_DTYPES.get(entry.dtype) is tensor.dtype and tuple(entry.shape) == tuple(tensor.shape)
+            handle.seek(entry.start_bytes)
+            if not is_alike or not _is_next(handle, tensor):
+                problems.append(f"{name} was not copied bit for bit")
+    return problems
+
+
+def _is_next(handle: BinaryIO, tensor: Tensor) -> bool:
+    """Return whether what follows in a file is the tensor's memory."""
+    expected = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    chunks = (expected[start : start + CHUNK_BYTES] for start in range(0, len(expected), CHUNK_BYTES))
+    return all(handle.read(len(chunk)) == chunk for chunk in chunks)

@@ -24,6 +24,7 @@ TIERS = [
         "errors",
         "disk",
         "fingerprint",
+        "heap",
         "strict_json",
         "units",
         "weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.solve import scale_results, solved_group
 from pipeline.quantize.types import QuantizedLinear
 from pipeline.spec import Format
-from pipeline.tensors.local import read_file_tensors
+from pipeline.tensors.local import copy_problems, read_file_index, read_file_tensors
 from pipeline.validate.dense import scale_problems
 
 
@@ -38,8 +39,9 @@ def pack(call: Call) -> dict[str, Any]:
     call.put({name: folded[local].to(weights[local].dtype) for name, local in kept.items()})
     for name, linear in quantized.items():
         call.put(codec.pack(name, linear, scale_dtype))
-    back = read_file_tensors(call.write())
-    problems, bad_scales = copy_problems(copied, back), []
+    path = call.write()
+    back = read_file_tensors(path)
+    problems, bad_scales = copy_problems(path, copied), []
     num_proven = 0
     for name, linear in quantized.items():
         try:
@@ -49,7 +51,7 @@ def pack(call: Call) -> dict[str, Any]:
         except FormatError as error:
             problems.append(error.message)
     return {
-        **_contents(back),
+        **_contents(path),
         "num_proven": num_proven,
         "problems": problems,
         "scale_problems": bad_scales,
@@ -69,24 +71,13 @@ def outer(call: Call) -> dict[str, Any]:
     names = dict.fromkeys([*skeleton.outer_tensors().values(), *skeleton.extra_names])
     tensors = call.source.read({name: name for name in names})
     call.put(tensors)
-    back = read_file_tensors(call.write())
-    return {**_contents(back), "problems": copy_problems(tensors, back)}
+    path = call.write()
+    return {**_contents(path), "problems": copy_problems(path, tensors)}
 
 
-def copy_problems(tensors: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> list[str]:
-    """Return which of ``tensors`` are not among ``back`` bit for bit, one line each."""
-    problems = []
-    for name, tensor in tensors.items():
-        found = back.get(name)
-        if found is None:
-            problems.append(f"{name} is not in the written file")
-        elif found.dtype != tensor.dtype or not torch.equal(found, tensor):
-            problems.append(f"{name} was not copied bit for bit")
-    return problems
-
-
-def _contents(back: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {"tensors": sorted(back), "bytes": sum(tensor.nbytes for tensor in back.values())}
+def _contents(path: Path) -> dict[str, Any]:
+    index = read_file_index(path)
+    return {"tensors": sorted(index.entries), "bytes": index.total_bytes}
 
 
 def _scale_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:

@@ -69,9 +69,8 @@ def factor_group(call: Call) -> dict[str, Any]:
 def solve_range(call: Call) -> dict[str, Any]:
     """Write codes, grids and losses of a range of rows of one linear group, whose members are rows of one matrix."""
     statistics, position = statistics_of(call), call.params["group"]
-    first, last = call.params["rows"]
     results = scale_results(call)
-    weight_OI = _stack(call, results)[first:last]
+    weight_OI = _stack(call, results)
     if position in results:
         weight_OI = weight_OI * results[position].scale_I
         statistics = rescale(statistics, results[position].scale_I)
@@ -90,12 +89,19 @@ def solve_range(call: Call) -> dict[str, Any]:
 
 
 def _stack(call: Call, results: Mapping[int, ScaleResult]) -> Tensor:
-    """Return the members' weights [out_features, in_features], one below the other, with every scale of the block that
-    concerns their rows taken up."""
-    members = {linear.local_name + ".weight": linear for linear in _members(call, call.unit)}
-    weights = call.source.block(call.unit.block, members)
+    """Return the unit's rows [rows, in_features] of its members, which lie one below the other, with every scale of the
+    block that concerns them taken up. Only the members that have such rows are read."""
+    first, last = call.params["rows"]
+    wanted: dict[str, tuple[LinearRef, int, int]] = {}
+    above = 0
+    for linear in _members(call, call.unit):
+        low, high = max(first - above, 0), min(last - above, linear.out_features)
+        if low < high:
+            wanted[linear.local_name + ".weight"] = linear, low, high
+        above += linear.out_features
+    weights = call.source.block(call.unit.block, wanted)
     folded = fold_block({name: tensor.to(call.context.device) for name, tensor in weights.items()}, results.values())
-    return torch.cat([linear.to_rows(folded[name]).float() for name, linear in members.items()])
+    return torch.cat([linear.to_rows(folded[name])[low:high].float() for name, (linear, low, high) in wanted.items()])
 
 
 def _members(call: Call, unit: WorkUnit) -> list[LinearRef]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -64,11 +63,10 @@ def test_a_plan_s_time_is_that_of_its_units_on_so_many_workers(
 def test_a_worker_without_the_memory_is_refused_with_what_it_is_for(
     llama: Path, make_spec: MakeSpec, settings: Settings
 ) -> None:
-    needed = worker_memory(open_folder(llama).outline, make_spec())
-    assert needed.total == sum(asdict(needed).values())
+    needed = worker_memory(open_folder(llama).outline, make_spec(), 1)
     plan_conversion(make_spec(), settings, 1, needed.total)
     with pytest.raises(
-        PlanError, match=r"a worker needs .* process, .* block, .* outer, .* statistics, .* tokens"
+        PlanError, match=rf"a worker needs .* for itself and .* to {needed.largest}, and --max-memory is"
     ) as caught:
         plan_conversion(make_spec(), settings, 1, needed.total - 1)
     assert caught.value.code == "plan.memory"

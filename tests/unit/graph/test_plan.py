@@ -17,7 +17,7 @@ from pipeline.graph.plan import PlanReport, plan_conversion, report_plan, requir
 from pipeline.hub.source import pin_source
 from pipeline.settings import Settings
 from pipeline.spec import ConversionSpec
-from tests.architectures import VOCABULARY, make_model
+from tests.architectures import make_model
 
 MakeSpec = Callable[..., ConversionSpec]
 Gather = Callable[..., Any]
@@ -44,19 +44,6 @@ def test_the_cache_of_a_vision_model_is_its_language_model_s(
     assert (plan.kv_cache_tokens, plan.kv_cache_bytes) == (8192, 8192 * 2 * 2 * 2 * 2 * 32)
     text = report(llama, spec, settings)
     assert (text.kv_cache_tokens, text.kv_cache_bytes) == (2048, 2048 * 2 * 2 * 2 * 2 * 32)
-
-
-@pytest.mark.parametrize("model", ["vision", "llama"])
-def test_a_worker_has_room_for_the_logits_of_a_sequence(
-    model: str, make_spec: MakeSpec, settings: Settings, request: pytest.FixtureRequest
-) -> None:
-    folder: Path = request.getfixturevalue(model)
-    calibration = {"samples": 6, "length": 2048, "slice_sequences": 4}  # more tokens than the held-out slices'
-    short, long = (
-        report(folder, make_spec(calibration=calibration, gates={"heldout_length": length}), settings).worker_bytes
-        for length in (64, 128)
-    )
-    assert long - short == 4 * 4 * 64 * VOCABULARY
 
 
 def test_a_report_adds_up(llama: Path, make_spec: MakeSpec, settings: Settings) -> None:

@@ -85,18 +85,30 @@ def test_every_dtype_shape_and_bit_survives_the_disk(tmp_path: Path) -> None:
     odd |= {"first": shared[:3], "whole": shared}
     shelf = make(tmp_path, 0)
     shelf.put("odd", odd)
-    shelf.put("next", tensors(0))
     assert files(tmp_path) == ["odd.safetensors"]
     assert same_bits(shelf.get("odd"), odd)
 
 
-def test_the_newest_stays_in_memory_even_when_it_alone_is_too_large(tmp_path: Path) -> None:
+def test_what_is_larger_than_the_budget_goes_to_disk_at_once(tmp_path: Path) -> None:
     shelf = make(tmp_path, KILO)
-    shelf.put("large", tensors(0, 5 * KILO))
-    assert files(tmp_path) == []
     shelf.put("small", tensors(1))
-    assert files(tmp_path) == ["large.safetensors"]
+    shelf.put("large", tensors(0, 5 * KILO))
+    assert files(tmp_path) == ["large.safetensors", "small.safetensors"]
+    assert shelf.memory_bytes == 0
     assert same_bits(shelf.get("large"), tensors(0, 5 * KILO))
+
+
+def test_room_is_made_by_dropping_copies_only(tmp_path: Path) -> None:
+    shelf = make(tmp_path, 4 * KILO)
+    shelf.put("own", tensors(0))
+    shelf.put("copy", tensors(1), is_copy=True)
+    shelf.put("newer copy", tensors(2), is_copy=True)
+    assert shelf.make_room_for(2 * KILO) == 2 * KILO
+    assert shelf.get("copy") is None
+    assert same_bits(shelf.get("newer copy"), tensors(2))
+    assert shelf.make_room_for(9 * KILO) == 3 * KILO
+    assert same_bits(shelf.get("own"), tensors(0))
+    assert shelf.num_spilled == 0
 
 
 def test_copies_are_dropped_before_anything_is_spilled(tmp_path: Path) -> None:
@@ -190,7 +202,6 @@ def test_threads_see_whole_entries_or_none(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         shelf = Shelf(0, disk / "spill", "cpu")
-        shelf.put("large", tensors(0, 3 << 20))
         with pytest.raises(StorageError, match=r"large\.safetensors") as caught:
-            shelf.put("next", tensors(1))
+            shelf.put("large", tensors(0, 3 << 20))
     assert caught.value.code == "storage.full"
