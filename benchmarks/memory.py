@@ -1,8 +1,8 @@
 """The largest memory of every process of a conversion, over the depth of the model.
 
 Random Llama models of equal blocks, one conversion each: a process should need the same whatever the depth. With
-``--large GB`` instead one model of at least so many gigabytes with blocks (208 MB) and a vocabulary (128,256 tokens,
-tied embeddings of 788 MB) as large as those of Llama 3.2 3B, run with ``--max-memory``.
+``--large GB`` instead one model of at least so many gigabytes with blocks (145 MB) and a vocabulary (515 MB) as large
+as those of StableLM 3B, run with ``--max-memory``.
 From the repository root: ``.venv/bin/python benchmarks/memory.py [--depths 8,16,32,64 | --large 6]``
 """
 
@@ -22,7 +22,7 @@ from report import print_header, print_table
 from sessions import Memory, Process, Role, memory_of, processes_of
 
 HIDDEN, INTERMEDIATE = 512, 1408
-LARGE = Shape(1, 3072, 8192, vocabulary=128_256, is_tied=True)
+LARGE = Shape(1, 2560, 6912, vocabulary=50_304)
 MEGABYTE = 1e6
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     print_header()
     with scratch_folder(args) as folder:
         if args.large:
-            outer = 2 * LARGE.vocabulary * LARGE.hidden
+            outer = 2 * 2 * LARGE.vocabulary * LARGE.hidden
             layers = math.ceil((args.large * 1e9 - outer) / (2 * LARGE.block_parameters))
             shapes = [replace(LARGE, layers=layers)]
         else:

@@ -37,14 +37,12 @@ class Shape:
         hidden: Width of the residual stream, a multiple of 2 * HEAD_SIZE.
         intermediate: Width of the MLP.
         vocabulary: Tokens; those beyond the tokenizer's never occur.
-        is_tied: Whether the output head is the token embedding.
     """
 
     layers: int
     hidden: int
     intermediate: int
     vocabulary: int = VOCABULARY
-    is_tied: bool = False
 
     @property
     def block_parameters(self) -> int:
@@ -86,7 +84,7 @@ def _write_config(folder: Path, shape: Shape) -> None:
         head_dim=HEAD_SIZE,
         vocab_size=shape.vocabulary,
         max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=shape.is_tied,
+        tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
@@ -95,9 +93,6 @@ def _write_config(folder: Path, shape: Shape) -> None:
 
 def _outer(shape: Shape) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(0)
-    if shape.is_tied:
-        embedding = {"model.embed_tokens.weight": _matrix(shape.vocabulary, shape.hidden, random)}
-        return embedding | {"model.norm.weight": _norm(shape.hidden, random)}
     return {
         "model.embed_tokens.weight": torch.randn(shape.vocabulary, shape.hidden, generator=random).bfloat16(),
         "model.norm.weight": _norm(shape.hidden, random),

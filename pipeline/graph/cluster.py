@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from pipeline import heap
 from pipeline.errors import GraphError
 from pipeline.graph.dag import WorkUnit
 from pipeline.graph.executor import Event, Finished, WorkerId, WorkerJoined, WorkerLost
@@ -61,7 +62,8 @@ class RemoteWorker:
     """A ``Worker`` as a Ray actor. Handing over runs beside the unit at hand, on a thread of its own."""
 
     def __init__(self, context: JobContext) -> None:
-        """Start the worker."""
+        """Start the worker, in a process of its own."""
+        heap.map_large_blocks()
         self._worker = Worker(context)
 
     def describe(self) -> dict[str, Any]:

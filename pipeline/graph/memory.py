@@ -107,26 +107,26 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, spans: int) -> Work
     stored = max(sum(map(outline.tensor_bytes, names)) for names in block_names)
     dense = FLOAT * max(sum(map(outline.tensor_elements, names)) for names in block_names)
     outer = [(outline.tensor_elements(n), outline.tensor_bytes(n)) for n in outline.skeleton.outer_tensors().values()]
-    groups = [group for block in outline.groups for group in block]
-    widest = max(group.in_features for group in groups)
-    rows = max(sum(linear.out_features for linear in group.linears) for group in groups)
+    groups = [(g.in_features, sum(ln.out_features for ln in g.linears)) for block in outline.groups for g in block]
+    widest = max(columns for columns, _ in groups)
     moment = FLOAT * widest**2
     moments = max(FLOAT * sum(group.in_features**2 for group in block) for block in outline.groups)
     sequences, length = spec.calibration.slice_sequences, spec.calibration.length
     heldout = spec.gates.heldout_length
     # The widest activations of a few are there at a time: inputs, outputs, and what an activation function makes.
-    passing = 4 * FLOAT * max(widest, rows) * max(length, min(sequences * length, MICRO_BATCH_TOKENS))
+    passing = 4 * FLOAT * max(map(max, groups)) * max(length, min(sequences * length, MICRO_BATCH_TOKENS))
     slices = -(-spec.calibration.samples // sequences)
     partial_sums = 1 + (-(-slices // spans) - 1).bit_length()
     embedding = sum(size + (FLOAT * count if count <= TABLE_ELEMENTS else 0) for count, size in outer)
     embedding += FLOAT * HEAD_PART_ELEMENTS
-    weight_rows = FLOAT * rows * widest
-    tile = 12 * FLOAT * TILE_ROWS["cpu"] * widest
+    # Statistics and factor, the rows of the group, and what is made of a tile of them.
+    solve = max(FLOAT * n * (2 * n + rows + 8 * TILE_ROWS["cpu"]) for n, rows in groups)
+    search = max(FLOAT * n * (2 * n + 6 * rows) for n, rows in groups)
     units = {
         "embed tokens": embedding + 2 * FLOAT * sequences * length * widest,
         "calibrate on a block": dense + stored // 4 + passing + partial_sums * moments,
         "add up statistics": 3 * moments,
-        "solve a linear group": 2 * moment + weight_rows + tile,
+        "solve a linear group": solve,
         "pack a block": 3 * stored,
         "score held-out text": embedding + 8 * FLOAT * CHUNK_ELEMENTS + 2 * FLOAT * heldout * widest,
         "continue prompts": embedding + dense + stored // 4,
@@ -135,5 +135,5 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, spans: int) -> Work
     if Method.GPTQ in methods:
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4
     if Method.AWQ in methods:
-        units["search scales"] = dense + stored + 2 * moment + weight_rows + tile
+        units["search scales"] = dense + stored + search
     return WorkerMemory(PROCESS_BYTES + FREED_BYTES, units)

@@ -309,6 +309,8 @@ class Skeleton:
         classes, which say what a forward is, are left alone."""
         names = {module: name for name, module in self.net.named_modules()}
         embedding, head = self.net.get_input_embeddings(), self.net.get_output_embeddings()
+        if isinstance(embedding, nn.Embedding):
+            embedding.padding_idx = None  # matters to gradients only, and has to be among the rows at hand
         self._tabled: list[str] = []
         for module, is_meant in (
             (embedding, isinstance(embedding, nn.Embedding) and embedding.max_norm is None),

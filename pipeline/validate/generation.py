@@ -96,13 +96,15 @@ class BlockCache:
     def __call__(self, index: int) -> Mapping[str, Tensor]:
         """Return the weights of one block by local name."""
         if index not in self._blocks:
+            # Room for another like the largest so far is made first: it must not be there besides what goes.
+            largest = max(self._bytes.values(), default=0)
+            while self._blocks and sum(self._bytes.values()) + largest > self._max_bytes:
+                # Blocks come round in order, so the one used last is the one needed last.
+                stale, _ = self._blocks.popitem()
+                del self._bytes[stale]
             weights = self._dense(self._load(index))
             self._blocks[index] = weights
             self._bytes[index] = sum(tensor.nbytes for tensor in weights.values())
-            while sum(self._bytes.values()) > self._max_bytes and len(self._blocks) > 1:
-                # Blocks come round in order, so the one used last is the one needed last.
-                stale = next(key for key in reversed(self._blocks) if key != index)
-                del self._blocks[stale], self._bytes[stale]
         self._blocks.move_to_end(index)
         return self._blocks[index]
 

@@ -18,7 +18,7 @@ GIGABYTE = 10**9
 
 
 def large_spec(make_spec: MakeSpec, **fields: object) -> ConversionSpec:
-    calibration = {"samples": 128, "length": 512}
+    calibration = {"samples": 128, "length": 512, "slice_sequences": 8}
     return make_spec(source="llama-3.1-8b", variants=["gptq-w4-g128"], calibration=calibration, **fields)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.graph.outline import Source
+from pipeline.skeleton import model
 from pipeline.skeleton.groups import LinearRef, linear_groups
 from pipeline.skeleton.model import dense_logits
 from pipeline.skeleton.smoothing import Fold, Producer, find_producers
@@ -150,6 +151,38 @@ def test_one_block_in_memory_at_a_time_computes_what_transformers_computes(name:
         expected = net(tokens).logits
     assert float((found - expected).norm() / expected.norm()) < 1e-5
     assert all(p.is_meta for index in (0, 1) for p in skeleton.block(index).parameters())
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_large_tables_compute_by_parts_what_they_compute_as_a_whole(
+    name: str, source_of: SourceOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(name)
+    skeleton, outer = source.outline.skeleton, source.outer()
+    tokens = torch.randint(4, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
+    skeleton.attach_outer(outer)
+    hidden = skeleton.embed(tokens)
+    whole = skeleton.logits(hidden)
+    monkeypatch.setattr(model, "TABLE_ELEMENTS", 1000)
+    monkeypatch.setattr(model, "HEAD_PART_ELEMENTS", 1000 * hidden.shape[-1])
+    skeleton.attach_outer(outer)
+    assert torch.equal(skeleton.embed(tokens), hidden)
+    torch.testing.assert_close(skeleton.logits(hidden), whole)
+    # Nothing as large as a table was made in float32.
+    tables = [t for t in skeleton.net.state_dict().values() if not t.is_meta and t.dim() == 2 and t.shape[0] == 4096]
+    assert tables
+    assert all(table.untyped_storage().nbytes() == 4 for table in tables)
+    skeleton.detach_outer()
+    assert not skeleton.logits(hidden).any()
+
+
+def test_weights_are_used_up_as_they_are_converted(source_of: SourceOf) -> None:
+    source = source_of("llama")
+    stored = source.block(0)
+    expected = {name: tensor.float() for name, tensor in stored.items()}
+    dense = source.outline.skeleton.dense(stored)
+    assert stored == {}
+    assert all(torch.equal(dense[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_linear_turned_to_rows_and_back_is_what_is_stored() -> None:
