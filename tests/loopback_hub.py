@@ -1,4 +1,5 @@
-"""A hub on 127.0.0.1: the read side of the hub protocol over real HTTP, with faults on request.
+"""A hub on 127.0.0.1 (or another address of the test's): the read side of the hub protocol over real HTTP, with faults
+on request.
 
     with LoopbackHub(token="secret", cdn=True) as hub:
         commit = hub.add("org/model", folder)
@@ -115,7 +116,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, label: str, hub: LoopbackHub, handler: type[BaseHTTPRequestHandler]) -> None:
         self.label, self.hub = label, hub
         self.connections: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", 0), handler)
+        super().__init__((hub.address, 0), handler)
         # Threads are joined when the server closes, after their connections have been shut down.
         self.daemon_threads = False
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -123,7 +124,7 @@ class _Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        return f"http://{self.hub.address}:{self.server_address[1]}"
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
@@ -150,12 +151,14 @@ class _Server(ThreadingHTTPServer):
 class LoopbackHub:
     """A running hub. ``url`` is its endpoint; ``requests`` what it and its CDN were asked."""
 
-    def __init__(self, root: Path | None = None, *, token: str | None = None, cdn: bool = False) -> None:
+    def __init__(
+        self, root: Path | None = None, *, token: str | None = None, cdn: bool = False, address: str = "127.0.0.1"
+    ) -> None:
         """Serve ``root/models/<org>/<name>/`` and ``root/datasets/<org>/<name>/`` (when given), and what is added.
 
         With a token every request to the hub needs it; with a CDN, LFS content is redirected to another port.
         """
-        self.token = token
+        self.token, self.address = token, address
         self.repos: dict[tuple[str, str], Repo] = {}
         self.blobs: dict[str, tuple[str, Blob]] = {}
         self.requests: list[Request] = []
@@ -210,7 +213,7 @@ class LoopbackHub:
     def environment(self, cache_dir: Path) -> dict[str, str]:
         """Return the variables that make a command use this hub, its token, and a cache of its own."""
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache_dir / "hf"), "BITMILL_CACHE": str(cache_dir / "bitmill")}
-        return {**own, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "HF_TOKEN": self.token or ""}
+        return {**own, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": self.address, "HF_TOKEN": self.token or ""}
 
     def ranges(self, path: str) -> list[str]:
         """Return the Range headers of the content requests for files ending with ``path``, in order."""

@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) for tests: loopback only, ports of its own, ended by its process id.
+"""A real S3 server (SeaweedFS) for tests: one address, loopback by default, ports of its own, ended by its process id.
 
 Use it as a context manager, once per test session::
 
@@ -112,8 +112,8 @@ class S3Server:
     access_key = "bitmill-test"
     secret = "bitmill-test-secret"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        self._folder, self._address = folder, address
         self._process: subprocess.Popen[bytes] | None = None
         self.endpoint = ""
 
@@ -163,11 +163,11 @@ class S3Server:
         data = self._folder / "data"
         data.mkdir(parents=True, exist_ok=True)
         master, volume, filer, s3, admin = free_ports(5, grpc_offset=GRPC_OFFSET)
-        self.endpoint = f"http://127.0.0.1:{s3}"
+        self.endpoint = f"http://{self._address}:{s3}"
         flags = [
             f"-dir={data}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
+            f"-ip={self._address}",
+            f"-ip.bind={self._address}",
             "-admin.ui=false",
             "-webdav=false",
             "-master.telemetry=false",
@@ -196,7 +196,7 @@ class S3Server:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
-                with socket.create_connection(("127.0.0.1", int(self.endpoint.rpartition(":")[2])), timeout=1):
+                with socket.create_connection((self._address, int(self.endpoint.rpartition(":")[2])), timeout=1):
                     pass
                 client.list_buckets()
                 client.create_bucket(Bucket="ready")

@@ -55,6 +55,11 @@ REPLACEMENT_TIMEOUT_S = 120.0
 """Longest wait, when no worker is left, for room for a new one: until Ray has cleared up after a lost node, or a node
 has come in its place."""
 
+JOIN_HINT = (
+    "the driver's machine must be a node of the cluster (ray start --address=HEAD:PORT --num-cpus=0), and show the "
+    "token that the cluster asks for, if any (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)"
+)
+
 _RAISED = re.compile(r"[\w.]+(Error|Exception): ")
 
 
@@ -332,7 +337,7 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
         raise GraphError(
             f"Ray {'at ' + address if address else 'on this machine'} cannot be used: {error}",
             code="graph.no_cluster",
-            hint="check --address (or RAY_ADDRESS), or leave it out to run on this machine",
+            hint=JOIN_HINT if address else "see the newest logs of Ray, in ray/ of the folder for temporary files",
         ) from error
     finally:
         # Ray puts a handler of its own in place, which ends the process without a word.
