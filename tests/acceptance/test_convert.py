@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,24 @@ def test_plan_states_the_size_that_convert_writes(undisturbed: Path, bitmill: Bi
     for variant in json.loads(planned.stdout)["variants"]:
         (facts,) = undisturbed.glob(f"releases/local/model-{variant['name']}/*/bitmill.json")
         assert variant["size_bytes"] == json.loads(facts.read_text())["size_bytes"]
+
+
+def test_the_least_memory_that_would_do_is_said_and_does_with_the_same_bytes(
+    undisturbed: Path, bitmill: Bitmill, tmp_path: Path
+) -> None:
+    arguments = ["convert", DEMO_MODEL, *VARIANTS, *SMALL, "--to", tmp_path / "out", "--work-dir", tmp_path / "work"]
+    refused = bitmill(*arguments, "--max-memory", "100MB")
+    assert refused.returncode == 4, refused.stderr
+    assert "--max-memory is 100 MB" in refused.stderr
+    assert files_below(tmp_path / "out" / "releases") == []
+    least = re.search(r"give workers at least ([\d.]+ MB)", refused.stderr)
+    assert least, refused.stderr
+    # What is said is rounded.
+    megabytes = 1 + float(least[1].removesuffix(" MB"))
+    done = bitmill(*arguments, "--max-memory", f"{megabytes}MB")
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(undisturbed)
+    assert "a worker took" not in done.stderr
 
 
 STAGES = ("hidden", "merge", "scales", "solve", "pack", "outer", "score", "generate")
