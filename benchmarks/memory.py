@@ -1,8 +1,8 @@
 """The largest memory of every process of a conversion, over the depth of the model.
 
 Random Llama models of equal blocks, one conversion each: a process should need the same whatever the depth. With
-``--large GB`` instead one model of at least so many gigabytes with blocks (145 MB) and a vocabulary (515 MB) as large
-as those of StableLM 3B, run with ``--max-memory``.
+``--large GB`` instead one model of at least so many gigabytes with blocks (94 MB) and a vocabulary (262 MB) about as
+large as those of TinyLlama 1.1B, run with ``--max-memory``.
 From the repository root: ``.venv/bin/python benchmarks/memory.py [--depths 8,16,32,64 | --large 6]``
 """
 
@@ -22,7 +22,7 @@ from report import print_header, print_table
 from sessions import Memory, Process, Role, memory_of, processes_of
 
 HIDDEN, INTERMEDIATE = 512, 1408
-LARGE = Shape(1, 2560, 6912, vocabulary=50_304)
+LARGE = Shape(1, 2048, 5632, vocabulary=32_000)
 MEGABYTE = 1e6
 
 

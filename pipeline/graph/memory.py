@@ -39,16 +39,18 @@ class WorkerMemory:
 
     Attributes:
         process: Of itself.
+        handing_over: Of the largest sum that other workers get while a unit runs: read back, and in shared memory.
         units: Of the largest unit of each kind.
     """
 
     process: int
+    handing_over: int
     units: Mapping[str, int]
 
     @property
     def total(self) -> int:
         """What it needs when its shelf is empty."""
-        return self.process + max(self.units.values())
+        return self.process + self.handing_over + max(self.units.values())
 
     @property
     def largest(self) -> str:
@@ -93,8 +95,9 @@ def plan_memory(outline: ModelShape, spec: ConversionSpec, workers: int, max_byt
             return MemoryPlan(needed, spans, min(SHELF_BYTES, max_bytes - needed.total))
     largest = needed.units[needed.largest]
     raise PlanError(
-        f"a worker needs {format_bytes(needed.total)}: {format_bytes(needed.process)} for itself and "
-        f"{format_bytes(largest)} to {needed.largest}, and --max-memory is {format_bytes(max_bytes)}",
+        f"a worker needs {format_bytes(needed.total)}: {format_bytes(needed.process)} for itself, "
+        f"{format_bytes(needed.handing_over)} to hand over statistics and {format_bytes(largest)} to {needed.largest}; "
+        f"--max-memory is {format_bytes(max_bytes)}",
         code="plan.memory",
         hint=f"give workers at least {format_bytes(needed.total)}; smaller calibration.slice_sequences or shorter "
         "sequences need less for tokens, the rest follows from the model",
@@ -136,4 +139,4 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, spans: int) -> Work
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4
     if Method.AWQ in methods:
         units["search scales"] = dense + stored + search
-    return WorkerMemory(PROCESS_BYTES + FREED_BYTES, units)
+    return WorkerMemory(PROCESS_BYTES + FREED_BYTES, 2 * moment if spans > 1 else 0, units)

@@ -67,17 +67,19 @@ class Shelf:
             self._in_memory += num_bytes
             self._make_room()
 
-    def get(self, key: str) -> Tensors | None:
-        """Return a unit's output, or None when it is not here."""
+    def get(self, key: str, prefix: str = "") -> Tensors | None:
+        """Return of a unit's output the tensors whose names start with ``prefix``, or None when it is not here; of what
+        is on disk only these are read."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
                 return None
             self._entries.move_to_end(key)
             if entry.tensors is not None:
-                return entry.tensors
+                return {name: tensor for name, tensor in entry.tensors.items() if name.startswith(prefix)}
             assert entry.file is not None, "an entry is in memory or in a file"
-            return {name: tensor.to(self._device) for name, tensor in read_file_tensors(entry.file).items()}
+            found = read_file_tensors(entry.file, lambda name: name.startswith(prefix))
+            return {name: tensor.to(self._device) for name, tensor in found.items()}
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget outputs; those that are not here are forgotten already."""

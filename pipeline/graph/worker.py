@@ -117,10 +117,10 @@ class Worker:
         Raises:
             GraphError: with the code ``LOST`` when it does not.
         """
-        found = self.shelf.get(key)
+        found = self.shelf.get(key, prefix)
         if found is None:
             raise lost_output(key)
-        return {name: tensor.cpu() for name, tensor in found.items() if name.startswith(prefix)}
+        return {name: tensor.cpu() for name, tensor in found.items()}
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop passing outputs that nobody reads any more."""

@@ -128,7 +128,7 @@ class Call:
             StorageError: when a stored output is gone or damaged; it is computed anew then.
             GraphError: with the code ``LOST`` when a passing output is gone.
         """
-        found = self.shelf.get(need.key)
+        found = self.shelf.get(need.key, prefix)
         if found is None:
             found = self._copy(need, prefix) if need.is_durable else self.fetch(need.key, prefix)
         return {name: tensor.to(self.context.device) for name, tensor in found.items() if name.startswith(prefix)}

@@ -66,7 +66,7 @@ def test_a_worker_without_the_memory_is_refused_with_what_it_is_for(
     needed = worker_memory(open_folder(llama).outline, make_spec(), 1)
     plan_conversion(make_spec(), settings, 1, needed.total)
     with pytest.raises(
-        PlanError, match=rf"a worker needs .* for itself and .* to {needed.largest}, and --max-memory is"
+        PlanError, match=rf"a worker needs .* for itself, .* and .* to {needed.largest}; --max-memory is"
     ) as caught:
         plan_conversion(make_spec(), settings, 1, needed.total - 1)
     assert caught.value.code == "plan.memory"
