@@ -17,6 +17,8 @@ from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport
 from pipeline.spec import Format
 
 KINDS = (
+    (Format.GPTQ, Scheme(2, 64, True)),
+    (Format.GPTQ, Scheme(3, 64, True)),
     (Format.GPTQ, Scheme(4, 64, True)),
     (Format.GPTQ, Scheme(8, 64, True)),
     (Format.AWQ, Scheme(4, 64, False)),

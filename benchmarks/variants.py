@@ -17,7 +17,7 @@ from report import print_header, print_table
 
 
 def main() -> None:
-    names = ["gptq-w4-g64", "gptq-w8-g64", "awq-w4-g64", "rtn-w4-g64"]
+    names = ["gptq-w4-g64", "gptq-w3-g64", "gptq-w8-g64", "awq-w4-g64"]
     parser = job_parser(__doc__, variants=names, samples=32, length=256)
     add_model(parser, Shape(layers=8, hidden=512, intermediate=1408))
     add_order(parser)

@@ -39,7 +39,7 @@ class Format(StrEnum):
 
 
 FORMAT_BITS: dict[Format, tuple[int, ...]] = {
-    Format.GPTQ: (4, 8),
+    Format.GPTQ: (2, 3, 4, 8),
     Format.AWQ: (4,),
     Format.COMPRESSED_TENSORS: (4, 8),
 }
@@ -72,8 +72,8 @@ class VariantSpec(Strict):
     of what that does not say."""
     method: Method
     """How codes are found: `rtn`, `gptq` or `awq`."""
-    bits: Literal[4, 8] = 4
-    """Width of a code."""
+    bits: Literal[2, 3, 4, 8] = 4
+    """Width of a code; 2 and 3 bits go into format `gptq` only."""
     group_size: int = 128
     """Consecutive input channels that share one scale; -1 means one scale per output channel."""
     symmetric: bool = True
@@ -103,7 +103,8 @@ class VariantSpec(Strict):
     def _consistent(self) -> VariantSpec:
         if self.bits not in FORMAT_BITS[self.format]:
             legal = ", ".join(map(str, FORMAT_BITS[self.format]))
-            raise ValueError(f"format {self.format} holds {legal} bits, not {self.bits}")
+            others = ", ".join(other for other, held in FORMAT_BITS.items() if self.bits in held)
+            raise ValueError(f"format {self.format} holds {legal} bits, not {self.bits} (formats that do: {others})")
         if self.group_size != PER_CHANNEL and (self.group_size < 16 or self.group_size % 8):
             raise ValueError(
                 f"group_size {self.group_size} is neither -1 (per channel) nor a multiple of 8 of at least 16"
@@ -154,14 +155,16 @@ _VARIANT_NAME = re.compile(
 
 
 def _default_format(method: Method, bits: int) -> Format:
-    """Return the format that a short name means when it does not say."""
+    """Return the format that a short name means when it does not say: the first of the method's that holds the bits,
+    and format gptq, which holds the most widths, where none does."""
     match method:
         case Method.GPTQ:
-            return Format.GPTQ
+            preferred: tuple[Format, ...] = ()
         case Method.AWQ:
-            return Format.AWQ if bits in FORMAT_BITS[Format.AWQ] else Format.COMPRESSED_TENSORS
+            preferred = (Format.AWQ, Format.COMPRESSED_TENSORS)
         case Method.RTN:
-            return Format.COMPRESSED_TENSORS
+            preferred = (Format.COMPRESSED_TENSORS,)
+    return next((format_ for format_ in preferred if bits in FORMAT_BITS[format_]), Format.GPTQ)
 
 
 def _default_symmetry(method: Method, format_: Format) -> bool:
@@ -182,7 +185,9 @@ def parse_variant(name: str) -> VariantSpec:
     Raises:
         SpecError: when the name cannot be read or means a combination that no format holds.
     """
-    hint = "try gptq-w4-g128, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct; or describe it in a file with --spec"
+    hint = (
+        "try gptq-w4-g128, gptq-w3-g64, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct; or describe it in a file with --spec"
+    )
     match = _VARIANT_NAME.fullmatch(name)
     if match is None:
         raise SpecError(f"variant {name!r} is not of the form method-wBITS-gGROUP", code="spec.variant", hint=hint)

@@ -24,7 +24,8 @@ SPEC_FLAGS = (
         "variants",
         multiple=True,
         metavar="NAME",
-        help="What to make, for example gptq-w4-g128, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct. Repeatable.",
+        help="What to make, for example gptq-w4-g128, gptq-w3-g64, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct. "
+        "Repeatable.",
     ),
     click.option(
         "--spec",

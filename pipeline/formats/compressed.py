@@ -43,7 +43,8 @@ class CompressedCodec:
     def check(self, name: str, out_features: int, in_features: int, scheme: Scheme) -> str | None:
         """Return what keeps the layout from holding the linear: width or group size."""
         if scheme.bits not in FORMAT_BITS[Format.COMPRESSED_TENSORS]:
-            return f"{name}: format compressed-tensors holds 4 or 8 bits, not {scheme.bits}"
+            legal = ", ".join(map(str, FORMAT_BITS[Format.COMPRESSED_TENSORS]))
+            return f"{name}: format compressed-tensors holds {legal} bits, not {scheme.bits}"
         if in_features % scheme.group_size:
             return f"{name}: group size {scheme.group_size} does not divide {in_features} columns"
         return None

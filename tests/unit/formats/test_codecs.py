@@ -15,30 +15,42 @@ from pipeline.quantize.types import QuantizedLinear, Scheme
 from pipeline.spec import Format
 
 MakeLinear = Callable[..., QuantizedLinear]
+NARROW = [Scheme(2, 16, True), Scheme(3, 16, True)]
 SYMMETRIC = [Scheme(4, 16, True), Scheme(8, 16, True)]
 ASYMMETRIC = [Scheme(4, 16, False), Scheme(8, 16, False)]
 HOLDABLE = [
-    *((Format.GPTQ, scheme) for scheme in SYMMETRIC),
+    *((Format.GPTQ, scheme) for scheme in NARROW + SYMMETRIC),
     (Format.AWQ, ASYMMETRIC[0]),
     *((Format.COMPRESSED_TENSORS, scheme) for scheme in SYMMETRIC + ASYMMETRIC),
 ]
+
+
+def _fit(scheme: Scheme, rows: int, columns: int) -> tuple[int, int]:
+    """Return the next sizes that fill whole words at 2 and 3 bits."""
+    unit = {2: 16, 3: 32}.get(scheme.bits, 1)
+    return rows + -rows % unit, columns + -columns % unit
 
 
 def _bits(word: int, start: int, width: int) -> int:
     return ((word & 0xFFFFFFFF) >> start) & ((1 << width) - 1)
 
 
+def _stream(words: list[int], bits: int, count: int) -> list[int]:
+    """Return the codes of a dense little-endian bit stream, read from one long number."""
+    number = sum((word & 0xFFFFFFFF) << 32 * i for i, word in enumerate(words))
+    return [number >> bits * i & (1 << bits) - 1 for i in range(count)]
+
+
 def _read_gptq(name: str, tensors: dict[str, Tensor], bits: int, group_size: int) -> Tensor:
     """Return the float64 weight [O, I], code by code as the layout is described."""
     qweight, qzeros = tensors[f"{name}.qweight"].tolist(), tensors[f"{name}.qzeros"].tolist()
     scales, g_idx = tensors[f"{name}.scales"].double(), tensors[f"{name}.g_idx"].tolist()
-    per_word, rows, columns = 32 // bits, len(qweight[0]), len(g_idx)
+    rows, columns = len(qweight[0]), len(g_idx)
+    zeros = [_stream(words, bits, rows) for words in qzeros]
     weight = torch.zeros(rows, columns, dtype=torch.float64)
     for o in range(rows):
-        for i in range(columns):
-            code = _bits(qweight[i // per_word][o], bits * (i % per_word), bits)
-            zero = _bits(qzeros[g_idx[i]][o // per_word], bits * (o % per_word), bits) + 1
-            weight[o, i] = scales[g_idx[i], o] * (code - zero)
+        for i, code in enumerate(_stream([words[o] for words in qweight], bits, columns)):
+            weight[o, i] = scales[g_idx[i], o] * (code - (zeros[g_idx[i]][o] + 1))
     return weight
 
 
@@ -79,7 +91,7 @@ READERS = {Format.GPTQ: _read_gptq, Format.AWQ: _read_awq, Format.COMPRESSED_TEN
 
 @pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
 def test_an_independent_reader_sees_the_same_weights(make_linear: MakeLinear, format_: Format, scheme: Scheme) -> None:
-    linear = make_linear(16, 48, scheme)
+    linear = make_linear(*_fit(scheme, 16, 48), scheme)
     tensors = codec_for(format_).pack("a.b", linear, torch.bfloat16)
     read = READERS[format_]("a.b", tensors, scheme.bits, scheme.group_size)
     assert torch.equal(read, linear.dequantize().double())
@@ -90,7 +102,7 @@ def test_unpacking_is_the_exact_inverse_and_tensors_are_ready_to_write(
     make_linear: MakeLinear, format_: Format, scheme: Scheme
 ) -> None:
     codec = codec_for(format_)
-    linear = make_linear(72, 96, scheme)
+    linear = make_linear(*_fit(scheme, 72, 96), scheme)
     tensors = codec.pack("a.b", linear, torch.float16)
     assert list(tensors) == [f"a.b.{suffix}" for suffix in codec.suffixes(scheme)]
     assert all(tensor.is_contiguous() for tensor in tensors.values())
@@ -101,7 +113,7 @@ def test_unpacking_is_the_exact_inverse_and_tensors_are_ready_to_write(
     prove_round_trip(codec, "a.b", linear, tensors)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 8), (5, 9), (2, 31), (4, 32), (3, 33), (70, 130)], ids=str)
 def test_packing_equals_the_owning_package_at_odd_shapes(shape: tuple[int, int], bits: int) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -116,7 +128,7 @@ def test_packing_equals_the_owning_package_at_odd_shapes(shape: tuple[int, int],
 
 def test_chunks_leave_no_seams(monkeypatch: pytest.MonkeyPatch, make_linear: MakeLinear) -> None:
     for format_, scheme in HOLDABLE:
-        linear = make_linear(72, 96, scheme)
+        linear = make_linear(*_fit(scheme, 72, 96), scheme)
         whole = codec_for(format_).pack("x", linear, torch.float16)
         for module in ("packing", "awq"):
             monkeypatch.setattr(f"pipeline.formats.{module}.CHUNK_CODES", 96 * 8 * 2)
@@ -151,6 +163,35 @@ def test_known_words_of_symmetric_four_bit_zeros(make_linear: MakeLinear) -> Non
     assert tensors["x.scales"].dtype is torch.float16
 
 
+def test_known_words_of_symmetric_two_and_three_bit_zeros(make_linear: MakeLinear) -> None:
+    """Stored are 1 = 0b01 and 3 = 0b011, over and over; the latter starts anew where 32 zeros fill three words."""
+    two, three = (codec_for(Format.GPTQ).pack("x", make_linear(64, 32, scheme), torch.float16) for scheme in NARROW)
+    assert two["x.qzeros"].tolist() == [[0x55555555] * 4] * 2
+    assert [word & 0xFFFFFFFF for word in three["x.qzeros"][1].tolist()] == [0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D] * 2
+
+
+def test_known_words_of_three_bit_codes(make_linear: MakeLinear) -> None:
+    """By hand from the layout: code 10 leaves its two low bits at the top of the first word and its high bit at the
+    bottom of the second; code 21 one low bit at the top of the second and two high ones at the bottom of the third."""
+    linear = make_linear(32, 64, NARROW[1])
+    linear.codes_OI.zero_()
+    for column, code in {0: 7, 9: 2, 10: 0b101, 11: 6, 21: 0b011, 22: 4, 31: 5, 32 + 10: 0b011}.items():
+        linear.codes_OI[5, column] = code
+    words = codec_for(Format.GPTQ).pack("x", linear, torch.float16)["x.qweight"][:, 5].tolist()
+    first = 7 | 2 << 27 | 0b01 << 30
+    second = 0b1 | 6 << 1 | 0b1 << 31
+    third = 0b01 | 4 << 2 | 5 << 29
+    assert [word & 0xFFFFFFFF for word in words] == [first, second, third, 0b11 << 30, 0, 0]
+    assert (first, second, third) == (0x50000007, 0x8000000D, 0xA0000011)
+
+
+def test_known_words_of_two_bit_codes(make_linear: MakeLinear) -> None:
+    linear = make_linear(16, 16, NARROW[0])
+    linear.codes_OI[3] = torch.tensor([3, 0, 1, 2] + [0] * 11 + [2])
+    word = codec_for(Format.GPTQ).pack("x", linear, torch.float16)["x.qweight"][0, 3].item()
+    assert word & 0xFFFFFFFF == 0x80000093
+
+
 def test_version_2_content_under_the_version_1_label_is_caught(make_linear: MakeLinear) -> None:
     linear = make_linear(16, 32, SYMMETRIC[0])
     tensors = codec_for(Format.GPTQ).pack("x", linear, torch.float16)
@@ -180,9 +221,11 @@ def test_proof_names_what_came_back_different(make_linear: MakeLinear) -> None:
 
 
 def test_codes_too_wide_for_the_format_do_not_survive_the_proof(make_linear: MakeLinear) -> None:
-    linear = make_linear(16, 32, SYMMETRIC[0])
-    linear.codes_OI[0, 0] = 16
-    for format_ in (Format.GPTQ, Format.COMPRESSED_TENSORS):
+    for format_, scheme in HOLDABLE:
+        if scheme.bits == 8 or format_ is Format.AWQ:
+            continue
+        linear = make_linear(32, 32, scheme)
+        linear.codes_OI[0, 0] = 1 << scheme.bits
         tensors = codec_for(format_).pack("x", linear, torch.float16)
         with pytest.raises(FormatError, match="codes come back different"):
             prove_round_trip(codec_for(format_), "x", linear, tensors)
@@ -196,13 +239,19 @@ def test_codes_too_wide_for_the_format_do_not_survive_the_proof(make_linear: Mak
         (Format.GPTQ, 10, 32, Scheme(8, 16, True), "out_features 10"),
         (Format.GPTQ, 16, 40, Scheme(4, 16, True), "does not divide 40"),
         (Format.GPTQ, 16, 32, Scheme(4, 16, False), "symmetric"),
-        (Format.GPTQ, 16, 32, Scheme(3, 16, True), "not 3"),
+        (Format.GPTQ, 16, 32, Scheme(5, 16, True), "holds 2, 3, 4, 8 bits, not 5"),
+        (Format.GPTQ, 32, 48, Scheme(3, 16, True), "packs 32 codes into 3 words, which does not divide in_features 48"),
+        (Format.GPTQ, 48, 32, Scheme(3, 16, True), "does not divide out_features 48"),
+        (Format.GPTQ, 32, 32, Scheme(3, 16, False), "symmetric"),
+        (Format.GPTQ, 16, 24, Scheme(2, 8, True), "packs 16 codes into a word, which does not divide in_features 24"),
+        (Format.GPTQ, 24, 32, Scheme(2, 16, True), "does not divide out_features 24"),
         (Format.AWQ, 12, 32, Scheme(4, 16, False), "out_features 12"),
         (Format.AWQ, 16, 40, Scheme(4, 16, False), "does not divide 40"),
         (Format.AWQ, 16, 32, Scheme(4, 16, True), "asymmetric"),
         (Format.AWQ, 16, 32, Scheme(8, 16, False), "not 8"),
         (Format.COMPRESSED_TENSORS, 16, 40, Scheme(4, 16, True), "does not divide 40"),
-        (Format.COMPRESSED_TENSORS, 16, 32, Scheme(3, 16, True), "not 3"),
+        (Format.COMPRESSED_TENSORS, 16, 32, Scheme(3, 16, True), "holds 4, 8 bits, not 3"),
+        (Format.AWQ, 16, 32, Scheme(3, 16, False), "not 3"),
     ],
 )
 def test_what_a_format_cannot_hold_is_said_and_refused(
@@ -220,7 +269,7 @@ def test_what_a_format_cannot_hold_is_said_and_refused(
 
 @pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
 def test_what_a_format_can_hold_is_not_refused(format_: Format, scheme: Scheme) -> None:
-    assert codec_for(format_).check("x", 16, 32, scheme) is None
+    assert codec_for(format_).check("x", *_fit(scheme, 16, 32), scheme) is None
 
 
 def test_scales_that_would_change_are_refused(make_linear: MakeLinear) -> None:
@@ -242,7 +291,7 @@ def test_scales_that_cannot_be_are_refused(
     make_linear: MakeLinear, format_: Format, scheme: Scheme, bad: float
 ) -> None:
     codec = codec_for(format_)
-    tensors = codec.pack("x", make_linear(16, 32, scheme), torch.float16)
+    tensors = codec.pack("x", make_linear(*_fit(scheme, 16, 32), scheme), torch.float16)
     key = "x.weight_scale" if format_ is Format.COMPRESSED_TENSORS else "x.scales"
     tensors[key][1, 1] = bad
     with pytest.raises(FormatError, match=key):
@@ -277,7 +326,7 @@ def test_damaged_tensors_are_format_errors_and_nothing_else(
     make_linear: MakeLinear, format_: Format, scheme: Scheme
 ) -> None:
     codec: Codec = codec_for(format_)
-    tensors = codec.pack("x", make_linear(16, 48, scheme), torch.float16)
+    tensors = codec.pack("x", make_linear(*_fit(scheme, 16, 48), scheme), torch.float16)
     for key, tensor in tensors.items():
         for damage, damaged in _damage(tensor).items():
             changed = {k: v for k, v in tensors.items() if k != key}
@@ -299,9 +348,10 @@ def test_a_lying_shape_is_a_format_error(make_linear: MakeLinear, shape: list[in
 @pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
 def test_reading_with_another_width_is_refused(make_linear: MakeLinear, format_: Format, scheme: Scheme) -> None:
     codec = codec_for(format_)
-    tensors = codec.pack("x", make_linear(16, 48, scheme), torch.float16)
-    with pytest.raises(FormatError, match="x"):
-        codec.unpack("x", tensors, Scheme(12 - scheme.bits, 16, scheme.symmetric))
+    tensors = codec.pack("x", make_linear(*_fit(scheme, 16, 48), scheme), torch.float16)
+    for bits in {2, 3, 4, 8} - {scheme.bits}:
+        with pytest.raises(FormatError, match="x"):
+            codec.unpack("x", tensors, Scheme(bits, 16, scheme.symmetric))
 
 
 def test_zero_points_of_a_symmetric_configuration_are_a_contradiction(make_linear: MakeLinear) -> None:
@@ -318,6 +368,7 @@ def test_zero_points_of_a_symmetric_configuration_are_a_contradiction(make_linea
 def test_size_is_known_from_the_shape_alone(
     format_: Format, scheme: Scheme, rows: int, columns: int, make_linear: MakeLinear
 ) -> None:
+    rows, columns = _fit(scheme, rows, columns)
     for dtype in (torch.bfloat16, torch.float32):
         packed = codec_for(format_).pack("m", make_linear(rows, columns, scheme), dtype)
         stated = codec_for(format_).num_bytes(rows, columns, scheme, dtype.itemsize)

@@ -206,6 +206,22 @@ def test_eight_bits_need_a_gpu_in_vllm(variant: str) -> None:
     assert len(found) == (2 if variant.endswith("asym") else 1)
 
 
+@pytest.mark.parametrize("variant", ["gptq-w3-g64", "gptq-w2-g64", "awq-w3-g64", "rtn-w2-channel"])
+def test_vllm_refuses_two_and_three_bits_and_transformers_does_not(variant: str) -> None:
+    (limit,) = limits(contents(variant))
+    assert (limit.loader, limit.loads) == (Loader.VLLM, False)
+    assert f"refuses {parse_variant(variant).bits}-bit codes" in limit.text
+    assert "not tried" in limit.text
+
+
+def test_what_vllm_does_not_load_is_not_named_as_a_way() -> None:
+    gpt2 = {"names": "transformer.h.0.mlp.c_proj", "architecture": "GPT2LMHeadModel"}
+    for variant, is_way in (("gptq-w4-g64", True), ("gptq-w3-g64", False)):
+        (one,) = known(contents(variant, **gpt2), Loader.TRANSFORMERS)
+        (several,) = known(contents(variant, sizes=frozenset({64, 32})), Loader.TRANSFORMERS)
+        assert ("vLLM loads" in one.text, "vLLM reads" in several.text) == (is_way, is_way)
+
+
 def test_the_contents_of_a_release_are_those_of_its_quantized_linears() -> None:
     modules = (
         make_module("model.layers.0.a", group_size=64),

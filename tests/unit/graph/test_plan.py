@@ -101,6 +101,15 @@ def test_codes_that_no_kernel_takes_are_noted(llama: Path, make_spec: MakeSpec, 
     assert [(count, "zero points with 4-bit codes only" in note) for note, count in plan.notes.items()] == [(14, True)]
 
 
+def test_what_vllm_does_not_load_is_said_once(llama: Path, make_spec: MakeSpec, settings: Settings) -> None:
+    (plan,) = report(llama, make_spec(variants=["gptq-w3-g64"]), settings).variants
+    assert plan.notes == {}
+    assert [limit.loads for limit in plan.limits] == [False]
+    packed = 3 / 16 + (16 + 3) / 16 / 64
+    rows = [row for row in plan.matrices if row.group_size]
+    assert {row.bytes_out - 4 * row.in_features for row in rows} == {round(packed * row.bytes_in) for row in rows}
+
+
 @pytest.mark.parametrize(
     ("model", "key", "changes"),
     [

@@ -30,6 +30,7 @@ def planned(source: Path, variant: str) -> list[str]:
         ("GPTNeoXForCausalLM", "gpt_neox", "awq-w4-g64", 1),
         ("GPTNeoXForCausalLM", "gpt_neox", "rtn-w8-channel-asym", 2),
         ("LlamaForCausalLM", "llama", "awq-w4-g64-ct", 0),
+        ("LlamaForCausalLM", "llama", "gptq-w3-g64", 1),
     ],
 )
 def test_the_plan_and_the_release_have_the_same_limits(

@@ -215,6 +215,17 @@ def test_a_release_that_no_kernel_takes_is_not_said_to_load() -> None:
     assert load.count("takes zero points with 4-bit codes only") == 1 + len(TP_SIZES)
 
 
+@pytest.mark.parametrize("variant", ["gptq-w3-g64", "awq-w2-g64"])
+def test_a_release_that_vllm_refuses_shows_no_command_for_it_and_says_why_once(variant: str) -> None:
+    text = render_card(make_facts(variant))
+    load = section(text, "Load it")
+    assert "vllm serve" not in load
+    assert load.count("vLLM 0.32.0 does not load these files") == 1
+    assert load.count("takes codes of 4 and 8 bits only, not of") == len(TP_SIZES)
+    assert "gptqmodel==7.6.0" in load
+    assert f"{parse_variant(variant).bits}-bit" in text
+
+
 def test_a_passing_verdict_shows_every_figure_against_its_budget() -> None:
     text = render_card(make_facts())
     assert "**Verified:** all 4 checks passed." in text

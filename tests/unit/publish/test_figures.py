@@ -30,6 +30,8 @@ from tests.factories import make_facts, make_module
         ("gptq-w4-g128-ct", 128, 4 + 16 / 128),  # symmetric: no zero point stored
         ("awq-w4-g64", 64, 4 + 20 / 64),
         ("rtn-w8-channel", -1, 8 + 16 / 1024),
+        ("gptq-w3-g64", 64, 3 + (16 + 3) / 64),
+        ("awq-w2-g64", 64, 2 + (16 + 2) / 64),
     ],
 )
 def test_effective_bits_count_scales_and_stored_zero_points(variant: str, group_size: int, expected: float) -> None:

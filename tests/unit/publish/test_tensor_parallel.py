@@ -53,6 +53,23 @@ def test_rules_of_one_linear(
     assert loadings(linear(leaf, out_features, in_features, group_size=group_size)) == expected
 
 
+@pytest.mark.parametrize("variant", ["gptq-w3-g128", "awq-w2-g64", "rtn-w3-channel"])
+def test_two_and_three_bits_have_no_kernel_whatever_the_shapes(variant: str) -> None:
+    spec = parse_variant(variant)
+    answers = tp_answers([linear("q_proj", 4096, 4096, bits=spec.bits)], spec)
+    why = f"vLLM's Marlin kernel takes codes of 4 and 8 bits only, not of {spec.bits}"
+    assert answers == tuple(TpAnswer(size, REFUSED, reason=why) for size in (1, 2, 4, 8))
+    assert loadings(linear("q_proj", 4096, 4096, bits=16, group_size=0), variant=variant) == [FAST] * 4
+
+
+@pytest.mark.parametrize(("bits", "outputs", "fill"), [(2, 1040, 16), (3, 1056, 32), (4, 1032, 8), (8, 1028, 4)])
+def test_outputs_per_rank_fill_whole_words_of_zero_points(bits: int, outputs: int, fill: int) -> None:
+    fits, does_not = (linear("q_proj", size, 1024, bits=bits) for size in (outputs, outputs + fill // 2))
+    (answer,) = tp_answers([does_not], parse_variant("gptq-w4-g128"), (1,))
+    assert loadings(fits)[0] is GENERAL
+    assert answer.reason == f"{outputs + fill // 2} outputs per rank do not fill words of {fill}"
+
+
 @pytest.mark.parametrize(("bits", "expected"), [(4, REFUSED), (8, GENERAL)])
 def test_narrow_codes_need_more_outputs_to_fill_a_word(bits: int, expected: Loading) -> None:
     module = linear("q_proj", 1028, 1024, bits=bits)

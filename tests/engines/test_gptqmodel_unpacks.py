@@ -1,0 +1,72 @@
+"""Packed linears read by gptqmodel's own code, in the engine's environment: every width, code by code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.formats.codec import codec_for
+from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport
+from pipeline.settings import engine_environment, load_settings
+from pipeline.spec import FORMAT_BITS, Format
+from pipeline.validate.engines.environment import ensure_environment
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(3000)]
+
+READER = """
+import json, sys
+import torch
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+from safetensors.torch import load_file, save_file
+
+weights = {}
+for number, job in enumerate(json.load(open(sys.argv[1]))):
+    linear = TorchLinear(sym=True, desc_act=False, bias=False, **job)
+    linear.load_state_dict(load_file(f"{sys.argv[2]}/{number}.safetensors"), strict=True)
+    convert_gptq_v1_to_v2_format_module(linear, job["bits"], torch.int32)
+    linear.post_init()
+    weights[str(number)] = linear.dequantize_weight().t().contiguous()
+save_file(weights, f"{sys.argv[2]}/weights.safetensors")
+"""
+
+
+def make_linear(rows: int, columns: int, scheme: Scheme) -> QuantizedLinear:
+    """Return a linear with every code, and scales of few bits, so that float16 holds each product exactly."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    groups = rows, columns // scheme.group_size
+    scale = torch.ldexp(torch.ones(groups), torch.randint(-6, 3, groups, generator=generator))
+    zero = torch.full(groups, scheme.middle, dtype=torch.uint8)
+    codes = torch.randint(0, scheme.max_code + 1, (rows, columns), generator=generator, dtype=torch.uint8)
+    return QuantizedLinear(scheme, codes, scale, zero, SolveReport(0.0, 0.0, 0.0, 0.0, 0, ()))
+
+
+def test_gptqmodel_unpacks_every_width_to_the_same_weights(tmp_path: Path) -> None:
+    shapes = [(32, 32), (96, 160), (224, 64)]
+    linears = [
+        make_linear(rows, columns, Scheme(bits, 32, True))
+        for bits in FORMAT_BITS[Format.GPTQ]
+        for rows, columns in shapes
+    ]
+    jobs = []
+    for number, linear in enumerate(linears):
+        tensors = codec_for(Format.GPTQ).pack("x", linear, torch.float16)
+        save_file({key.removeprefix("x."): value for key, value in tensors.items()}, tmp_path / f"{number}.safetensors")
+        rows, columns = linear.codes_OI.shape
+        jobs.append({"bits": linear.scheme.bits, "group_size": 32, "in_features": columns, "out_features": rows})
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    python = ensure_environment("transformers", load_settings().cache_dir, print) / "bin" / "python"
+    (tmp_path / "hub").mkdir()
+    command = [str(python), "-c", READER, str(tmp_path / "jobs.json"), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=engine_environment(tmp_path / "hub"), timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights = load_file(tmp_path / "weights.safetensors")
+    for number, linear in enumerate(linears):
+        assert torch.equal(weights[str(number)].float(), linear.dequantize()), jobs[number]
