@@ -38,6 +38,7 @@ __all__ = [
     "GateSpec",
     "GroupFallback",
     "Method",
+    "PriceSpec",
     "PromptSpec",
     "Strict",
     "VariantSpec",
@@ -121,12 +122,31 @@ method (groups of 64, WikiText-2, CPU, 2026-11-25: docs/benchmarks.md). Those of
 beyond is of no use at any width: plain 2-bit rounding of such small models does (KL 13), and is not published."""
 
 
+Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class PriceSpec(Strict):
+    """What things cost, in any one currency."""
+
+    gpu_hour: Price | None = None
+    """One GPU, with its share of the machine, for an hour."""
+    cpu_hour: Price | None = None
+    """One processor for an hour, where workers have no GPU."""
+    weights_gb: Price = 0.0
+    """A gigabyte of the source's weights taken in from where it is."""
+    read_gb: Price = 0.0
+    """A gigabyte read from the work store."""
+    written_gb: Price = 0.0
+    """A gigabyte written to the work store."""
+    network_gb: Price = 0.0
+    """A gigabyte between two machines."""
+
+
 class ClusterSpec(Strict):
     """What is known of the workers; it affects plans only, no byte of a release."""
 
-    price_per_hour: Annotated[float, Field(ge=0)] | None = None
-    """Price of one worker (a GPU, or a processor) for an hour, in any currency: `bitmill plan --simulate` says what a
-    conversion would cost."""
+    prices: PriceSpec = PriceSpec()
+    """The price table: `bitmill plan --simulate` says what a conversion would cost."""
 
 
 class ConversionSpec(Strict):

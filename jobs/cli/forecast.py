@@ -39,7 +39,8 @@ def render_forecast(forecast: Forecast, console: Console) -> None:
     links = ", ".join(f"{name} {share:.0%}" for name, share in prediction.busy_links.items())
     console.print(f"  busiest links: {links}")
     if forecast.price is not None:
-        console.print(f"  price: {forecast.price:,.2f}")
+        parts = ", ".join(f"{name} {price:,.2f}" for name, price in forecast.prices.items())
+        console.print(f"  price: {forecast.price:,.2f} ({parts})")
     from rich.table import Table
 
     routes = list(dict.fromkeys(route for moved in prediction.moved_bytes.values() for route in moved))

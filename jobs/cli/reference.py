@@ -13,7 +13,16 @@ import click
 
 from jobs.cli.main import cli
 from pipeline import errors
-from pipeline.spec import CalibrationSpec, ClusterSpec, ConversionSpec, GateSpec, PromptSpec, Strict, VariantSpec
+from pipeline.spec import (
+    CalibrationSpec,
+    ClusterSpec,
+    ConversionSpec,
+    GateSpec,
+    PriceSpec,
+    PromptSpec,
+    Strict,
+    VariantSpec,
+)
 
 SPECS: tuple[tuple[type[Strict], str], ...] = (
     (ConversionSpec, "the top level"),
@@ -21,6 +30,7 @@ SPECS: tuple[tuple[type[Strict], str], ...] = (
     (CalibrationSpec, "`calibration`"),
     (GateSpec, "`gates`"),
     (ClusterSpec, "`cluster`"),
+    (PriceSpec, "`cluster.prices`"),
     (PromptSpec, "an entry of `gates.prompts`"),
 )
 

@@ -17,7 +17,8 @@ from pipeline.graph.prediction import Cluster, Prediction
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.shapes import named_shape
 from pipeline.graph.simulate import simulate
-from pipeline.spec import ConversionSpec
+from pipeline.graph.traffic import Route
+from pipeline.spec import ConversionSpec, PriceSpec
 
 CLUSTER_KEYS = {
     "nodes": "machines, default 1",
@@ -28,6 +29,16 @@ CLUSTER_KEYS = {
     "slice": "sequences in a token slice",
 }
 """What a cluster is described by."""
+
+PRICED_ROUTES = {
+    "weights_gb": Route.WEIGHTS,
+    "read_gb": Route.READ,
+    "written_gb": Route.WRITTEN,
+    "network_gb": Route.NETWORK,
+}
+"""What is paid for by the gigabyte: entries of the price table."""
+
+GIGABYTE = 1e9
 
 _CALIBRATION = {"samples": "samples", "length": "length", "slice": "slice_sequences"}
 
@@ -56,14 +67,20 @@ class Forecast:
         tokens: Calibration tokens.
         one_worker_s: How long one such worker would take, alone.
         memory: What a worker needs.
-        price: Of the whole conversion; None when the spec has no ``cluster.price_per_hour``.
+        prices: What the conversion would cost, by entry of the spec's ``cluster.prices``; empty when the table has no
+            price of such a worker.
     """
 
     prediction: Prediction
     tokens: int
     one_worker_s: float
     memory: WorkerMemory
-    price: float | None
+    prices: Mapping[str, float]
+
+    @property
+    def price(self) -> float | None:
+        """What the conversion would cost; None when it is not known."""
+        return sum(self.prices.values()) if self.prices else None
 
     @property
     def efficiency(self) -> float:
@@ -72,7 +89,8 @@ class Forecast:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the forecast as JSON values."""
-        return {**asdict(self), "efficiency": self.efficiency, "worker_bytes": self.memory.total}
+        own = {"efficiency": self.efficiency, "price": self.price, "worker_bytes": self.memory.total}
+        return {**asdict(self), **own}
 
 
 def parse_cluster(text: str) -> ClusterRequest:
@@ -126,18 +144,30 @@ def forecast(outline: ModelShape, spec: ConversionSpec, requests: Sequence[Clust
         key = request.device, calibration
         if key not in alone:
             alone[key] = simulate(asked, Cluster(1, 1)).seconds
-        hourly = spec.cluster.price_per_hour
-        hours = prediction.seconds * request.cluster.num_workers / 3600
         found.append(
             Forecast(
                 prediction=prediction,
                 tokens=calibration.samples * calibration.length,
                 one_worker_s=alone[key],
                 memory=worker_memory(outline, own, request.cluster.num_workers),
-                price=None if hourly is None else hourly * hours,
+                prices=_prices(spec.cluster.prices, prediction, request),
             )
         )
     return tuple(found)
+
+
+def _prices(table: PriceSpec, prediction: Prediction, request: ClusterRequest) -> dict[str, float]:
+    """Return what a conversion costs by entry of the table; nothing where it has no price of such a worker."""
+    hour = "gpu_hour" if request.device == "cuda" else "cpu_hour"
+    hourly: float | None = getattr(table, hour)
+    if hourly is None:
+        return {}
+    found = {hour: hourly * prediction.seconds * request.cluster.num_workers / 3600}
+    for name, route in PRICED_ROUTES.items():
+        price: float = getattr(table, name)
+        num_bytes = sum(moved.get(route.value, 0.0) for moved in prediction.moved_bytes.values())
+        found[name] = price * num_bytes / GIGABYTE
+    return {name: price for name, price in found.items() if price or name == hour}
 
 
 def planned_inputs(outline: ModelShape, spec: ConversionSpec, device: str) -> UnitInputs:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PlanError, SpecError
-from pipeline.graph.forecast import forecast, forecast_shape, parse_cluster, planned_inputs
+from pipeline.graph.forecast import PRICED_ROUTES, forecast, forecast_shape, parse_cluster, planned_inputs
 from pipeline.graph.memory import worker_memory
 from pipeline.graph.outline import open_folder
 from pipeline.graph.plan import plan_conversion
@@ -41,7 +41,7 @@ def test_what_describes_no_cluster_is_refused_with_an_example(text: str) -> None
 def test_a_forecast_compares_with_one_worker_and_says_the_price(llama: Path, make_spec: MakeSpec) -> None:
     outline = open_folder(llama).outline
     request = parse_cluster("nodes=2,gpus=2,samples=64")
-    (found,) = forecast(outline, make_spec(cluster={"price_per_hour": 9.0}), [request])
+    (found,) = forecast(outline, make_spec(cluster={"prices": {"gpu_hour": 9.0}}), [request])
     assert found.tokens == 64 * 32
     spec = make_spec(calibration={"samples": 64})
     inputs = planned_inputs(outline, spec, "cuda")
@@ -50,6 +50,26 @@ def test_a_forecast_compares_with_one_worker_and_says_the_price(llama: Path, mak
     assert found.efficiency == pytest.approx(found.one_worker_s / (4 * found.prediction.seconds))
     assert found.price == pytest.approx(9.0 * 4 * found.prediction.seconds / 3600)
     assert forecast(outline, make_spec(), [request])[0].price is None
+
+
+def test_the_price_is_that_of_the_kind_of_worker_and_of_the_bytes_that_moved(llama: Path, make_spec: MakeSpec) -> None:
+    outline = open_folder(llama).outline
+    table = {"gpu_hour": 9.0, "cpu_hour": 3.0, "weights_gb": 5.0, "read_gb": 6.0, "written_gb": 7.0, "network_gb": 8.0}
+    requests = [parse_cluster("nodes=2,cpus=2"), parse_cluster("gpus=1")]
+    many, one = forecast(outline, make_spec(cluster={"prices": table}), requests)
+    assert many.prices["cpu_hour"] == pytest.approx(3.0 * 4 * many.prediction.seconds / 3600)
+    for name, route in PRICED_ROUTES.items():
+        moved = sum(kinds.get(route.value, 0.0) for kinds in many.prediction.moved_bytes.values())
+        assert moved > 0, name
+        assert many.prices[name] == pytest.approx(table[name] * moved / 1e9)
+    assert many.price == pytest.approx(sum(many.prices.values()))
+    assert one.prices["gpu_hour"] == pytest.approx(9.0 * one.prediction.seconds / 3600)
+    assert "network_gb" not in one.prices
+    # What is not in the table is not part of the price; without the worker's own there is none.
+    (cheap,) = forecast(outline, make_spec(cluster={"prices": {"cpu_hour": 3.0}}), requests[:1])
+    assert list(cheap.prices) == ["cpu_hour"]
+    (unknown,) = forecast(outline, make_spec(cluster={"prices": {"gpu_hour": 9.0, "read_gb": 1.0}}), requests[:1])
+    assert unknown.price is None
 
 
 def test_a_plan_s_time_is_that_of_its_units_on_so_many_workers(
@@ -74,9 +94,9 @@ def test_a_worker_without_the_memory_is_refused_with_what_it_is_for(
 
 
 def test_prices_change_no_release(make_spec: MakeSpec) -> None:
-    with pytest.raises(SpecError, match=r"cluster\.price_per_hour"):
-        make_spec(cluster={"price_per_hour": -1})
-    assert make_spec().cluster.price_per_hour is None
+    with pytest.raises(SpecError, match=r"cluster\.prices\.gpu_hour"):
+        make_spec(cluster={"prices": {"gpu_hour": -1}})
+    assert make_spec().cluster.prices.gpu_hour is None
 
 
 def test_a_shape_is_forecast_without_a_source(make_spec: MakeSpec) -> None:
