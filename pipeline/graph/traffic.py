@@ -84,6 +84,9 @@ class Traffic:
         """Return what a unit takes of another's passing output."""
         if unit.kind in (Kind.ADD, Kind.MERGE):
             return unit.out_bytes  # sums are as large as what becomes of them
+        if unit.kind is Kind.SCORE:
+            num_slices: int = need.params["high"] - need.params["low"]
+            return need.out_bytes / num_slices
         return need.out_bytes - self._sum_bytes(need)
 
     def resident(self, unit: WorkUnit) -> tuple[str, float]:

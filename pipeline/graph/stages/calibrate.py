@@ -146,8 +146,8 @@ def forward(call: Call) -> dict[str, Any]:
 
 
 def hidden_name(number: int) -> str:
-    """Return the name of a slice's hidden states among a unit's tensors."""
-    return f"{HIDDEN_PREFIX}{number}"
+    """Return the name of a slice's hidden states among a unit's tensors; none starts with another's."""
+    return f"{HIDDEN_PREFIX}{number:09d}"
 
 
 def hidden_states(call: Call) -> dict[int, Tensor]:
@@ -167,7 +167,7 @@ def slice_states(call: Call, need: WorkUnit, numbers: Sequence[int]) -> dict[int
     places = call.unit.stand_ins.get(need.key, ())
     if places and call.shelf.get(need.key) is None and all(call.work.lookup(*place) for place in places):
         return {number: call.read(place)["hidden"] for number, place in zip(numbers, places, strict=True)}
-    found = call.get(need, HIDDEN_PREFIX)
+    found = call.get(need, HIDDEN_PREFIX if len(numbers) > 1 else hidden_name(numbers[0]))
     return {number: found[hidden_name(number)] for number in numbers}
 
 

@@ -17,7 +17,7 @@ from pipeline.graph.cost import CPU_RATES, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import HIDDEN_STAGE, Keyring
 from pipeline.graph.outline import open_folder
-from pipeline.graph.stages.calibrate import add_up, split_node
+from pipeline.graph.stages.calibrate import add_up, hidden_name, split_node
 from pipeline.quantize.statistics import add, merge, to_tensors
 from pipeline.quantize.types import Statistics
 from tests.architectures import make_model
@@ -107,6 +107,12 @@ def test_sums_are_the_same_bits_when_neighbouring_spans_are_added_first(
             sums[end] = add_up(*end, lambda low, high, p=parts: p.get((low, high)), lambda a, b: merge([a, b]))
     whole = add_up(0, count, lambda low, high: sums.get((low, high)), lambda a, b: merge([a, b]))
     assert same_bits(to_tensors(whole), total(slices, [(0, count)]))
+
+
+def test_the_name_of_a_slice_s_hidden_states_is_the_beginning_of_no_other_s() -> None:
+    """Who needs one slice asks for what begins with its name."""
+    names = [hidden_name(number) for number in (*range(120), 1000, 10**6)]
+    assert not [(a, b) for a in names for b in names if a != b and b.startswith(a)]
 
 
 def test_another_order_would_give_other_bits() -> None:
