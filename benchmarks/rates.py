@@ -19,12 +19,13 @@ from flags import add_model, job_parser, scratch_folder, the_job
 from models import Shape
 from report import print_header, print_table
 
-from pipeline.graph.build import UnitInputs, build_units, make_tuning
+from pipeline.graph.build import UnitInputs, build_units
 from pipeline.graph.cost import CPU_RATES, CostModel, cost_model
 from pipeline.graph.dag import WorkUnit, reachable_units
 from pipeline.graph.forecast import planned_inputs
 from pipeline.graph.job import PHASES
 from pipeline.graph.outline import open_folder
+from pipeline.graph.tuning import make_tuning
 from pipeline.spec import build_spec
 
 STEP = 1e-6
@@ -81,7 +82,7 @@ def parts_of(inputs: UnitInputs) -> tuple[dict[str, WorkUnit], dict[str, Parts]]
 
 
 def _units(inputs: UnitInputs, model: CostModel) -> dict[str, WorkUnit]:
-    goals = build_units(inputs, make_tuning(1, model), model).goals
+    goals = build_units(inputs, make_tuning(inputs.outline, inputs.spec, 1, model), model).goals
     return {unit.key: unit for unit in reachable_units(goals)}
 
 

@@ -33,8 +33,8 @@ UNLIMITED_COLUMNS = 100_000
 @click.option(
     "--max-memory",
     metavar="SIZE",
-    help="Memory of a worker, for example 1.5GB: a conversion that cannot be cut to fit is refused.  [default: as much "
-    "as it takes]",
+    help="Memory of a worker, for example 1.5GB, in simulations too: a conversion that cannot be cut to fit is "
+    "refused.  [default: as much as it takes]",
 )
 @click.option(
     "--simulate",
@@ -81,7 +81,7 @@ def plan_command(
     max_bytes = parse_bytes(max_memory) if max_memory else None
     report = None
     if shape:
-        forecasts = forecast_shape(shape, spec, requests)
+        forecasts = forecast_shape(shape, spec, requests, max_bytes)
     else:
         report, forecasts = plan_conversion(spec, load_settings(), workers or default_workers(), max_bytes, requests)
     if as_json:

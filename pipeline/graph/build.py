@@ -16,11 +16,10 @@ from typing import Any
 
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.formats.config import quantization_config
-from pipeline.graph.chains import Chain, ChainBuilder, Tokens, shape_of
+from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, Chain, ChainBuilder, Tokens, shape_of
 from pipeline.graph.continuations import ContinuationBuilder
 from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
-from pipeline.graph.driver import Tuning
 from pipeline.graph.identity import Keyring
 from pipeline.graph.outline import Outline
 from pipeline.graph.schemes import (
@@ -31,12 +30,10 @@ from pipeline.graph.schemes import (
     require_whole_groups,
 )
 from pipeline.graph.shape import ModelShape
+from pipeline.graph.tuning import Tuning
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
-
-HELDOUT_SLICE_SEQUENCES = 2
-"""Held-out sequences in a slice; their sums add up exactly, so only speed depends on it."""
 
 PACKED_EXTRA = 0.02
 """Bytes of a packed weight besides its code: scales and zero points of groups of 128."""
@@ -170,18 +167,19 @@ class UnitBuilder:
         self.outline = inputs.outline
         self.keys = Keyring(inputs.outline, inputs.digests, inputs.device)
         self.chains = ChainBuilder(self.keys, costs)
-        self.continuations = ContinuationBuilder(self.keys, costs, tuning.spans)
+        self.continuations = ContinuationBuilder(self.keys, costs, tuning.workers)
         self.num_blocks = inputs.outline.skeleton.num_blocks
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
 
     def build(self) -> JobUnits:
         """Return every unit."""
-        spec, spans = self.inputs.spec, self.tuning.spans
+        spec, tuning = self.inputs.spec, self.tuning
         texts = (
             Tokens.of("calibration", self.inputs.calibration, spec.calibration.slice_sequences),
             Tokens.of("held-out", self.inputs.heldout, HELDOUT_SLICE_SEQUENCES),
         )
-        calibration, heldout = self.chains.calibration(texts[0], spans), self.chains.heldout(texts[1], spans)
+        calibration = self.chains.calibration(texts[0], tuning.spans)
+        heldout = self.chains.heldout(texts[1], tuning.heldout_spans)
         merged = [self._merges(calibration, block) for block in range(self.num_blocks)]
         outer, source_generation = self._outer(), self._generation({}, (), "")
         built = {plan.spec.name: self._variant(plan, merged, heldout, outer) for plan in self.inputs.variants}
@@ -376,11 +374,6 @@ class UnitBuilder:
             variant=variant,
         )
         return self.continuations.split(unit, needs[:-1], needs[-1:]) if self.continuations.is_split else unit
-
-
-def make_tuning(spans: int, costs: CostModel) -> Tuning:
-    """Return how a job is cut before anything has run, with a span of token slices for each worker or more."""
-    return Tuning(spans=spans, solve_s=costs.rates.solve_s)
 
 
 def build_units(inputs: UnitInputs, tuning: Tuning, costs: CostModel | None = None) -> JobUnits:

@@ -40,6 +40,9 @@ ADDED_SPANS = 8
 """Spans whose sums one unit adds up: as many as a node of a cluster has workers, as a rule. A power of two, so that
 what they add up to is a node of the tree."""
 
+HELDOUT_SLICE_SEQUENCES = 2
+"""Held-out sequences in a slice; their sums add up exactly, so only speed depends on it."""
+
 Span = tuple[int, int]
 """First slice, and the slice after the last."""
 
@@ -111,13 +114,13 @@ class ChainBuilder:
         # What enters the linears that a block calls first is as wide as what enters the block.
         self._hidden = next(group.in_features for block in keys.outline.groups for group in block)
 
-    def calibration(self, tokens: Tokens, num_workers: int) -> Chain:
-        """Return the chain that collects statistics on the way."""
-        return self._chain(tokens, num_workers, Kind.CALIBRATE)
+    def calibration(self, tokens: Tokens, num_spans: int) -> Chain:
+        """Return the chain that collects statistics on the way, in ``num_spans`` spans at most."""
+        return self._chain(tokens, num_spans, Kind.CALIBRATE)
 
-    def heldout(self, tokens: Tokens, num_workers: int) -> Chain:
+    def heldout(self, tokens: Tokens, num_spans: int) -> Chain:
         """Return the chain of held-out text through the source; its end is saved for every variant to come."""
-        return self._chain(tokens, num_workers, Kind.FORWARD)
+        return self._chain(tokens, num_spans, Kind.FORWARD)
 
     def sums(self, chain: Chain, block: int) -> tuple[WorkUnit, ...]:
         """Return units that have between them the sums over all tokens at one block, no more than ``ADDED_SPANS``:
@@ -171,25 +174,14 @@ class ChainBuilder:
             keys += [self.merge_key(identities[merged], group) for group in self.keys.outline.groups[merged]]
         return tuple(keys)
 
-    def _num_spans(self, tokens: Tokens, num_workers: int, kind: Kind) -> int:
-        """Return the number of spans: one for each worker, as long as passing the blocks takes a span longer than
-        taking in their weights and handing on its sums."""
-        groups = [group for block in self.keys.outline.groups for group in block] if kind is Kind.CALIBRATE else []
-        blocks, rates = range(self.num_blocks), self.costs.rates
-        weights = sum(self.keys.outline.tensor_bytes(name) for block in blocks for name in self.keys.block_names(block))
-        own_s = weights / rates.weight_bytes + sum_bytes(map(shape_of, groups)) / rates.peer_bytes
-        count = tokens.count((0, len(tokens.slices)))
-        all_s = sum(self._cost(count, block, kind) for block in blocks)
-        return max(1, min(num_workers, int(all_s / own_s)))
-
     def _save_every(self, tokens: Tokens, span: Span, kind: Kind) -> int:
         count, blocks = tokens.count(span), range(self.num_blocks)
         block_s = sum(self._cost(count, block, kind) for block in blocks) / self.num_blocks
         saved_s = self.costs.copy_s(4.0 * count * self._hidden)
         return max(SAVE_EVERY, math.ceil(saved_s / (SAVE_SHARE * block_s)))
 
-    def _chain(self, tokens: Tokens, num_workers: int, kind: Kind) -> Chain:
-        spans = tuple(cut(len(tokens.slices), self._num_spans(tokens, num_workers, kind)))
+    def _chain(self, tokens: Tokens, num_spans: int, kind: Kind) -> Chain:
+        spans = tuple(cut(len(tokens.slices), num_spans))
         begin = {
             "tokens": tokens.digest,
             "slices": [len(part) for part in tokens.slices],

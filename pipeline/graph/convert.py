@@ -24,6 +24,7 @@ from pipeline.graph.assemble import (
     weights_fingerprint,
 )
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
+from pipeline.graph.cost import cost_model
 from pipeline.graph.job import run_job
 from pipeline.graph.memory import plan_memory
 from pipeline.graph.naming import name_releases
@@ -107,7 +108,8 @@ def convert(
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
-    memory = plan_memory(outline, spec, options.workers, options.max_memory_bytes)
+    costs = cost_model(options.device)
+    memory = plan_memory(outline, spec, options.workers, costs, options.max_memory_bytes)
     texts = load_texts(spec, settings)
     require_device(options)
     cautions = [names.caution] if names.caution else []
@@ -129,7 +131,7 @@ def convert(
         streamed=source if is_streamed else None,
     )
     jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
-    units, records = run_job(inputs, work, jobs, context, options, memory.spans, sink)
+    units, records = run_job(inputs, work, jobs, context, options, memory.tuning, sink)
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:

@@ -9,7 +9,7 @@ a *home* runs where the home's first unit ran, because what it reads is there.
 
 Faults. A worker that dies loses its shelf; its homes move, and what is missing is computed again from the last saved
 hidden states. A unit whose worker died ``MAX_LOSSES`` times ends the job. A unit that ran out of memory is cut into
-smaller ones (``Tuning``), as the plan's cuts change no byte. A stored output that is gone or damaged is computed again.
+smaller ones, as the plan's cuts change no byte (``Tuning``). A stored output that is gone or damaged is computed again.
 A unit that takes far longer than units of its kind do is given to a second worker, to which the homes of the first
 move; whoever is first wins. The first is given nothing more until it has told of everything that it was given.
 """
@@ -20,7 +20,7 @@ import time
 from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit, open_needs, reachable_units, required_units
 from pipeline.graph.executor import Executor, Finished, WorkerId, WorkerJoined, WorkerLost
 from pipeline.graph.stages.call import KEPT_COPIES, LOST
+from pipeline.graph.tuning import Tuning
 from pipeline.graph.worker import Outcome
 from pipeline.storage.work import StageRecord
 
@@ -61,19 +62,6 @@ RECOVERABLE = frozenset({"storage.missing_stage", "storage.damaged_stage", LOST}
 """Codes of errors that are met by computing something again."""
 
 _OUT_OF_MEMORY = "graph.out_of_memory"
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How a job is cut into units; changes no byte of any stored output.
-
-    Attributes:
-        spans: Spans that calibration and held-out slices are handled in, at most.
-        solve_s: Longest solve, by the cost model; longer ones are cut into ranges of rows.
-    """
-
-    spans: int
-    solve_s: float
 
 
 StoredRecords = Mapping[Stored, StageRecord]
@@ -507,10 +495,8 @@ class Driver:
         """
         if unit.key not in self._state.planned:
             return  # it was cut away already, on the word of another worker
-        smaller = replace(self._tuning, spans=2 * self._tuning.spans, solve_s=self._tuning.solve_s / 4)
-        if [unit.key for unit in reachable_units(self._make_goals(smaller))] == [
-            unit.key for unit in reachable_units(self._goals)
-        ]:
+        smaller = self._tuning.smaller()
+        if self._keys(self._make_goals(smaller)) == self._keys(self._goals):
             raise GraphError(
                 f"{error.message}; its units are as small as they can be",
                 code="graph.out_of_memory",
@@ -518,6 +504,10 @@ class Driver:
             ) from error
         self._tuning = smaller
         self._observer.recovered(f"{error.message}: units are cut smaller")
+
+    @staticmethod
+    def _keys(goals: Sequence[WorkUnit]) -> set[str]:
+        return {unit.key for unit in reachable_units(goals)}
 
     def _lost(self, lost: WorkerLost) -> None:
         state = self._state

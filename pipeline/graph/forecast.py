@@ -12,7 +12,8 @@ from pipeline.calibrate.tokens import TokenBatch
 from pipeline.errors import SpecError
 from pipeline.fingerprint import fingerprint
 from pipeline.graph.build import UnitInputs, make_variant_plan
-from pipeline.graph.memory import WorkerMemory, worker_memory
+from pipeline.graph.cost import cost_model
+from pipeline.graph.memory import WorkerMemory, plan_memory
 from pipeline.graph.prediction import Cluster, Prediction
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.shapes import named_shape
@@ -117,20 +118,27 @@ def parse_cluster(text: str) -> ClusterRequest:
     return ClusterRequest(cluster, "cuda" if "gpus" in found else "cpu", calibration)
 
 
-def forecast_shape(name: str, spec: ConversionSpec, requests: Sequence[ClusterRequest]) -> tuple[Forecast, ...]:
+def forecast_shape(
+    name: str, spec: ConversionSpec, requests: Sequence[ClusterRequest], max_memory_bytes: int | None = None
+) -> tuple[Forecast, ...]:
     """Return a forecast of the conversion of a well-known model for each cluster.
 
     Raises:
-        PlanError: when there is no such shape, or a variant cannot be made from it.
+        PlanError: when there is no such shape, a variant cannot be made from it, or a worker cannot do with its memory.
     """
-    return forecast(named_shape(name), spec, requests)
+    return forecast(named_shape(name), spec, requests, max_memory_bytes)
 
 
-def forecast(outline: ModelShape, spec: ConversionSpec, requests: Sequence[ClusterRequest]) -> tuple[Forecast, ...]:
-    """Return a forecast of a conversion for each cluster.
+def forecast(
+    outline: ModelShape,
+    spec: ConversionSpec,
+    requests: Sequence[ClusterRequest],
+    max_memory_bytes: int | None = None,
+) -> tuple[Forecast, ...]:
+    """Return a forecast of a conversion for each cluster, whose workers may use ``max_memory_bytes`` each.
 
     Raises:
-        PlanError: when a variant cannot be made from the source.
+        PlanError: when a variant cannot be made from the source, or a worker cannot do with its memory.
     """
     inputs = planned_inputs(outline, spec, "cpu")
     alone: dict[Any, float] = {}
@@ -140,16 +148,19 @@ def forecast(outline: ModelShape, spec: ConversionSpec, requests: Sequence[Clust
         own = spec.model_copy(update={"calibration": calibration})
         asked = replace(inputs, spec=own, calibration=_tokens(calibration.samples, calibration.length))
         asked = replace(asked, device=request.device)
-        prediction = simulate(asked, request.cluster)
+        costs = cost_model(request.device)
+        memory = plan_memory(outline, own, request.cluster.num_workers, costs, max_memory_bytes)
+        prediction = simulate(asked, request.cluster, costs, memory.tuning)
         key = request.device, calibration
         if key not in alone:
-            alone[key] = simulate(asked, Cluster(1, 1)).seconds
+            tuning = plan_memory(outline, own, 1, costs, max_memory_bytes).tuning
+            alone[key] = simulate(asked, Cluster(1, 1), costs, tuning).seconds
         found.append(
             Forecast(
                 prediction=prediction,
                 tokens=calibration.samples * calibration.length,
                 one_worker_s=alone[key],
-                memory=worker_memory(outline, own, request.cluster.num_workers),
+                memory=memory.needed,
                 prices=_prices(spec.cluster.prices, prediction, request),
             )
         )

@@ -7,12 +7,12 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CorruptWeightsError, StorageError
-from pipeline.graph.build import Inputs, JobUnits, build_units, make_tuning
-from pipeline.graph.cost import cost_model
+from pipeline.graph.build import Inputs, JobUnits, build_units
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
-from pipeline.graph.driver import MAX_RECOVERIES, RECOVERABLE, Driver, Observer, StoredRecords, Tuning
+from pipeline.graph.driver import MAX_RECOVERIES, RECOVERABLE, Driver, Observer, StoredRecords
 from pipeline.graph.executor import Executor, InlineExecutor
 from pipeline.graph.stages.proof import proof_units, require_proven, weight_places
+from pipeline.graph.tuning import Tuning
 from pipeline.graph.worker import Worker
 from pipeline.observe.events import (
     Degraded,
@@ -61,7 +61,7 @@ def run_job(
     jobs: ObjectStore,
     context: JobContext,
     options: RunOptions,
-    spans: int,
+    tuning: Tuning,
     sink: EventSink,
 ) -> tuple[JobUnits, Records]:
     """Run what a conversion needs and return its units with the records of all goals.
@@ -72,7 +72,6 @@ def run_job(
     Raises:
         PipelineError: when a unit, a worker or the cluster fails.
     """
-    tuning = make_tuning(spans, cost_model(inputs.device))
     units, proofs = build_units(inputs, tuning), _proofs(inputs, work, context)
     num_workers = 1 if options.inline else options.workers
     observer = _Telling(inputs, num_workers, options.max_memory_bytes, sink)

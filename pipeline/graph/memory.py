@@ -1,19 +1,22 @@
 """What one worker needs in memory, from shapes alone: an upper estimate, kind of unit by kind of unit.
 
 A worker runs one unit at a time, so it needs what the largest does, besides itself and its shelf, on which outputs wait
-for others. The shelf keeps its budget: what does not fit there goes to disk. A unit that sums statistics over a span of
-token slices holds several partial sums, so shorter spans need less; nothing else can be cut.
+for others. The shelf keeps its budget: what does not fit there goes to disk. A unit that passes a span of token slices
+through a block holds the hidden states of all of them, and several partial sums, so shorter spans need less; nothing
+else can be cut. Estimates are of the spans that a ``Tuning`` makes, and the job is cut by the same ``Tuning``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
 
 from pipeline.calibrate.forward import MICRO_BATCH_TOKENS
 from pipeline.errors import PlanError
+from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, cut
+from pipeline.graph.cost import CostModel
 from pipeline.graph.shape import ModelShape
+from pipeline.graph.tuning import Tuning, make_tuning
 from pipeline.quantize.solve import TILE_ROWS
 from pipeline.skeleton.model import HEAD_PART_ELEMENTS, TABLE_ELEMENTS
 from pipeline.spec import ConversionSpec, Method
@@ -64,37 +67,85 @@ class MemoryPlan:
 
     Attributes:
         needed: What a worker needs besides its shelf.
-        spans: Spans of token slices that calibration is cut into, at least.
+        tuning: How the job is cut.
         shelf_bytes: Budget of its shelf.
     """
 
     needed: WorkerMemory
-    spans: int
+    tuning: Tuning
     shelf_bytes: int
 
 
-def plan_memory(outline: ModelShape, spec: ConversionSpec, workers: int, max_bytes: int | None) -> MemoryPlan:
+@dataclass(frozen=True)
+class _Passed:
+    """A text that passes the blocks, as far as memory goes.
+
+    Attributes:
+        slice_tokens: Tokens of a slice.
+        batch_tokens: Of these, what passes a block at a time.
+        slices: Slices of the longest span.
+    """
+
+    slice_tokens: int
+    batch_tokens: int
+    slices: int
+
+    @classmethod
+    def of(cls, samples: int, length: int, sequences: int, spans: int) -> _Passed:
+        """Return a text of ``samples`` sequences in slices of ``sequences``, cut into ``spans`` at most."""
+        low, high = cut(-(-samples // sequences), spans)[0]
+        sequences = min(sequences, samples)
+        batch_tokens = max(length, min(sequences * length, MICRO_BATCH_TOKENS))
+        return cls(sequences * length, batch_tokens, high - low)
+
+    @property
+    def span_tokens(self) -> int:
+        """Tokens of the longest span."""
+        return self.slices * self.slice_tokens
+
+    @property
+    def partial_sums(self) -> int:
+        """Sums that are there at a time: one for each level of the tree, and the slice's own."""
+        return 1 + (self.slices - 1).bit_length()
+
+
+def plan_memory(
+    outline: ModelShape, spec: ConversionSpec, workers: int, costs: CostModel, max_bytes: int | None
+) -> MemoryPlan:
     """Return how workers keep within ``max_bytes`` of memory each.
 
     Args:
         outline: The source.
         spec: What to make.
         workers: How many.
+        costs: What units cost: as long as there is memory for it, a job is cut as is soonest done.
         max_bytes: What each may use; None for what it takes, and a shelf of ``SHELF_BYTES``.
 
     Raises:
         PlanError: when they cannot, naming what needs more.
     """
-    num_slices = -(-spec.calibration.samples // spec.calibration.slice_sequences)
-    needed = worker_memory(outline, spec, workers)
+    tuning = make_tuning(outline, spec, workers, costs)
+    needed = worker_memory(outline, spec, tuning)
     if max_bytes is None:
-        return MemoryPlan(needed, workers, SHELF_BYTES)
-    for spans in [*takewhile(lambda count: count < num_slices, (workers << step for step in range(32))), num_slices]:
-        needed = worker_memory(outline, spec, spans)
-        if needed.total <= max_bytes:
-            return MemoryPlan(needed, spans, min(SHELF_BYTES, max_bytes - needed.total))
+        return MemoryPlan(needed, tuning, SHELF_BYTES)
+    while needed.total > max_bytes:
+        for shorter in (
+            replace(tuning, spans=2 * tuning.spans),
+            replace(tuning, heldout_spans=2 * tuning.heldout_spans),
+            tuning.with_shorter_spans(),
+        ):
+            less = worker_memory(outline, spec, shorter)
+            if less.total < needed.total:
+                tuning, needed = shorter, less
+                break
+        else:
+            raise _too_little(needed, max_bytes)
+    return MemoryPlan(needed, tuning, min(SHELF_BYTES, max_bytes - needed.total))
+
+
+def _too_little(needed: WorkerMemory, max_bytes: int) -> PlanError:
     largest = needed.units[needed.largest]
-    raise PlanError(
+    return PlanError(
         f"a worker needs {format_bytes(needed.total)}: {format_bytes(needed.process)} for itself, "
         f"{format_bytes(needed.handing_over)} to hand over statistics and {format_bytes(largest)} to {needed.largest}; "
         f"--max-memory is {format_bytes(max_bytes)}",
@@ -104,8 +155,11 @@ def plan_memory(outline: ModelShape, spec: ConversionSpec, workers: int, max_byt
     )
 
 
-def worker_memory(outline: ModelShape, spec: ConversionSpec, spans: int) -> WorkerMemory:
-    """Return what one worker needs for a conversion whose calibration is cut into so many spans."""
+def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> WorkerMemory:
+    """Return what one worker needs for a conversion that is cut so."""
+    own, gates = spec.calibration, spec.gates
+    calibration = _Passed.of(own.samples, own.length, own.slice_sequences, tuning.spans)
+    heldout = _Passed.of(gates.heldout_samples, gates.heldout_length, HELDOUT_SLICE_SEQUENCES, tuning.heldout_spans)
     block_names = [outline.skeleton.block_tensors(block).values() for block in range(outline.skeleton.num_blocks)]
     stored = max(sum(map(outline.tensor_bytes, names)) for names in block_names)
     dense = FLOAT * max(sum(map(outline.tensor_elements, names)) for names in block_names)
@@ -114,24 +168,29 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, spans: int) -> Work
     widest = max(columns for columns, _ in groups)
     moment = FLOAT * widest**2
     moments = max(FLOAT * sum(group.in_features**2 for group in block) for block in outline.groups)
-    sequences, length = spec.calibration.slice_sequences, spec.calibration.length
-    heldout = spec.gates.heldout_length
-    # The widest activations of a few are there at a time: inputs, outputs, and what an activation function makes.
-    passing = 4 * FLOAT * max(map(max, groups)) * max(length, min(sequences * length, MICRO_BATCH_TOKENS))
-    slices = -(-spec.calibration.samples // sequences)
-    partial_sums = 1 + (-(-slices // spans) - 1).bit_length()
+    hidden = FLOAT * next(group.in_features for block in outline.groups for group in block)
+
+    def passing(text: _Passed) -> int:
+        """What passes a block needs: the widest activations of a few are there at a time (inputs, outputs, and what an
+        activation function makes), what has left the block, what has yet to enter it, and a slice on its way, whole and
+        in parts."""
+        activations = 4 * FLOAT * max(map(max, groups)) * text.batch_tokens
+        return activations + hidden * (text.span_tokens + 2 * text.slice_tokens)
+
     embedding = sum(size + (FLOAT * count if count <= TABLE_ELEMENTS else 0) for count, size in outer)
     embedding += FLOAT * HEAD_PART_ELEMENTS
     # Statistics and factor, the rows of the group, and what is made of a tile of them.
     solve = max(FLOAT * n * (2 * n + rows + 8 * TILE_ROWS["cpu"]) for n, rows in groups)
     search = max(FLOAT * n * (2 * n + 6 * rows) for n, rows in groups)
     units = {
-        "embed tokens": embedding + 2 * FLOAT * sequences * length * widest,
-        "calibrate on a block": dense + stored // 4 + passing + partial_sums * moments,
+        "embed tokens": embedding
+        + hidden * max(text.span_tokens + text.slice_tokens for text in (calibration, heldout)),
+        "calibrate on a block": dense + stored // 4 + passing(calibration) + calibration.partial_sums * moments,
+        "pass held-out text": dense + stored // 4 + passing(heldout),
         "add up statistics": 3 * moments,
         "solve a linear group": solve,
         "pack a block": 3 * stored,
-        "score held-out text": embedding + 8 * FLOAT * CHUNK_ELEMENTS + 2 * FLOAT * heldout * widest,
+        "score held-out text": embedding + 8 * FLOAT * CHUNK_ELEMENTS + 2 * hidden * heldout.slice_tokens,
         "continue prompts": embedding + dense + stored // 4,
     }
     methods = {variant.method for variant in spec.variants}
@@ -139,4 +198,4 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, spans: int) -> Work
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4
     if Method.AWQ in methods:
         units["search scales"] = dense + stored + search
-    return WorkerMemory(PROCESS_BYTES + FREED_BYTES, 2 * moment if spans > 1 else 0, units)
+    return WorkerMemory(PROCESS_BYTES + FREED_BYTES, 2 * moment if tuning.workers > 1 else 0, units)

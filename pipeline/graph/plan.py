@@ -22,7 +22,7 @@ from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan
 from pipeline.graph.chains import shape_of
 from pipeline.graph.forecast import ClusterRequest, Forecast, forecast, planned_inputs
-from pipeline.graph.memory import plan_memory, worker_memory
+from pipeline.graph.memory import MemoryPlan, plan_memory
 from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
 from pipeline.graph.prediction import Cluster
@@ -152,7 +152,7 @@ def plan_conversion(
         spec: What to make.
         settings: Where hubs are.
         workers: Workers of this machine.
-        max_memory_bytes: Memory of each; None for as much as it takes.
+        max_memory_bytes: Memory of each, on other clusters too; None for as much as it takes.
         requests: Other clusters.
 
     Raises:
@@ -165,8 +165,9 @@ def plan_conversion(
     names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     require_positions(spec, outline)
-    plan_memory(outline, spec, workers, max_memory_bytes)
-    return report_plan(source, names, outline, spec, workers), forecast(outline, spec, requests)
+    memory = plan_memory(outline, spec, workers, cost.cost_model("cpu"), max_memory_bytes)
+    report = report_plan(source, names, outline, spec, workers, memory)
+    return report, forecast(outline, spec, requests, max_memory_bytes)
 
 
 def remote_outline(source: Source, settings: Settings) -> Outline:
@@ -215,7 +216,7 @@ def require_positions(spec: ConversionSpec, outline: Outline, count: Callable[[s
 
 
 def report_plan(
-    source: Source, names: ReleaseNames, outline: Outline, spec: ConversionSpec, workers: int
+    source: Source, names: ReleaseNames, outline: Outline, spec: ConversionSpec, workers: int, memory: MemoryPlan
 ) -> PlanReport:
     """Return the report of a plan; a pure function of its arguments.
 
@@ -223,7 +224,7 @@ def report_plan(
         PlanError: when a variant cannot be made from the source.
     """
     inputs = planned_inputs(outline, spec, "cpu")
-    predicted = simulate(inputs, Cluster(1, workers))
+    predicted = simulate(inputs, Cluster(1, workers), tuning=memory.tuning)
     tokens = spec.calibration.samples * spec.calibration.length
     heldout = spec.gates.heldout_samples * spec.gates.heldout_length
     blocks = [_block_elements(outline, block) for block in range(outline.skeleton.num_blocks)]
@@ -248,7 +249,7 @@ def report_plan(
         calibrate_flops=calibrate,
         kv_cache_tokens=cache_tokens,
         kv_cache_bytes=cache_bytes,
-        worker_bytes=worker_memory(outline, spec, workers).total,
+        worker_bytes=memory.needed.total,
         held_bytes=predicted.held_bytes,
         work_bytes=_work_bytes(outline, spec, variants),
         workers=workers,

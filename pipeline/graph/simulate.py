@@ -22,13 +22,14 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.graph.build import UnitInputs, build_units, make_tuning
+from pipeline.graph.build import UnitInputs, build_units
 from pipeline.graph.cost import CostModel, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import Event, Finished, WorkerId
 from pipeline.graph.prediction import Cluster, Limit, Prediction, Ran, critical_waits, tail_seconds
 from pipeline.graph.traffic import Read, Route, Traffic
+from pipeline.graph.tuning import Tuning, make_tuning
 from pipeline.graph.worker import Outcome
 from pipeline.storage.work import StageRecord
 
@@ -276,19 +277,22 @@ class EmptyStore:
         """Nothing is kept."""
 
 
-def simulate(inputs: UnitInputs, cluster: Cluster, model: CostModel | None = None) -> Prediction:
+def simulate(
+    inputs: UnitInputs, cluster: Cluster, model: CostModel | None = None, tuning: Tuning | None = None
+) -> Prediction:
     """Return how a conversion would go on a cluster whose work store is empty.
 
     Args:
         inputs: What to convert.
         cluster: Where.
         model: Costs and rates (default: those of the job's device).
+        tuning: How it is cut (default: as is soonest done).
     """
     costs = model or cost_model(inputs.device)
     executor = SimulatedExecutor(cluster, costs, Traffic(inputs.outline))
     driver = Driver(
         lambda cut: build_units(inputs, cut, costs).goals,
-        make_tuning(cluster.num_workers, costs),
+        tuning or make_tuning(inputs.outline, inputs.spec, cluster.num_workers, costs),
         EmptyStore(),
         executor,
         Observer(),

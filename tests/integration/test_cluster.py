@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from pipeline.errors import GraphError
-from pipeline.graph import assemble, chains, cluster
+from pipeline.graph import assemble, chains, cluster, tuning
 from pipeline.graph.cluster import RayExecutor
 from pipeline.graph.convert import RunOptions, convert
 from pipeline.graph.dag import Kind, WorkUnit
@@ -58,7 +58,7 @@ def quiet() -> Iterator[None]:
         patch.setattr(chains, "SAVE_EVERY", 2)
         patch.setattr(chains, "SAVE_SHARE", 1e9)
         patch.setattr(chains, "ADDED_SPANS", 2)
-        patch.setattr(chains.ChainBuilder, "_num_spans", lambda self, tokens, num_workers, kind: num_workers)
+        patch.setattr(tuning, "timely_spans", lambda outline, costs, num_tokens, workers, summed: workers)
         # Drawing has nothing to do with workers, and takes longer than half of the rest.
         patch.setattr(assemble, "plot_layer_error", lambda facts: b"")
         patch.setattr(assemble, "plot_size_quality", lambda facts: b"")

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from jobs.cli.main import cli
-from pipeline.errors import SpecError
+from pipeline.errors import PlanError, SpecError
 from pipeline.units import parse_bytes
 
 SHAPE = ["plan", "--shape", "llama-3.1-8b", "--variant", "rtn-w8-g128", "--samples", "32"]
@@ -49,6 +49,20 @@ def test_a_shape_on_clusters_as_json() -> None:
 def test_a_shape_needs_a_cluster_and_no_source(words: list[str]) -> None:
     with pytest.raises(SpecError, match="--shape stands for a SOURCE"):
         invoke(*words)
+
+
+def test_a_shape_s_workers_keep_their_memory_or_are_refused() -> None:
+    words = [*SHAPE, "--json", "--simulate", "cpus=2,samples=64,length=512,slice=1"]
+
+    def needed(*more: str) -> int:
+        (simulated,) = json.loads(invoke(*words, *more))["simulated"]
+        found: int = simulated["worker_bytes"]
+        return found
+
+    limit = needed() - 1
+    assert needed("--max-memory", str(limit)) <= limit
+    with pytest.raises(PlanError, match=r"a worker needs .*; --max-memory is 1 GB"):
+        needed("--max-memory", "1GB")
 
 
 def test_sizes_are_read_with_decimal_and_binary_units() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.graph.dag import WorkUnit
-from pipeline.graph.driver import Driver, Observer, Tuning
+from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import WorkerId
 from pipeline.graph.stages.call import JobContext
+from pipeline.graph.tuning import Tuning
 from pipeline.storage.work import StageRecord
 from pipeline.storage.work_directory import DirectoryWorkStore
 from tests.scripted_executor import Clock, Fault, ScriptedExecutor

@@ -15,10 +15,11 @@ from pipeline.graph import continuations
 from pipeline.graph.build import Inputs, build_units
 from pipeline.graph.cost import CostModel, cost_model
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
-from pipeline.graph.driver import Driver, Observer, Tuning
+from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import InlineExecutor
 from pipeline.graph.outline import stamp_files
 from pipeline.graph.stages.call import JobContext
+from pipeline.graph.tuning import Tuning
 from pipeline.graph.worker import Worker
 from pipeline.spec import ConversionSpec
 from pipeline.storage.work_directory import DirectoryWorkStore
@@ -77,7 +78,7 @@ def run(
     """Continue with the source and the variant, in this thread or on scripted workers."""
     own = context(inputs, folder, shelf_bytes)
     executor = ScriptedExecutor(own, workers, 1, fault) if workers else InlineExecutor(Worker(own))
-    tuning = replace(TUNING, spans=max(workers, 1))
+    tuning = replace(TUNING, workers=max(workers, 1))
     driver = Driver(lambda cut: goals(inputs, cut, model), tuning, DirectoryWorkStore(folder), executor, Observer())
     records = driver.run()
     executor.close()
@@ -152,6 +153,6 @@ def test_units_of_a_part_are_at_home_together_and_models_take_turns(
     loads = [unit for unit in steps if unit.params["step"] == continuations.LOAD]
     assert {unit.after for unit in loads if not unit.variant} == {()}
     assert {unit.after for unit in loads if unit.variant} == {(source.key,)}
-    roomy = reachable_units(goals(job, replace(TUNING, spans=8), costs(job, 1)))
+    roomy = reachable_units(goals(job, replace(TUNING, workers=8), costs(job, 1)))
     assert not any(unit.after for unit in roomy if unit.kind is Kind.CONTINUE)
     assert sum(unit.kind is Kind.CONTINUE for unit in roomy) == 2 * NUM_BLOCKS * (len(PROMPTS) * NUM_TOKENS + 1)

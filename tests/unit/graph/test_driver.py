@@ -13,14 +13,15 @@ import pytest
 
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import WorkUnit
-from pipeline.graph.driver import UNITS_AHEAD, Driver, Observer, Tuning
+from pipeline.graph.driver import UNITS_AHEAD, Driver, Observer
 from pipeline.graph.executor import InlineExecutor, WorkerId
 from pipeline.graph.stages.call import JobContext
+from pipeline.graph.tuning import Tuning
 from pipeline.graph.worker import Worker
 from pipeline.storage.work_directory import DirectoryWorkStore
 from tests.scripted_executor import ScriptedExecutor
 from tests.unit.graph.bench import TUNING, Bench, once
-from tests.unit.graph.toys import expected, passing, random_goals, unit
+from tests.unit.graph.toys import expected, in_parts, passing, random_goals, unit
 
 pytestmark = pytest.mark.usefixtures("toy_stages")
 
@@ -119,14 +120,6 @@ def test_a_cancelled_job_stops_within_a_unit_and_loses_nothing(tmp_path: Path) -
     again = Bench(tmp_path, goals, workers=2)
     assert again.run() == expected(goals)
     assert sorted(again.ran()) == ["4", "5", "6", "7", "8", "9"]
-
-
-def in_parts(tuning: Tuning) -> list[WorkUnit]:
-    """Return a sum over parts as numerous as the tuning's spans, up to four, and what came before it."""
-    merged = unit("merged")
-    factor = passing("factor", merged)
-    number = min(tuning.spans, 4)
-    return [unit("before"), *(unit(f"part{n} of {number}", merged, factor) for n in range(number))]
 
 
 @pytest.mark.parametrize("is_death", [False, True], ids=["an error", "a death"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,13 @@ from pipeline.errors import GraphError, PipelineError
 from pipeline.graph import chains
 from pipeline.graph.build import Inputs, build_units
 from pipeline.graph.convert import gather_inputs, load_texts
+from pipeline.graph.cost import CPU_RATES, CostModel
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
-from pipeline.graph.driver import Driver, Observer, Tuning
+from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import Finished, InlineExecutor, WorkerId
 from pipeline.graph.outline import stamp_files
 from pipeline.graph.stages.call import OUTPUT, JobContext
+from pipeline.graph.tuning import Tuning, make_tuning
 from pipeline.graph.worker import Worker, nobody_holds
 from pipeline.hub.fetch import fetch
 from pipeline.hub.source import pin_source
@@ -34,7 +36,7 @@ from tests.unit.graph.conftest import SENTENCES
 
 Records = dict[str, StageRecord]
 WHOLE = Tuning(spans=1, solve_s=20.0)
-CUT = Tuning(spans=3, solve_s=0.02)
+CUT = Tuning(spans=3, solve_s=0.02, heldout_spans=3, workers=3)
 BUDGET = 1 << 16
 """Little enough that shelves spill."""
 
@@ -57,15 +59,14 @@ class Job:
 
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
-    """A small job cut as a large one is: small tiles, as many spans as asked for, sums in a tree, saves at every block.
-    One thread, and no waiting for disks: power cuts are not tried here."""
+    """A small job cut as a large one is: small tiles, sums in a tree, saves at every block. One thread, and no waiting
+    for disks: power cuts are not tried here."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(chains, "SAVE_EVERY", 1)
         patch.setattr(chains, "SAVE_SHARE", 1e9)
         patch.setattr(chains, "ADDED_SPANS", 2)
-        patch.setattr(chains.ChainBuilder, "_num_spans", lambda self, tokens, num_workers, kind: num_workers)
         patch.setitem(TILE_ROWS, "cpu", 64)
         yield
     torch.set_num_threads(threads)
@@ -159,7 +160,7 @@ def once(kind: Kind, act: Callable[[ScriptedExecutor, WorkerId, WorkUnit], Pipel
 def test_any_number_of_workers_and_any_cut_give_the_same_bytes(
     job: Job, undisturbed: Records, tmp_path: Path, workers: int
 ) -> None:
-    tuning = Tuning(spans=workers, solve_s=20.0 / workers**4)
+    tuning = Tuning(workers, solve_s=20.0 / workers**4, heldout_spans=workers, workers=workers)
     records, executor = run(job, tmp_path, workers, tuning=tuning)
     assert records == undisturbed
     assert len(executor.log) == len(executor.submitted), "nothing is done twice"
@@ -234,6 +235,30 @@ def test_memory_that_runs_out_cuts_units_and_changes_no_byte(job: Job, undisturb
     assert len(widths) > 1
 
 
+@pytest.mark.parametrize("fits", [2, 1])
+def test_units_that_are_too_long_are_halved_until_they_fit(
+    job: Job, undisturbed: Records, tmp_path: Path, fits: int
+) -> None:
+    """With weights that are slow to take in two workers are soonest done with one span; they get what they need."""
+    costs = CostModel(replace(CPU_RATES, weight_bytes=1e6), TILE_ROWS["cpu"])
+    soonest = make_tuning(job.inputs.outline, job.inputs.spec, 2, costs)
+    assert soonest.spans == 1
+    failed: list[int] = []
+
+    def fail(executor: ScriptedExecutor, name: WorkerId, unit: WorkUnit) -> PipelineError | None:
+        length = unit.params["high"] - unit.params["low"] if unit.kind is Kind.CALIBRATE else 0
+        if length <= fits:
+            return None
+        failed.append(length)
+        return GraphError("too large", code="graph.out_of_memory")
+
+    records, executor = run(job, tmp_path, 2, fault=fail, tuning=soonest)
+    assert records == undisturbed
+    assert list(dict.fromkeys(failed)) == [5, 4, 2][: 4 - fits]
+    lengths = {unit.params["high"] - unit.params["low"] for _, unit in executor.log if unit.kind is Kind.CALIBRATE}
+    assert max(lengths) == fits
+
+
 @pytest.mark.parametrize(("first", "second"), [(3, 1), (1, 4)])
 def test_a_job_that_was_cancelled_goes_on_with_another_number_of_workers(
     job: Job, undisturbed: Records, tmp_path: Path, first: int, second: int
@@ -245,10 +270,10 @@ def test_a_job_that_was_cancelled_goes_on_with_another_number_of_workers(
         begun += 1
 
     with pytest.raises(GraphError, match="cancelled"):
-        run(job, tmp_path, first, fault=count, tuning=Tuning(first, 20.0), is_cancelled=lambda: begun >= 60)
+        run(job, tmp_path, first, fault=count, tuning=Tuning(first, 20.0, first), is_cancelled=lambda: begun >= 60)
     stored = set(tmp_path.glob("*/*/*/record.json"))
     assert any(path.parts[-4] == "hidden" for path in stored)
-    records, executor = run(job, tmp_path, second, tuning=Tuning(second, 20.0))
+    records, executor = run(job, tmp_path, second, tuning=Tuning(second, 20.0, second))
     assert records == undisturbed
     done_before = {path.parent.name for path in stored}
     assert not {unit.key for _, unit in executor.log if unit.is_durable} & done_before

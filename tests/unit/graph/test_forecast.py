@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PlanError, SpecError
+from pipeline.graph.cost import cost_model
 from pipeline.graph.forecast import PRICED_ROUTES, forecast, forecast_shape, parse_cluster, planned_inputs
-from pipeline.graph.memory import worker_memory
+from pipeline.graph.memory import plan_memory
 from pipeline.graph.outline import open_folder
 from pipeline.graph.plan import plan_conversion
 from pipeline.graph.prediction import Cluster
@@ -83,14 +84,28 @@ def test_a_plan_s_time_is_that_of_its_units_on_so_many_workers(
 def test_a_worker_without_the_memory_is_refused_with_what_it_is_for(
     llama: Path, make_spec: MakeSpec, settings: Settings
 ) -> None:
-    needed = worker_memory(open_folder(llama).outline, make_spec(), 1)
-    plan_conversion(make_spec(), settings, 1, needed.total)
+    needed = plan_memory(open_folder(llama).outline, make_spec(), 1, cost_model("cpu"), None).needed
+    report, _ = plan_conversion(make_spec(), settings, 1, needed.total)
+    assert report.worker_bytes == needed.total
     with pytest.raises(
         PlanError, match=rf"a worker needs .* for itself, .* and .* to {needed.largest}; --max-memory is"
     ) as caught:
         plan_conversion(make_spec(), settings, 1, needed.total - 1)
     assert caught.value.code == "plan.memory"
     assert "slice_sequences" in caught.value.hint
+
+
+def test_memory_is_kept_or_refused_on_other_clusters_too(make_spec: MakeSpec) -> None:
+    calibration = {"samples": 64, "length": 512, "slice_sequences": 1}
+    spec = make_spec(source="llama-3.1-8b", variants=["rtn-w8-g128"], calibration=calibration)
+    request = parse_cluster("cpus=2")
+    (roomy,) = forecast_shape("llama-3.1-8b", spec, [request])
+    limit = roomy.memory.total - 1
+    (tight,) = forecast_shape("llama-3.1-8b", spec, [request], limit)
+    assert tight.memory.total <= limit
+    assert tight.prediction.num_units > roomy.prediction.num_units, "it is cut smaller"
+    with pytest.raises(PlanError, match=r"--max-memory is 1 GB"):
+        forecast_shape("llama-3.1-8b", spec, [request], 10**9)
 
 
 def test_prices_change_no_release(make_spec: MakeSpec) -> None:

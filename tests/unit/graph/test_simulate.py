@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.fingerprint import fingerprint
-from pipeline.graph.build import UnitInputs, build_units, make_tuning
+from pipeline.graph.build import UnitInputs, build_units
 from pipeline.graph.cost import CPU_RATES, CostModel, cost_model
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import Driver, Observer
@@ -21,6 +21,7 @@ from pipeline.graph.prediction import Cluster, Limit, Ran, critical_waits
 from pipeline.graph.shapes import ShapeOutline
 from pipeline.graph.simulate import EmptyStore, Link, SimulatedExecutor, simulate
 from pipeline.graph.traffic import Route, Traffic
+from pipeline.graph.tuning import make_tuning
 from pipeline.spec import build_spec
 
 CONFIG = {
@@ -70,7 +71,7 @@ def run(units: UnitInputs, cluster: Cluster, model: CostModel) -> SimulatedExecu
     simulated = SimulatedExecutor(cluster, model, Traffic(units.outline))
     driver = Driver(
         lambda cut: build_units(units, cut, model).goals,
-        make_tuning(cluster.num_workers, model),
+        make_tuning(units.outline, units.spec, cluster.num_workers, model),
         EmptyStore(),
         simulated,
         Observer(),
@@ -185,7 +186,7 @@ def test_the_simulated_order_respects_needs_homes_and_the_workers(cluster: Clust
     for worker in simulated.workers:
         own = sorted((one.begin_s, one.end_s) for one in ran.values() if one.worker == worker)
         assert all(before[1] <= after[0] for before, after in pairwise(own))
-    tuning = make_tuning(cluster.num_workers, cost_model("cpu"))
+    tuning = make_tuning(SHAPE, inputs().spec, cluster.num_workers, cost_model("cpu"))
     assert ran.keys() == {made.key for made in reachable_units(build_units(inputs(), tuning).goals)}
 
 

@@ -18,22 +18,17 @@ from pipeline.graph import build, identity
 from pipeline.graph.build import Inputs, JobUnits, build_units
 from pipeline.graph.cost import CPU_RATES, CostModel
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
-from pipeline.graph.driver import Tuning
 from pipeline.graph.stages import ALGORITHM_VERSIONS
+from pipeline.graph.tuning import Tuning
 from pipeline.quantize.solve import TILE_ROWS
 from pipeline.spec import ConversionSpec, parse_variant
 
 MakeSpec = Callable[..., ConversionSpec]
 Gather = Callable[..., Inputs]
 UP = "model.layers.1.mlp.up_proj.weight"
-TUNING = Tuning(spans=2, solve_s=20.0)
+TUNING = Tuning(spans=2, solve_s=20.0, heldout_spans=2, workers=2)
 GPTQ, AWQ = "gptq-w4-g64", "awq-w4-g64"
 PASSING = {Kind.EMBED, Kind.CALIBRATE, Kind.ADD, Kind.FACTOR, Kind.FORWARD, Kind.CONTINUE}
-FREE = replace(
-    CPU_RATES, weight_bytes=1e18, peer_bytes=1e18, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9, passing_s=1e-9
-)
-"""Rates at which nothing keeps a chain from being cut into as many spans as asked for."""
-
 Place = tuple[Kind, int, str]
 Keys = dict[tuple[Kind, int, str, str], list[str]]
 
@@ -116,7 +111,7 @@ def test_keys_do_not_know_paths_targets_names_or_costs(
     moved = shutil.copytree(llama, tmp_path / "elsewhere" / "other-name")
     text = tmp_path / "same text elsewhere.txt"
     shutil.copyfile(tmp_path / "calibration.txt", text)
-    slow = replace(FREE, forward_flops=1.0, column_flops=1.0, factor_flops=1.0, touched_bytes=1.0)
+    slow = replace(CPU_RATES, forward_flops=1.0, column_flops=1.0, factor_flops=1.0, touched_bytes=1.0)
     monkeypatch.setattr(build, "cost_model", lambda device: CostModel(slow, 1024))
     spec = make_spec(
         source=str(moved), targets=[str(tmp_path / "a")], release="team/name", calibration={"text": str(text)}
@@ -131,7 +126,7 @@ def durable(units: Iterable[WorkUnit]) -> dict[str, WorkUnit]:
 @pytest.mark.parametrize("number", [1, 3, 8])
 def test_spans_are_in_no_key_of_anything_stored(make_spec: MakeSpec, gather: Gather, number: int) -> None:
     inputs = gather(make_spec(calibration={"samples": 12, "slice_sequences": 2}, gates={"heldout_samples": 12}))
-    two, many = every(inputs), every(inputs, Tuning(number, TUNING.solve_s))
+    two, many = every(inputs), every(inputs, Tuning(number, TUNING.solve_s, number, number))
     assert durable(two).keys() == durable(many).keys()
     assert {place for unit in two for place in unit.saves} == {place for unit in many for place in unit.saves}
     spans = [{unit.key for unit in units if unit.kind is Kind.CALIBRATE} for units in (two, many)]
@@ -146,7 +141,7 @@ def test_a_solve_s_rows_are_in_its_own_key_and_in_no_other(
     """A range of rows is a piece of something: equal pieces have equal keys, and nobody downstream knows the pieces."""
     monkeypatch.setitem(TILE_ROWS, "cpu", 64)
     inputs = gather(make_spec())
-    whole, halves, tiles = (every(inputs, Tuning(2, solve_s)) for solve_s in (20.0, 0.02, 1e-9))
+    whole, halves, tiles = (every(inputs, replace(TUNING, solve_s=solve_s)) for solve_s in (20.0, 0.02, 1e-9))
 
     def solves(units: Iterable[WorkUnit]) -> dict[tuple[Any, ...], str]:
         return {(u.params["identity"], tuple(u.params["rows"])): u.key for u in units if u.kind is Kind.SOLVE}
@@ -169,7 +164,7 @@ def test_row_ranges_cover_a_group_once(make_spec: MakeSpec, gather: Gather, monk
     monkeypatch.setitem(TILE_ROWS, "cpu", 64)
     inputs = gather(make_spec())
     by_identity: dict[str, list[WorkUnit]] = {}
-    for unit in every(inputs, Tuning(2, 0.01)):
+    for unit in every(inputs, replace(TUNING, solve_s=0.01)):
         if unit.kind is Kind.SOLVE:
             by_identity.setdefault(unit.params["identity"], []).append(unit)
     for parts in by_identity.values():

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.fingerprint import digest_bytes, fingerprint
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.stages.call import Call
+from pipeline.graph.tuning import Tuning
 
 Digest = str
 
@@ -67,6 +68,14 @@ def expected(goals: Sequence[WorkUnit]) -> dict[str, Digest]:
         return known[wanted.key]
 
     return {goal.key: value(goal) for goal in goals if goal.is_durable}
+
+
+def in_parts(tuning: Tuning) -> list[WorkUnit]:
+    """Return a sum over parts as numerous as the tuning's spans, up to four, and what came before it."""
+    merged = unit("merged")
+    factor = passing("factor", merged)
+    number = min(tuning.spans, 4)
+    return [unit("before"), *(unit(f"part{n} of {number}", merged, factor) for n in range(number))]
 
 
 def random_goals(seed: int) -> list[WorkUnit]:
