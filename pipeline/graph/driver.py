@@ -8,8 +8,9 @@ Order. Of the units that can run, those with the lowest rank do, each where the 
 a *home* runs where the home's first unit ran, because what it reads is there.
 
 Faults. A worker that dies loses its shelf; its homes move, and what is missing is computed again from the last saved
-hidden states. A unit whose worker died ``MAX_LOSSES`` times ends the job. A unit that ran out of memory is cut into
-smaller ones, as the plan's cuts change no byte (``Tuning``). A stored output that is gone or damaged is computed again.
+hidden states. A unit that ran out of memory is cut into smaller ones, as how a job is cut changes no byte (``Tuning``);
+so is one whose worker died ``SUSPECT_LOSSES`` times, as the system kills for memory without a word. A unit whose worker
+died ``MAX_LOSSES`` times ends the job. A stored output that is gone or damaged is computed again.
 A unit that takes far longer than units of its kind do is given to a second worker, to which the homes of the first
 move; whoever is first wins. The first is given nothing more until it has told of everything that it was given.
 """
@@ -41,6 +42,9 @@ NEAR = 0.1
 AHEAD_S = 2.0
 """Longest unit, by its cost, that another one is queued behind: after a longer one the moment that it takes to hand out
 the next does not count, and the next might run elsewhere before."""
+
+SUSPECT_LOSSES = 2
+"""Deaths of the worker that ran a unit, from which on the unit is cut smaller if it can be."""
 
 MAX_LOSSES = 4
 """Deaths of the worker that ran a unit, after which the unit is taken to be their cause."""
@@ -505,6 +509,13 @@ class Driver:
         self._tuning = smaller
         self._observer.recovered(f"{error.message}: units are cut smaller")
 
+    def _cut_away(self, unit: WorkUnit) -> None:
+        """Halve the units of a job if that leaves no unit as large as this one, which may be what kills its workers."""
+        smaller = self._tuning.smaller()
+        if unit.key in self._state.planned and unit.key not in self._keys(self._make_goals(smaller)):
+            self._tuning = smaller
+            self._observer.recovered(f"{unit.title} may need too much memory: units are cut smaller")
+
     @staticmethod
     def _keys(goals: Sequence[WorkUnit]) -> set[str]:
         return {unit.key for unit in reachable_units(goals)}
@@ -536,6 +547,8 @@ class Driver:
                 )
             if lost.out_of_memory:
                 self._cut_smaller(blamed, GraphError(f"{blamed.title} ran out of memory"))
+            elif state.losses[blamed.key] >= SUSPECT_LOSSES:
+                self._cut_away(blamed)
         self._replan()
 
     def _stuck(self) -> GraphError:

@@ -236,8 +236,9 @@ def test_memory_that_runs_out_cuts_units_and_changes_no_byte(job: Job, undisturb
 
 
 @pytest.mark.parametrize("fits", [2, 1])
+@pytest.mark.parametrize("is_silent", [False, True], ids=["an error", "deaths without a word"])
 def test_units_that_are_too_long_are_halved_until_they_fit(
-    job: Job, undisturbed: Records, tmp_path: Path, fits: int
+    job: Job, undisturbed: Records, tmp_path: Path, fits: int, is_silent: bool
 ) -> None:
     """With weights that are slow to take in two workers are soonest done with one span; they get what they need."""
     costs = CostModel(replace(CPU_RATES, weight_bytes=1e6), TILE_ROWS["cpu"])
@@ -250,11 +251,16 @@ def test_units_that_are_too_long_are_halved_until_they_fit(
         if length <= fits:
             return None
         failed.append(length)
-        return GraphError("too large", code="graph.out_of_memory")
+        if not is_silent:
+            return GraphError("too large", code="graph.out_of_memory")
+        executor.lose(name)
+        executor.join()
+        return None
 
     records, executor = run(job, tmp_path, 2, fault=fail, tuning=soonest)
     assert records == undisturbed
     assert list(dict.fromkeys(failed)) == [5, 4, 2][: 4 - fits]
+    assert failed.count(5) == 1 + is_silent
     lengths = {unit.params["high"] - unit.params["low"] for _, unit in executor.log if unit.kind is Kind.CALIBRATE}
     assert max(lengths) == fits
 

@@ -14,12 +14,13 @@ import pytest
 
 from pipeline.errors import GraphError, PipelineError, StorageError
 from pipeline.graph.dag import WorkUnit
-from pipeline.graph.driver import MAX_LOSSES, MAX_RECOVERIES
+from pipeline.graph.driver import MAX_LOSSES, MAX_RECOVERIES, SUSPECT_LOSSES
 from pipeline.graph.executor import WorkerId
+from pipeline.graph.tuning import Tuning
 from pipeline.graph.worker import lost_output
 from tests.scripted_executor import ScriptedExecutor
-from tests.unit.graph.bench import Bench, die, once
-from tests.unit.graph.toys import expected, hidden, passing, random_goals, unit
+from tests.unit.graph.bench import TUNING, Bench, die, once
+from tests.unit.graph.toys import expected, hidden, in_parts, passing, random_goals, unit
 
 pytestmark = pytest.mark.usefixtures("toy_stages")
 
@@ -244,6 +245,49 @@ def test_a_unit_that_kills_its_workers_ends_the_job(tmp_path: Path) -> None:
         bench.run()
     assert caught.value.code == "graph.worker_lost"
     assert "fewer --workers" in caught.value.hint
+
+
+def test_a_unit_that_was_under_two_workers_deaths_is_cut_smaller_when_it_can_be(tmp_path: Path) -> None:
+    """Whom the system kills for memory dies without a word of it."""
+    deaths: list[str] = []
+
+    def kill(executor: ScriptedExecutor, name: WorkerId, wanted: WorkUnit) -> None:
+        if wanted.label.endswith(("of 1", "of 2")):
+            deaths.append(wanted.label)
+            executor.lose(name)
+            executor.join()
+
+    bench = Bench(tmp_path, in_parts(TUNING), fault=kill, make_goals=in_parts)
+    assert bench.run() == expected(in_parts(Tuning(4, 1.0)))
+    assert deaths[:2] == ["part0 of 1"] * 2
+    assert len(deaths) == 2 * SUSPECT_LOSSES
+    assert sum("cut smaller" in reason for reason in bench.noted.reasons) == 2
+
+
+def test_nothing_is_cut_for_deaths_under_a_unit_that_cannot_be(tmp_path: Path) -> None:
+    def kill(executor: ScriptedExecutor, name: WorkerId, wanted: WorkUnit) -> None:
+        if wanted.label == "merged":
+            executor.lose(name)
+            executor.join()
+
+    bench = Bench(tmp_path, in_parts(TUNING), fault=kill, make_goals=in_parts)
+    with pytest.raises(GraphError, match=rf"merged lost its worker {MAX_LOSSES} times"):
+        bench.run()
+    assert not [reason for reason in bench.noted.reasons if "cut smaller" in reason]
+
+
+def test_deaths_under_different_units_cut_nothing(tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    def kill(executor: ScriptedExecutor, name: WorkerId, wanted: WorkUnit) -> None:
+        if wanted.key not in seen:
+            seen.add(wanted.key)
+            executor.lose(name)
+            executor.join()
+
+    bench = Bench(tmp_path, in_parts(Tuning(2, 1.0)), fault=kill)
+    assert bench.run() == expected(bench.goals)
+    assert len(seen) == 5
 
 
 def test_what_was_queued_behind_a_deadly_unit_is_not_blamed(tmp_path: Path) -> None:
