@@ -61,9 +61,9 @@ class WorkAddress(click.ParamType):  # type: ignore[type-arg]  # generic only to
 @click.option(
     "--max-memory",
     metavar="SIZE",
-    help="Memory of a worker, for example 1.5GB: work is cut so that it fits, what waits for others goes to disk, and "
-    "a conversion that needs more is refused before anything is fetched; never changes a byte.  [default: as much as "
-    "it takes]",
+    help="Memory of a worker, for example 1.5GB: work is cut so that it fits, what waits for others goes to disk, a "
+    "machine gets no more workers than it has memory for, and a conversion that needs more is refused before anything "
+    "is fetched; never changes a byte.  [default: as much as it takes]",
 )
 @click.option(
     "--device",

@@ -1,6 +1,7 @@
 """Ray: where work units run. Local by default, a cluster by address.
 
-Each worker is an actor with one CPU (and a share of a GPU when the job runs on GPUs). Ray carries units, their outcomes
+Each worker is an actor with one CPU, a share of a GPU when the job runs on GPUs, and the memory that it may use when
+that is limited, so that no node is filled with more workers than it has memory for. Ray carries units, their outcomes
 and what one worker hands to another; nothing that has to last lives in it. Workers are not restarted by Ray: the driver
 hears of a loss, and a new worker takes the place of the old one as long as the cluster has room. A request that the
 cluster can never meet fails at once with what was asked for and what there is, instead of pending for ever.
@@ -32,9 +33,13 @@ from pipeline.graph.shelf import Tensors
 from pipeline.graph.stages.call import JobContext
 from pipeline.graph.worker import Outcome, Worker, lost_output
 from pipeline.settings import quiet_ray
+from pipeline.units import format_bytes
 
 OBJECT_STORE_BYTES = 400_000_000
 """Local object store: what workers hand to each other passes through it and does not stay."""
+
+LOCAL_RAY_BYTES = 400_000_000
+"""TODO"""
 
 START_TIMEOUT_S = 180.0
 """Longest start of a worker: a process that imports torch and transformers, on a busy machine."""
@@ -124,6 +129,28 @@ class _Seat:
     about: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What a worker takes of its node, besides a CPU.
+
+    Attributes:
+        gpus: Share of a GPU.
+        memory_bytes: Memory; 0 when nobody has said how much.
+    """
+
+    gpus: float
+    memory_bytes: int
+
+    def slots(self, resources: Mapping[str, float]) -> int:
+        """Return the number of workers that resources have room for."""
+        slots = int(resources.get("CPU", 0.0))
+        if self.gpus:
+            slots = min(slots, int(resources.get("GPU", 0.0) / self.gpus + GPU_ROUNDING))
+        if self.memory_bytes:
+            slots = min(slots, int(resources.get("memory", 0.0) // self.memory_bytes))
+        return slots
+
+
 class RayExecutor:
     """Runs work units on Ray actors."""
 
@@ -148,9 +175,11 @@ class RayExecutor:
         _connect(ray, workers, address)
         try:
             self._context = ray.put(context)
-            self._gpus = _gpu_share(_resources(ray), workers) if context.device == "cuda" else 0.0
+            gpus = _gpu_share(_resources(ray), workers) if context.device == "cuda" else 0.0
+            self._share = _Share(gpus, context.max_memory_bytes or 0)
             _require_cpus(_resources(ray))
-            self._actor = _actor_class(ray, self._gpus)
+            _require_memory(_nodes(ray), self._share)
+            self._actor = _actor_class(ray, self._share)
             self._lost_s = time.monotonic()
             self._wait_for_one()
         except BaseException:
@@ -182,7 +211,7 @@ class RayExecutor:
         return GraphError(
             f"no worker has started, for want of room; the cluster has {_describe(_resources(self._ray))}",
             code="graph.infeasible",
-            hint="other jobs may hold its CPUs: see `ray status`, or run without --address",
+            hint="other jobs may hold its CPUs or its memory: see `ray status`, or run without --address",
         )
 
     @property
@@ -273,7 +302,7 @@ class RayExecutor:
         if self._start_failures >= MAX_START_FAILURES:
             return
         room = self._target - len(self._seats)
-        for _ in range(max(0, min(room, self._free_slots()))):
+        for _ in range(min(room, self._free_slots()) if room > 0 else 0):
             self._number += 1
             actor = self._actor.remote(self._context)
             self._seats[f"worker-{self._number}"] = _Seat(actor, actor.describe.remote(), time.monotonic())
@@ -289,13 +318,15 @@ class RayExecutor:
                 self._last_failure = f"{name} had not started after {START_TIMEOUT_S:.0f} s"
 
     def _free_slots(self) -> int:
-        """Return how many workers the cluster can take now; those that are starting may not be counted yet."""
+        """Return how many workers the cluster can take now; those that are starting may not be counted yet.
+
+        What is free is known of all nodes together, and what no node has left for a worker may add up to one. So it is
+        no more than nodes can hold, each on its own.
+        """
         starting = sum(seat.ready is not None for seat in self._seats.values())
         free: dict[str, float] = self._ray.available_resources()  # type: ignore[no-untyped-call]
-        slots = int(free.get("CPU", 0.0))
-        if self._gpus:
-            slots = min(slots, int(free.get("GPU", 0.0) / self._gpus + GPU_ROUNDING))
-        return max(slots - starting, 0)
+        held = sum(map(self._share.slots, _nodes(self._ray)))
+        return max(min(self._share.slots(free) - starting, held - len(self._seats)), 0)
 
     def forget(self, worker: WorkerId, keys: Iterable[str]) -> None:
         """Have a worker drop passing outputs."""
@@ -321,6 +352,7 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_node_ip_address": "127.0.0.1",
+            **_local_memory(),
         }
     )
     if address:
@@ -345,6 +377,13 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
             signal.signal(signal.SIGTERM, on_terminate)
 
 
+def _local_memory() -> dict[str, Any]:
+    """Return what Ray is told of this machine's memory: what is left of it, where that is known. Ray itself takes the
+    memory of programs outside its own control group for free."""
+    spare = heap.spare_bytes()
+    return {} if spare is None else {"_memory": max(spare - OBJECT_STORE_BYTES - LOCAL_RAY_BYTES, 0)}
+
+
 def _require_reachable(address: str) -> None:
     """Return when something listens at the address of a cluster's head; Ray itself would try for minutes.
 
@@ -364,13 +403,16 @@ def _require_reachable(address: str) -> None:
         ) from error
 
 
-def _actor_class(ray: Any, gpus: float) -> Any:
-    """Return the actor class whose instances take one CPU and ``gpus`` GPUs each."""
+def _actor_class(ray: Any, share: _Share) -> Any:
+    """Return the actor class whose instances take one CPU and a share each."""
     groups = {"io": 2}
     for name in ("hand_over", "forget"):
         # Read by Ray when the class is made remote: these run beside the unit at hand.
         ray.method(concurrency_group="io")(getattr(RemoteWorker, name))
-    make_actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0, concurrency_groups=groups)
+    memory = {"memory": share.memory_bytes} if share.memory_bytes else {}
+    make_actor = ray.remote(
+        num_cpus=1, num_gpus=share.gpus, **memory, max_restarts=0, max_task_retries=0, concurrency_groups=groups
+    )
     return make_actor(RemoteWorker)
 
 
@@ -389,6 +431,11 @@ def _resources(ray: Any) -> dict[str, float]:
     return found
 
 
+def _nodes(ray: Any) -> list[dict[str, float]]:
+    """Return what each node has in all, by resource name."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _describe(resources: dict[str, float]) -> str:
     return ", ".join(f"{name}: {amount:g}" for name, amount in sorted(resources.items()) if "node:" not in name)
 
@@ -400,6 +447,25 @@ def _require_cpus(resources: dict[str, float]) -> None:
             code="graph.infeasible",
             hint="join a cluster whose nodes offer CPUs, or run without --address",
         )
+
+
+def _require_memory(nodes: Sequence[Mapping[str, float]], share: _Share) -> None:
+    """Return when some node could run a worker.
+
+    Raises:
+        GraphError: when none has the memory that a worker may use.
+    """
+    if not share.memory_bytes or any(map(share.slots, nodes)):
+        return
+    could = [node for node in nodes if replace(share, memory_bytes=0).slots(node)]
+    most = max((node.get("memory", 0.0) for node in could), default=0.0)
+    raise GraphError(
+        f"--max-memory asks for {format_bytes(share.memory_bytes)} for each worker, and no node that could run one has "
+        f"more than {format_bytes(int(most))} for workers",
+        code="graph.infeasible",
+        hint="give workers less with --max-memory (bitmill plan says how little would do), end other programs, or join "
+        "nodes with more memory with --address",
+    )
 
 
 def _gpu_share(resources: dict[str, float], workers: int) -> float:

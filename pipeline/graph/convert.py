@@ -129,6 +129,7 @@ def convert(
         device=options.device,
         shelf_bytes=memory.shelf_bytes if options.shelf_bytes is None else options.shelf_bytes,
         streamed=source if is_streamed else None,
+        max_memory_bytes=options.max_memory_bytes,
     )
     jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
     units, records = run_job(inputs, work, jobs, context, options, memory.tuning, sink)

@@ -164,8 +164,9 @@ class Worker:
 
 
 def _shelf_bytes(context: JobContext) -> int:
-    """Return the shelf's budget: the job's, and on an accelerator a share of its memory when that is more."""
-    if context.device == "cpu":
+    """Return the shelf's budget: the job's, and on an accelerator a share of its memory when that is more and nobody
+    has said what a worker may use."""
+    if context.device == "cpu" or context.max_memory_bytes is not None:
         return context.shelf_bytes
     total: int = torch.cuda.get_device_properties(0).total_memory
     return max(context.shelf_bytes, int(SHELF_SHARE * total))

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import heap
 from pipeline.errors import GraphError
 from pipeline.graph import assemble, chains, cluster, tuning
 from pipeline.graph.cluster import RayExecutor
@@ -39,6 +40,8 @@ VARIANTS = ("gptq-w4-g64", "awq-w4-g64", "rtn-w8-g128")
 """Every method, and every format: gptq, awq, compressed-tensors."""
 
 QUICK_DEATHS = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+
+GIGABYTE = 10**9
 
 Contents = dict[str, bytes]
 
@@ -264,11 +267,11 @@ def test_workers_share_gpus_evenly_and_cpu_workers_get_none(tmp_path: Path) -> N
             shares = {workers: cluster._gpu_share(resources, workers) for workers in (1, 2, 3, 4, 5)}
             assert shares == {1: 1.0, 2: 1.0, 3: 0.5, 4: 0.5, 5: 1 / 3}
             (gpu_node,) = (node for node in ray.nodes() if node["Resources"].get("GPU"))
-            half = cluster._actor_class(ray, shares[4])
+            half = cluster._actor_class(ray, cluster._Share(shares[4], 0))
             found = describe([half.remote(context(tmp_path)) for _ in range(4)])
             assert {place["node"] for place in found} == {gpu_node["NodeID"]}
             assert sorted(Counter(gpu for place in found for gpu in place["gpus"]).values()) == [2, 2]
-            plain = cluster._actor_class(ray, 0.0)
+            plain = cluster._actor_class(ray, cluster._Share(0.0, 0))
             assert [place["gpus"] for place in describe([plain.remote(context(tmp_path)) for _ in range(2)])] == [
                 [],
                 [],
@@ -309,6 +312,41 @@ def test_a_cluster_without_cpus_is_refused_at_once(tmp_path: Path) -> None:
     with nodes({"num_cpus": 0}) as made, expected_soon(30, match="needs a CPU, and the cluster has none") as caught:
         RayExecutor(context(tmp_path), 2, made.address)
     assert caught.value.code == "graph.infeasible"
+
+
+def test_memory_that_no_node_for_a_worker_has_is_refused_at_once_with_what_there_is(tmp_path: Path) -> None:
+    elsewhere = {"num_cpus": 0, "memory": 64 * GIGABYTE}
+    asked = context(tmp_path, max_memory_bytes=3 * GIGABYTE)
+    said = r"--max-memory asks for 3 GB for each worker, and no node that could run one has more than 2 GB"
+    with nodes({"num_cpus": 2, "memory": 2 * GIGABYTE}, elsewhere) as made, expected_soon(30, match=said) as caught:
+        RayExecutor(asked, 2, made.address)
+    assert caught.value.code == "graph.infeasible"
+    assert "--max-memory" in caught.value.hint
+
+
+def test_a_local_ray_knows_what_this_machine_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spare = 2 * GIGABYTE + cluster.OBJECT_STORE_BYTES + cluster.LOCAL_RAY_BYTES
+    monkeypatch.setattr(heap, "spare_bytes", lambda: spare)
+    with expected_soon(30, match=r"asks for 2\.1 GB for each worker, and no node .* more than 2 GB for workers"):
+        RayExecutor(context(tmp_path, max_memory_bytes=2_100_000_000), 1)
+
+
+def test_a_node_gets_no_more_workers_than_it_has_memory_for(tmp_path: Path) -> None:
+    """What two nodes have left of their memory would do for one more, together."""
+    each = {"num_cpus": 3, "memory": 3 * GIGABYTE}
+    with nodes(each, each) as made:
+        executor = RayExecutor(context(tmp_path, max_memory_bytes=2 * GIGABYTE), 5, made.address)
+        try:
+            while len(executor.workers) < 2:
+                assert isinstance(executor.wait(60.0), WorkerJoined)
+            assert executor.wait(2.0) is None
+            assert len({place["node"] for place in executor.places.values()}) == 2
+            assert len(executor._seats) == 2, "nobody waits for room that no node has"
+            made.add_node(node_ip_address="127.0.0.1", **each)
+            while len(executor.workers) < 3:
+                executor.wait(60.0)
+        finally:
+            executor.close()
 
 
 def test_cpus_that_others_hold_are_waited_for_and_no_longer_than_said(

@@ -1,9 +1,14 @@
-"""What a process takes is what the system says, and what it has freed goes back."""
+"""What a process takes and what is left is what the system says, and what it has freed goes back."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import heap
 
 PROGRAM = """
 import torch
@@ -27,3 +32,65 @@ def test_freed_memory_is_given_back() -> None:
     assert taken > 250_000_000
     assert freed < 0.5 * taken, "the allocator gives it back by itself, so there is nothing to test"
     assert left < 0.1 * taken
+
+
+def write(files: dict[Path, str]) -> None:
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A system's folder, of which a machine with 8,000 kB left is all."""
+    for name, path in {"_MEMINFO": "meminfo", "_MEMBERSHIPS": "cgroup", "_GROUPS": "groups"}.items():
+        monkeypatch.setattr(heap, name, tmp_path / path)
+    write({tmp_path / "meminfo": "MemTotal: 9000 kB\nMemAvailable:    8000 kB\nCached: 10 kB\n"})
+    return tmp_path
+
+
+def test_what_is_left_is_what_the_machine_has_left(system: Path) -> None:
+    assert heap.spare_bytes() == 8000 * 1024
+    write({system / "cgroup": "0::/\n"})
+    assert heap.spare_bytes() == 8000 * 1024
+    (system / "meminfo").unlink()
+    assert heap.spare_bytes() is None
+
+
+def test_a_container_has_no_more_left_than_its_group_or_one_around_it(system: Path) -> None:
+    own = system / "groups" / "slice" / "own"
+    write(
+        {
+            system / "cgroup": "0::/slice/own\n",
+            own / "memory.max": "max\n",
+            own / "memory.current": "600\n",
+            own / "memory.stat": "inactive_file 300\n",
+            own.parent / "memory.max": "1000\n",
+            own.parent / "memory.current": "900\n",
+            own.parent / "memory.stat": "anon 5\ninactive_file 300\n",
+        }
+    )
+    assert heap.spare_bytes() == 1000 - 900 + 300
+    write({own / "memory.max": "700\n", own / "memory.stat": "anon 7\n"})
+    assert heap.spare_bytes() == 700 - 600
+    write({own / "memory.current": "701\n"})
+    assert heap.spare_bytes() == 0
+
+
+def test_groups_of_the_first_version_limit_too(system: Path) -> None:
+    """In a container, paths may be those of the host."""
+    top = system / "groups" / "memory"
+    write(
+        {
+            system / "cgroup": "9:name=systemd:/x\n4:cpu,memory:/not/here\n0::/\n",
+            top / "memory.limit_in_bytes": "5000\n",
+            top / "memory.usage_in_bytes": "2000\n",
+            top / "memory.stat": "inactive_file 7\ntotal_inactive_file 400\n",
+        }
+    )
+    assert heap.spare_bytes() == 5000 - 2000 + 400
+
+
+def test_this_machine_has_something_left() -> None:
+    spare = heap.spare_bytes()
+    assert spare is None or spare > 0

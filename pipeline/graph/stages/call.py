@@ -51,6 +51,7 @@ class JobContext:
         stamps: What each weights file was when its digest was taken.
         device: ``cpu`` or ``cuda``.
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
+        max_memory_bytes: Memory that a worker may use; None for what it takes.
     """
 
     work_url: str
@@ -60,6 +61,7 @@ class JobContext:
     device: str
     shelf_bytes: int
     streamed: HubSource | None = None
+    max_memory_bytes: int | None = None
 
 
 FetchFrom = Callable[[str, str], Tensors]

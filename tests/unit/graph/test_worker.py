@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.stages import call as call_module
 from pipeline.graph.stages.call import LOST, Call, JobContext
-from pipeline.graph.worker import KEPT_COPIES, Worker, nobody_holds
+from pipeline.graph.worker import KEPT_COPIES, Worker, _shelf_bytes, nobody_holds
 from pipeline.storage.work_directory import DirectoryWorkStore
 from tests.unit.graph.toys import as_digest, as_tensors, combine, hidden, passing, run_toy, unit
 
@@ -225,3 +226,15 @@ def test_what_was_spilled_goes_with_the_worker(tmp_path: Path) -> None:
     assert f"{passing('a').key}.safetensors" in files(tmp_path)
     worker.close()
     assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("device", "max_memory_bytes", "expected"), [("cpu", None, 1000), ("cuda", None, 3 * 10**9), ("cuda", 10**9, 1000)]
+)
+def test_an_accelerator_s_memory_is_for_the_shelf_too_unless_memory_is_limited(
+    monkeypatch: pytest.MonkeyPatch, device: str, max_memory_bytes: int | None, expected: int
+) -> None:
+    properties = SimpleNamespace(total_memory=10**10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    context = JobContext("", "", "", (), device, shelf_bytes=1000, max_memory_bytes=max_memory_bytes)
+    assert _shelf_bytes(context) == expected
