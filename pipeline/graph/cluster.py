@@ -366,7 +366,7 @@ def _require_reachable(address: str) -> None:
 
 def _actor_class(ray: Any, gpus: float) -> Any:
     """Return the actor class whose instances take one CPU and ``gpus`` GPUs each."""
-    groups = {"io": 2}
+    groups = {"io": 1}  # one sum at a time is read back beside the unit that runs
     for name in ("hand_over", "forget"):
         # Read by Ray when the class is made remote: these run beside the unit at hand.
         ray.method(concurrency_group="io")(getattr(RemoteWorker, name))

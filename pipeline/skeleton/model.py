@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from pipeline.errors import CorruptWeightsError, UnsupportedArchitectureError
 
 TABLE_ELEMENTS = 1 << 25
-"""Tables up to this size (128 MB in float32) are converted as a whole: for every token anew would be slower."""
+"""Tables up to this size (128 MB in float32) are converted as a whole: for every token anew would be slower. Part of
+the order of summation, as the next one."""
 
 HEAD_PART_ELEMENTS = 1 << 23
 """Elements of the output head that are converted together (32 MB in float32)."""
@@ -186,13 +187,31 @@ class Skeleton:
         tied = {name: weights[origin] for name, origin in self._tied_names().items() if origin in weights}
         found = {**tied, **weights}
         large = {name: found[name] for name in self._tabled if name in found and found[name].numel() > TABLE_ELEMENTS}
-        self._tables = {name: tensor.to(self.device) for name, tensor in large.items()}
+        # What stands under two names, as tied embeddings do, is in memory once.
+        placed: dict[int, Tensor] = {}
+
+        def place(tensor: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
+            if id(tensor) not in placed:
+                placed[id(tensor)] = convert(tensor)
+            return placed[id(tensor)]
+
+        self._tables = {name: place(tensor, lambda t: t.to(self.device)) for name, tensor in large.items()}
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         for name, before in state.items():
             if not name.startswith(prefixes):
                 is_placed = name in found and name not in large
-                self._assign(self.net, {name: found[name] if is_placed else zero.expand(before.shape)})
+                tensor = place(found[name], self._computed_with) if is_placed else zero.expand(before.shape)
+                self._assign(self.net, {name: tensor})
         self._outer = weights
+
+    @contextmanager
+    def outer_attached(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context, ``weights`` are in place outside the blocks."""
+        self.attach_outer(weights)
+        try:
+            yield
+        finally:
+            self.detach_outer()
 
     def detach_outer(self) -> None:
         """Drop the weights outside the blocks."""
