@@ -62,6 +62,11 @@ class Keyring:
         """Checkpoint tensors outside the blocks, extras included."""
         return [*self.outline.skeleton.outer_tensors().values(), *self.outline.skeleton.extra_names]
 
+    @cached_property
+    def embedding(self) -> Mapping[str, str]:
+        """Checkpoint names by model name of what the hidden states that enter the first block follow from."""
+        return self.outline.skeleton.embedding_tensors()
+
     def block_names(self, block: int) -> list[str]:
         """Checkpoint tensors of one block."""
         return list(self.outline.skeleton.block_tensors(block).values())

@@ -43,6 +43,10 @@ class SkeletonShape(Protocol):
         """Return checkpoint names by model name for everything outside the blocks."""
         ...
 
+    def embedding_tensors(self) -> Mapping[str, str]:
+        """Return those of them that the hidden states entering the first block follow from."""
+        ...
+
 
 class ModelShape(Protocol):
     """A model as far as its conversion can be planned from it; see ``Outline``."""

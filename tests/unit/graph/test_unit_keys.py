@@ -62,17 +62,21 @@ def places(found: Keys, accept: Callable[[Place], bool] = lambda place: True) ->
 
 
 def copy_changed(source: Path, folder: Path, tensor: str, both_blocks_in_one_file: bool = True) -> Path:
-    """Return a copy of a source whose blocks lie in a file each, one value of ``tensor`` changed."""
+    """Return a copy of a source whose second block, and what follows the blocks, lie in a file each, one value of
+    ``tensor`` changed."""
     shutil.copytree(source, folder)
     path = folder / "model.safetensors"
     tensors = load_file(path)
     if tensor:
-        tensors[tensor][0, 0] += 1
+        tensors[tensor].view(-1)[0] += 1
     if both_blocks_in_one_file:
         save_file(tensors, path, {"format": "pt"})
         return folder
     path.unlink()
-    weight_map = {name: "last.safetensors" if ".layers.1." in name else "first.safetensors" for name in tensors}
+    files = {".layers.1.": "second.safetensors", "model.norm": "last.safetensors", "lm_head": "last.safetensors"}
+    weight_map = {
+        name: next((file for part, file in files.items() if part in name), "first.safetensors") for name in tensors
+    }
     for file in set(weight_map.values()):
         save_file({name: t for name, t in tensors.items() if weight_map[name] == file}, folder / file, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -257,6 +261,23 @@ def test_a_changed_weight_changes_its_block_and_what_follows(
     after = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "b", UP, False)))))
     first_block = places(before, lambda place: place[1] == 0)
     assert places(before) - changed(before, after) == first_block | {(Kind.EMBED, -1, ""), (Kind.OUTER, -1, "")}
+
+
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.norm.weight"])
+def test_what_follows_the_blocks_changes_what_reads_it(
+    tensor: str, make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path
+) -> None:
+    before = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "a", "", False)))))
+    after = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "b", tensor, False)))))
+    readers = {Kind.OUTER, Kind.SCORE, Kind.GENERATE}
+    assert changed(before, after) == places(before, lambda place: place[0] in readers)
+
+
+def test_the_embedding_changes_everything(make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path) -> None:
+    before = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "a", "", False)))))
+    embedding = "model.embed_tokens.weight"
+    after = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "b", embedding, False)))))
+    assert changed(before, after) == places(before)
 
 
 def test_a_weight_in_the_only_file_changes_everything(
