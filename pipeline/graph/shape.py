@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.tensors.index import WeightIndex
@@ -50,6 +50,11 @@ class SkeletonShape(Protocol):
 
 class ModelShape(Protocol):
     """A model as far as its conversion can be planned from it; see ``Outline``."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Contents of config.json, or what is known of it."""
+        ...
 
     @property
     def index(self) -> WeightIndex:

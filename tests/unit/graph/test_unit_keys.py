@@ -19,6 +19,7 @@ from pipeline.graph.build import Inputs, JobUnits, build_units
 from pipeline.graph.cost import CPU_RATES, CostModel
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import Tuning
+from pipeline.graph.identity import IGNORED_CONFIG_KEYS, computing_config
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.quantize.solve import TILE_ROWS
 from pipeline.spec import ConversionSpec, parse_variant
@@ -299,6 +300,50 @@ def test_config_device_and_package_versions_change_everything(
     assert changed(before, keys(gather(make_spec(), "cuda"))) == places(before)
     monkeypatch.setattr(identity, "version", lambda name: "99.0")
     assert changed(before, keys(gather(make_spec()))) == places(before)
+
+
+def test_the_scheme_of_keys_is_in_every_key(
+    make_spec: MakeSpec, gather: Gather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(gather(make_spec()))
+    monkeypatch.setattr(identity, "KEY_SCHEME", 99)
+    assert changed(before, keys(gather(make_spec()))) == places(before)
+
+
+@pytest.mark.parametrize("key", IGNORED_CONFIG_KEYS)
+def test_what_is_ignored_of_the_config_changes_what_has_the_tokenizer_only(
+    key: str, make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path
+) -> None:
+    found = []
+    for value in ("1.0", "2.0"):
+        folder = shutil.copytree(llama, tmp_path / value)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        found.append(keys(gather(make_spec(source=str(folder)))))
+    assert changed(*found) == places(found[0], lambda place: place[0] is Kind.GENERATE)
+
+
+def test_only_values_of_outermost_keys_are_ignored_of_a_config() -> None:
+    config = {"model_type": "m", "transformers_version": "5", "text_config": {"transformers_version": "5"}}
+    assert computing_config(config) == {**config, "transformers_version": None}
+    assert computing_config({}) == {}
+
+
+def test_how_a_config_is_written_changes_what_has_the_tokenizer_only(
+    make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path
+) -> None:
+    before = keys(gather(make_spec()))
+    folder = shutil.copytree(llama, tmp_path / "b")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=7))
+    after = keys(gather(make_spec(source=str(folder))))
+    assert changed(before, after) == places(before, lambda place: place[0] is Kind.GENERATE)
+
+
+def test_a_card_changes_no_key(make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "b")
+    (folder / "README.md").write_text("# Another card")
+    assert keys(gather(make_spec(source=str(folder)))) == keys(gather(make_spec()))
 
 
 def downstream(units: JobUnits, kind: Kind) -> set[str]:
