@@ -1,10 +1,10 @@
 """The work units of a conversion and their keys.
 
 A key is the fingerprint of the stage's kind and version, what computes it (package versions, device kind), its own
-inputs from the source (tensor places and file digests, config), its arguments, and the identities of what it reads.
-Paths, workers and times are in no key, nor is how the job is cut: spans of slices and ranges of rows are cuts of one
-thing that has an identity of its own (the *chain* up to a block, the solve of a group), and only what lies in such a
-piece is keyed by it.
+inputs from the source (tensor places and file digests, the config but for labels), its arguments, and the identities of
+what it reads. Paths, workers and times are in no key, nor is how the job is cut: spans of slices and ranges of rows are
+cuts of one thing that has an identity of its own (the *chain* up to a block, the solve of a group), and only what lies
+in such a piece is keyed by it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,14 @@ from pipeline.graph.schemes import (
 )
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.tuning import Tuning
+from pipeline.hub.selection import CARD_FILE
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
+from pipeline.weights import INDEX_FILE
+
+UNREAD_FILES = (CARD_FILE, INDEX_FILE)
+"""Companions that say nothing to whoever continues a prompt; where tensors are is in keys already."""
 
 PACKED_EXTRA = 0.02
 """Bytes of a packed weight besides its code: scales and zero points of groups of 128."""
@@ -356,7 +361,11 @@ class UnitBuilder:
     def _generation(self, config: dict[str, Any], needs: Sequence[WorkUnit], variant: str) -> WorkUnit:
         """Return the unit that continues the smoke prompts; without a variant's units, with the source."""
         gates = self.inputs.spec.gates
-        files = {path: digest for path, digest in self.inputs.digests.items() if not path.endswith(".safetensors")}
+        files = {
+            path: digest
+            for path, digest in self.inputs.digests.items()
+            if not path.endswith(".safetensors") and path not in UNREAD_FILES
+        }
         identity: dict[str, Any] = {
             "companions": files,
             "needs": [need.key for need in needs],

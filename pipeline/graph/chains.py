@@ -185,7 +185,7 @@ class ChainBuilder:
         begin = {
             "tokens": tokens.digest,
             "slices": [len(part) for part in tokens.slices],
-            "weights": self.keys.places(self.keys.outer_names),
+            "weights": self.keys.places(self.keys.embedding.values()),
         }
         start = identity = self.keys.key(Kind.EMBED, begin)
         identities = []
@@ -222,11 +222,16 @@ class ChainBuilder:
         return WorkUnit(
             Kind.EMBED,
             self.keys.key(Kind.EMBED, {"chain": start, "span": span}),
-            {"low": low, "high": high, "tokens": list(tokens.slices[low:high])},
+            {
+                "low": low,
+                "high": high,
+                "tokens": list(tokens.slices[low:high]),
+                "weights": dict(self.keys.embedding),
+            },
             is_durable=False,
             home=f"{tokens.name}::{low}",
             rank=-self.num_blocks - 1,
-            cost=self.costs.embed_s(sum(self.keys.outline.tensor_bytes(name) for name in self.keys.outer_names)),
+            cost=self.costs.embed_s(sum(map(self.keys.outline.tensor_bytes, self.keys.embedding.values()))),
             out_bytes=4.0 * count * self._hidden,
         )
 

@@ -39,7 +39,7 @@ OBJECT_STORE_BYTES = 400_000_000
 """Local object store: what workers hand to each other passes through it and does not stay."""
 
 LOCAL_RAY_BYTES = 400_000_000
-"""TODO"""
+"""What Ray's own processes take on a machine where it is started."""
 
 START_TIMEOUT_S = 180.0
 """Longest start of a worker: a process that imports torch and transformers, on a busy machine."""
@@ -405,7 +405,7 @@ def _require_reachable(address: str) -> None:
 
 def _actor_class(ray: Any, share: _Share) -> Any:
     """Return the actor class whose instances take one CPU and a share each."""
-    groups = {"io": 2}
+    groups = {"io": 1}  # one sum at a time is read back beside the unit that runs
     for name in ("hand_over", "forget"):
         # Read by Ray when the class is made remote: these run beside the unit at hand.
         ray.method(concurrency_group="io")(getattr(RemoteWorker, name))

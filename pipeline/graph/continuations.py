@@ -108,7 +108,9 @@ class ContinuationBuilder:
             is_durable=False,
             home=f"continue:{unit.variant or 'source'}:{number}",
             rank=unit.rank,
-            cost=self.costs.continue_s(parameters, len(prompts), PROMPT_TOKENS),
+            cost=self.costs.load_s(parameters)
+            if step == LOAD
+            else self.costs.continue_s(parameters, len(prompts), PROMPT_TOKENS),
             out_bytes=4.0 * len(prompts) * PROMPT_TOKENS * self.keys.outline.groups[0][0].in_features,
             variant=unit.variant,
         )

@@ -86,7 +86,7 @@ CPU_RATES = Rates(
     unit_s=0.02,
     passing_s=0.005,
     solve_s=20.0,
-    held_bytes=0.25e9,
+    held_bytes=0.05e9,
     weight_size=4,
     resident_bytes=2.0 * 2**30,
 )
@@ -227,6 +227,10 @@ class CostModel:
         passed = self.rates.weight_size * parameters / self.rates.decoded_bytes
         computed = forward_flops(parameters, num_tokens) / self.rates.forward_flops
         return self.rates.passing_s + num_prompts * (passed + computed)
+
+    def load_s(self, parameters: float) -> float:
+        """Return the seconds of taking in weights that will be passed by again and again."""
+        return self.rates.passing_s + self.rates.weight_size * parameters / self.rates.weight_bytes
 
     def embed_s(self, num_bytes: float) -> float:
         """Return the seconds of taking in what lies outside the blocks; looking tokens up costs next to nothing."""

@@ -436,13 +436,20 @@ class Driver:
         readers = self._state.readers.get(need.key)
         if readers is not None and reader.key in readers:
             readers.remove(reader.key)
-            if not readers and not need.is_durable:
+            if not readers:
                 self._drop(need.key)
+                self._drop_copy(need)
 
     def _drop(self, key: str) -> None:
         holder = self._state.holders.pop(key, None)
         if holder is not None and holder in self._executor.workers:
             self._executor.forget(holder, (key,))
+
+    def _drop_copy(self, need: WorkUnit) -> None:
+        """Nobody will read a stored output again in this job: whoever made it needs its copy no more."""
+        origin = self._holder(need) if need.is_durable else None
+        if origin is not None:
+            self._executor.forget(origin, (need.key,))
 
     def _move_homes(self, worker: WorkerId) -> None:
         homes = self._state.homes

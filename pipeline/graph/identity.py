@@ -16,6 +16,19 @@ from pipeline.graph.stages import ALGORITHM_VERSIONS
 COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors")
 """Packages whose version can change bytes; with Bitmill's own they are named on the card."""
 
+KEY_SCHEME = 2
+"""Part of every key: raised when something else than before identifies what a unit reads."""
+
+IGNORED_CONFIG_KEYS = {
+    "transformers_version": (
+        "says who wrote the file; transformers looks whether it is there, which stays in the key, and at its value in "
+        "one tokenizer: tokens are in keys themselves, and what has a tokenizer has config.json as it is in its key"
+    ),
+    "_name_or_path": "says where the model was when the file was written; it is read from another place now",
+}
+"""Keys of config.json, outermost ones only, whose values affect no computation, each with the reason. When in doubt a
+key is not listed: dtypes decide the arithmetic of some classes, ``architectures`` may choose the class."""
+
 HIDDEN_STAGE = "hidden"
 """Folder of the work store for hidden states that are saved every few blocks."""
 
@@ -38,7 +51,8 @@ class Keyring:
     def compute(self) -> dict[str, Any]:
         """What computes: versions, device kind, the model's config."""
         packages = {name: version(name) for name in COMPUTE_PACKAGES}
-        return {"packages": packages, "device": self.device, "config": self.digests["config.json"]}
+        config = fingerprint(computing_config(self.outline.config))
+        return {"scheme": KEY_SCHEME, "packages": packages, "device": self.device, "config": config}
 
     def key(self, kind: Kind, identity: Mapping[str, Any]) -> str:
         """Return the key of a unit that is identified by its kind and ``identity``."""
@@ -62,6 +76,11 @@ class Keyring:
         """Checkpoint tensors outside the blocks, extras included."""
         return [*self.outline.skeleton.outer_tensors().values(), *self.outline.skeleton.extra_names]
 
+    @cached_property
+    def embedding(self) -> Mapping[str, str]:
+        """Checkpoint names by model name of what the hidden states that enter the first block follow from."""
+        return self.outline.skeleton.embedding_tensors()
+
     def block_names(self, block: int) -> list[str]:
         """Checkpoint tensors of one block."""
         return list(self.outline.skeleton.block_tensors(block).values())
@@ -69,3 +88,8 @@ class Keyring:
     def block_parameters(self, block: int) -> int:
         """Elements of one block's tensors."""
         return sum(self.outline.tensor_elements(name) for name in self.block_names(block))
+
+
+def computing_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json without the values that affect no computation."""
+    return {key: None if key in IGNORED_CONFIG_KEYS else value for key, value in config.items()}

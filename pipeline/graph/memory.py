@@ -17,6 +17,7 @@ from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, cut
 from pipeline.graph.cost import CostModel
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.tuning import Tuning, make_tuning
+from pipeline.heap import FREED_BYTES
 from pipeline.quantize.solve import TILE_ROWS
 from pipeline.skeleton.model import HEAD_PART_ELEMENTS, TABLE_ELEMENTS
 from pipeline.spec import ConversionSpec, Method
@@ -26,14 +27,13 @@ from pipeline.validate.divergence import CHUNK_ELEMENTS
 PROCESS_BYTES = 480_000_000
 """A worker process with torch, transformers and Ray imported and a model's skeleton (measured: VmHWM, torch 2.13.0)."""
 
-FREED_BYTES = 128_000_000
-"""Memory that units have freed, and that the process keeps for the next ones (``worker.FREED_BYTES`` and what comes
-between two looks)."""
+KEPT_BYTES = FREED_BYTES + 32_000_000
+"""Memory that units have freed, and that the process keeps for the next ones, with what comes between two looks."""
 
 SHELF_BYTES = 500_000_000
 """Memory for passing outputs that a worker uses where there is enough."""
 
-FLOAT, DOUBLE, HALF = 4, 8, 2
+FLOAT, DOUBLE = 4, 8
 
 
 @dataclass(frozen=True)
@@ -198,4 +198,4 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4
     if Method.AWQ in methods:
         units["search scales"] = dense + stored + search
-    return WorkerMemory(PROCESS_BYTES + FREED_BYTES, 2 * moment if tuning.workers > 1 else 0, units)
+    return WorkerMemory(PROCESS_BYTES + KEPT_BYTES, 2 * moment if tuning.workers > 1 else 0, units)

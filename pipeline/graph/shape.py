@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.tensors.index import WeightIndex
@@ -43,9 +43,18 @@ class SkeletonShape(Protocol):
         """Return checkpoint names by model name for everything outside the blocks."""
         ...
 
+    def embedding_tensors(self) -> Mapping[str, str]:
+        """Return those of them that the hidden states entering the first block follow from."""
+        ...
+
 
 class ModelShape(Protocol):
     """A model as far as its conversion can be planned from it; see ``Outline``."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Contents of config.json, or what is known of it."""
+        ...
 
     @property
     def index(self) -> WeightIndex:

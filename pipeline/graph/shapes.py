@@ -65,6 +65,7 @@ CONFIGS: dict[str, dict[str, int]] = {
 """Of config.json, what sizes follow from; names as there."""
 
 _BFLOAT16_BYTES = 2
+_EMBEDDING = "model.embed_tokens.weight"
 
 Linears = list[tuple[str, int, int]]
 """Local name, out_features and in_features of linears that share an input."""
@@ -215,7 +216,7 @@ class ShapeOutline:
     def _outer_shapes(self) -> dict[str, tuple[int, ...]]:
         hidden, vocabulary = self.config["hidden_size"], self.config["vocab_size"]
         return {
-            "model.embed_tokens.weight": (vocabulary, hidden),
+            _EMBEDDING: (vocabulary, hidden),
             "model.norm.weight": (hidden,),
             "lm_head.weight": (vocabulary, hidden),
         }
@@ -253,6 +254,10 @@ class ShapeSkeleton:
     def outer_tensors(self) -> Mapping[str, str]:
         """Return checkpoint names by model name for everything outside the blocks."""
         return self.outer
+
+    def embedding_tensors(self) -> Mapping[str, str]:
+        """Return those of them that the hidden states entering the first block follow from."""
+        return {_EMBEDDING: self.outer[_EMBEDDING]}
 
 
 def _block_name(block: int) -> str:

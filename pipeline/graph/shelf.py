@@ -1,6 +1,7 @@
 """What a worker keeps of what it computed: outputs that others will read, in memory up to a budget, then on disk.
 
-The least recently used entry goes first: what can be had elsewhere (a copy of a stored output) is dropped, the rest is
+The least recently used entry goes first: what can be had elsewhere (a copy of a stored output) is dropped, and beyond a
+budget of its own even where there is room, so that a deep model needs no more memory than a shallow one; the rest is
 written to a private folder on this machine, which vanishes with the process. Memory is what the entries' tensors take;
 on an accelerator they lie in its memory, and what is spilled comes back there.
 """
@@ -27,6 +28,7 @@ class _Entry:
     num_bytes: int
     file: Path | None
     is_copy: bool
+    is_kept: bool = False
 
 
 class Shelf:
@@ -36,9 +38,11 @@ class Shelf:
         num_spilled: Entries written to disk so far.
     """
 
-    def __init__(self, max_bytes: int, spill_folder: Path, device: str) -> None:
-        """Keep up to ``max_bytes`` in memory, the rest under ``spill_folder``, tensors on ``device``."""
+    def __init__(self, max_bytes: int, spill_folder: Path, device: str, max_copy_bytes: int | None = None) -> None:
+        """Keep up to ``max_bytes`` in memory, the rest under ``spill_folder``, tensors on ``device``; of copies up to
+        ``max_copy_bytes`` (default: as much as there is room)."""
         self._max_bytes, self._folder, self._device = max_bytes, spill_folder, device
+        self._max_copy_bytes = max_bytes if max_copy_bytes is None else max_copy_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._in_memory = 0
         self._lock = threading.RLock()
@@ -67,6 +71,20 @@ class Shelf:
             self._in_memory += num_bytes
             self._make_room()
 
+    def keep(self, key: str, tensors: Tensors) -> None:
+        """Keep what can be had elsewhere too and is read in turns, such as the blocks of a model for every token: only
+        where there is room, as the one that was read longest ago is read next. Other copies go for it.
+
+        Args:
+            key: What it is.
+            tensors: Its tensors by name; they belong to the shelf now.
+        """
+        with self._lock:
+            num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            if self.make_room_for(num_bytes) == num_bytes:
+                self._entries[key] = _Entry(tensors, num_bytes, None, is_copy=True, is_kept=True)
+                self._in_memory += num_bytes
+
     def get(self, key: str, prefix: str = "") -> Tensors | None:
         """Return of a unit's output the tensors whose names start with ``prefix``, or None when it is not here; of what
         is on disk only these are read."""
@@ -94,9 +112,9 @@ class Shelf:
                     entry.file.unlink(missing_ok=True)
 
     def make_room_for(self, num_bytes: int) -> int:
-        """Return how much of so many bytes of memory is free, after copies were dropped for it."""
+        """Return how much of so many bytes of memory is free, after copies were dropped for it that are not kept."""
         with self._lock:
-            for key in [key for key, entry in self._entries.items() if entry.is_copy]:
+            for key in [key for key, entry in self._entries.items() if entry.is_copy and not entry.is_kept]:
                 if self._in_memory + num_bytes <= self._max_bytes:
                     break
                 self.drop((key,))
@@ -105,17 +123,21 @@ class Shelf:
     def _make_room(self) -> None:
         """Drop copies, then spill, oldest first, until the budget is kept: nothing is written to disk for the sake of a
         copy."""
-        for is_copy in (True, False):
-            for key in list(self._entries):
-                if self._in_memory <= self._max_bytes:
-                    return
-                entry = self._entries[key]
-                if entry.tensors is None or entry.is_copy != is_copy:
-                    continue
-                if is_copy:
-                    self.drop((key,))
-                else:
-                    self._spill(key, entry)
+        copies = [key for key, entry in self._entries.items() if entry.is_copy and not entry.is_kept]
+        copied = sum(self._entries[key].num_bytes for key in copies)
+        for key in copies:
+            if self._in_memory <= self._max_bytes and copied <= self._max_copy_bytes:
+                break
+            copied -= self._entries[key].num_bytes
+            self.drop((key,))
+        kept = [key for key, entry in self._entries.items() if entry.is_kept]
+        while kept and self._in_memory > self._max_bytes:
+            self.drop((kept.pop(),))
+        for key, entry in list(self._entries.items()):
+            if self._in_memory <= self._max_bytes:
+                return
+            if entry.tensors is not None and not entry.is_copy:
+                self._spill(key, entry)
 
     def _spill(self, key: str, entry: _Entry) -> None:
         assert entry.tensors is not None, "only what is in memory is spilled"

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.graph.build import UnitInputs, build_units
+from pipeline.graph.continuations import LOAD
 from pipeline.graph.cost import CostModel, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Driver, Observer
@@ -191,7 +192,9 @@ class SimulatedExecutor:
         self._read(unit, self._traffic.ahead(unit), seat.node)
         taken_s = self._take_in(unit, seat) / rates.weight_bytes
         compute_s = max(self.now_s, ticket.read_s, fetched_s) + taken_s
-        end_s = computed_s = compute_s + unit.cost
+        # A unit that does nothing else has it in its cost.
+        computes_s = max(0.0, unit.cost - taken_s) if unit.params.get("step") == LOAD else unit.cost
+        end_s = computed_s = compute_s + computes_s
         if written := self._traffic.written_bytes(unit):
             self._count(unit, Route.WRITTEN, written)
             carried_s = seat.node.store.carry(self.now_s, written)

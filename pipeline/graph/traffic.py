@@ -50,7 +50,7 @@ class Traffic:
             if need.is_durable and need.key not in held:
                 yield Read(need.key, need.out_bytes, Route.READ)
         match unit.kind:
-            case Kind.EMBED | Kind.OUTER | Kind.SCORE:
+            case Kind.EMBED | Kind.OUTER:
                 yield Read("outer", self._outer_bytes, Route.WEIGHTS)
             case Kind.CALIBRATE | Kind.SCALES | Kind.PACK:
                 yield self._block(unit.block)
@@ -65,7 +65,7 @@ class Traffic:
                     yield from map(self._block, self._continued_blocks(unit))
             case Kind.VERIFY:
                 yield Read(unit.label, unit.params["size_bytes"], Route.WEIGHTS)
-            case Kind.ADD | Kind.MERGE | Kind.FACTOR:
+            case Kind.ADD | Kind.MERGE | Kind.FACTOR | Kind.SCORE:
                 pass
 
     def ahead(self, unit: WorkUnit) -> Iterator[Read]:

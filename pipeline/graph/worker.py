@@ -29,12 +29,11 @@ from pipeline.tensors.reader import FileStamp
 THREADS_PER_UNIT = 1
 """Threads of one work unit. More would change the order of summation inside BLAS, hence the bytes."""
 
-FREED_BYTES = 96_000_000
-"""Memory that units have freed and that stays with the process. Giving it back after every unit costs a tenth of the
-time, as it has to be asked for again."""
-
 SHELF_SHARE = 0.3
 """Share of an accelerator's memory for passing outputs; the rest holds a block and its statistics. Not measured."""
+
+COPY_SHARE = {"cpu": 0.125, "cuda": 0.5}
+"""Share of the shelf for copies of stored outputs. Where a store is read as fast as a worker computes, a few do."""
 
 WALKS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.FORWARD})
 """Units that are followed by one of the next block, whose weights are read ahead while they run."""
@@ -84,7 +83,8 @@ class Worker:
         self._streamed: Source | None = None
         # Vanishes with this process, however it ends: the next run sweeps what dead ones left.
         spill = self._stack.enter_context(self._work.private_folder())
-        self.shelf = Shelf(_shelf_bytes(context), spill, context.device)
+        budget = _shelf_bytes(context)
+        self.shelf = Shelf(budget, spill, context.device, int(COPY_SHARE[context.device] * budget))
         with suppress(PipelineError):  # the first unit says it, as an outcome
             self._source()
         self._own_bytes = heap.resident_bytes()
@@ -105,7 +105,7 @@ class Worker:
             if not _is_lack_of_memory(caught):
                 raise
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
-        if heap.resident_bytes() > self._own_bytes + self.shelf.memory_bytes + FREED_BYTES:
+        if heap.resident_bytes() > self._own_bytes + self.shelf.memory_bytes + heap.FREED_BYTES:
             heap.give_back()
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         damaged = tuple(self._work.take_damaged())

@@ -16,10 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.skeleton.model import Skeleton
-
-PROBE_TOKENS = 8
-"""Length of the sequence that blocks are probed with."""
+from pipeline.skeleton.model import PROBE_TOKENS, Skeleton
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,17 @@ depth. Parameters outside the blocks that are not needed are zero-stride zeros: 
 table (token embedding, output head) stays in the dtype that it is stored in: the rows of the tokens at hand are
 converted, or the head's rows a part at a time.
 
+What the hidden states that enter the first block follow from is found by trying: a parameter on the meta device has no
+content, so whatever is computed while it is there does not depend on it. They are made with all others on the meta
+device, so one that was missed would be an error, never other numbers.
+
 Refused: models whose block arguments depend on the tokens, checkpoints that transformers would convert tensor by
 tensor while loading (fused or split experts), and classes that need remote code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +35,11 @@ from torch import Tensor, nn
 from pipeline.errors import CorruptWeightsError, UnsupportedArchitectureError
 
 TABLE_ELEMENTS = 1 << 25
-"""Tables up to this size (128 MB in float32) are converted as a whole: for every token anew would be slower."""
+"""Tables up to this size (128 MB in float32) are converted as a whole: for every token anew would be slower. Part of
+the order of summation, as the next one."""
+
+PROBE_TOKENS = 8
+"""Length of the sequence that the model is probed with."""
 
 HEAD_PART_ELEMENTS = 1 << 23
 """Elements of the output head that are converted together (32 MB in float32)."""
@@ -104,6 +112,8 @@ class Skeleton:
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self._blocks_return_tuples = False
         self._outer: Mapping[str, Tensor] = {}
+        self._embedding: dict[str, str] | None = None
+        self._is_rest_zero = True
         self._tables: dict[str, Tensor] = {}
         self._move_buffers()
         self._compute_by_parts()
@@ -163,6 +173,16 @@ class Skeleton:
         prefixes = tuple(name + "." for name in self.block_names)
         return {model: name for model, name in self.names.items() if not model.startswith(prefixes)}
 
+    def embedding_tensors(self) -> dict[str, str]:
+        """Return checkpoint names by model name for what is read outside the blocks before the last one is called:
+        what `embed` needs, and no more than that where it is certain (found once; independent of weights)."""
+        if self._embedding is None:
+            read = self._read_before_blocks()
+            tied = self._tied_names()
+            needed = {name if name in self.names else tied[name] for name in read}
+            self._embedding = {model: name for model, name in self.outer_tensors().items() if model in needed}
+        return self._embedding
+
     @contextmanager
     def attached(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         """Yield one block with ``weights`` (by local name) in place; its parameters are meta again afterwards."""
@@ -179,20 +199,51 @@ class Skeleton:
         """Return weights as the model computes with them. ``weights`` is used up: no tensor is in memory twice."""
         return {name: self._computed_with(weights.pop(name)) for name in list(weights)}
 
-    def attach_outer(self, weights: Mapping[str, Tensor]) -> None:
-        """Put ``weights`` (by model name) in place outside the blocks; what is missing becomes zero-stride zeros."""
+    def attach_outer(self, weights: Mapping[str, Tensor], *, is_rest_zero: bool = True) -> None:
+        """Put ``weights`` (by model name) in place outside the blocks; what is missing becomes zero-stride zeros, or
+        goes to the meta device, where reading it is an error."""
         prefixes = tuple(name + "." for name in self.block_names)
         state = self.net.state_dict()
         tied = {name: weights[origin] for name, origin in self._tied_names().items() if origin in weights}
         found = {**tied, **weights}
         large = {name: found[name] for name in self._tabled if name in found and found[name].numel() > TABLE_ELEMENTS}
-        self._tables = {name: tensor.to(self.device) for name, tensor in large.items()}
+        # What stands under two names, as tied embeddings do, is in memory once.
+        placed: dict[int, Tensor] = {}
+
+        def place(tensor: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
+            if id(tensor) not in placed:
+                placed[id(tensor)] = convert(tensor)
+            return placed[id(tensor)]
+
+        self._tables = {name: place(tensor, lambda t: t.to(self.device)) for name, tensor in large.items()}
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         for name, before in state.items():
             if not name.startswith(prefixes):
                 is_placed = name in found and name not in large
-                self._assign(self.net, {name: found[name] if is_placed else zero.expand(before.shape)})
-        self._outer = weights
+                tensor = place(found[name], self._computed_with) if is_placed else zero.expand(before.shape)
+                self._assign(self.net, {name: tensor})
+        if not is_rest_zero:
+            self._lose(name for name in self._outer_names(state) if name not in found)
+        self._outer, self._is_rest_zero = weights, is_rest_zero
+
+    @contextmanager
+    def embedding_attached(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context, ``weights`` are in place for `embed`, those of ``embedding_tensors``: hidden states
+        follow from them alone, since nothing else outside the blocks has any content."""
+        self.attach_outer(weights, is_rest_zero=False)
+        try:
+            yield
+        finally:
+            self.detach_outer()
+
+    @contextmanager
+    def outer_attached(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context, ``weights`` are in place outside the blocks."""
+        self.attach_outer(weights)
+        try:
+            yield
+        finally:
+            self.detach_outer()
 
     def detach_outer(self) -> None:
         """Drop the weights outside the blocks."""
@@ -200,12 +251,20 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, tokens_BL: Tensor) -> Tensor:
-        """Return the hidden states that enter the first block, [batch, length, hidden]. Needs ``attach_outer``.
+        """Return the hidden states that enter the first block, [batch, length, hidden]. Needs ``attach_outer`` or
+        ``embedding_attached``.
 
         Raises:
-            UnsupportedArchitectureError: when block arguments depend on the tokens.
+            UnsupportedArchitectureError: when block arguments, or which weights are read, depend on the tokens.
         """
-        calls, hidden_BLH = self._capture(tokens_BL.to(self.device))
+        try:
+            calls, hidden_BLH = self._capture(tokens_BL.to(self.device))
+        except (RuntimeError, TypeError) as error:
+            if self._is_rest_zero or "meta" not in str(error):
+                raise
+            raise self._reads_more() from error
+        if hidden_BLH.is_meta:
+            raise self._reads_more()
         plain = self.calls(*tokens_BL.shape)
         for index, (seen, known) in enumerate(zip(calls, plain, strict=True)):
             if not _same((seen.args, seen.kwargs), (known.args, known.kwargs)):
@@ -220,11 +279,9 @@ class Skeleton:
     def calls(self, batch: int, length: int) -> list[BlockCall]:
         """Return each block's call for a batch of that shape (cached; independent of weights and tokens)."""
         if (batch, length) not in self._calls:
-            attached = self._outer
-            self.detach_outer()
-            zeros = torch.zeros(batch, length, dtype=torch.long, device=self.device)
-            self._calls[batch, length], _ = self._capture(zeros)
-            self.attach_outer(attached)
+            with self._outer_kept():
+                zeros = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+                self._calls[batch, length], _ = self._capture(zeros)
         return self._calls[batch, length]
 
     @torch.no_grad()
@@ -291,6 +348,61 @@ class Skeleton:
                 hint="this architecture is not supported yet; see docs/reference/architectures.md",
             )
         return calls, seen[0]
+
+    def _reads_more(self) -> UnsupportedArchitectureError:
+        return UnsupportedArchitectureError(
+            f"{self.architecture} reads more weights before its first block for some tokens than for others",
+            hint="this architecture is not supported yet; see docs/reference/architectures.md",
+        )
+
+    @contextmanager
+    def _outer_kept(self) -> Iterator[None]:
+        """Within the context, everything outside the blocks is zeros; afterwards it is what it was."""
+        attached, is_rest_zero = self._outer, self._is_rest_zero
+        self.detach_outer()
+        try:
+            yield
+        finally:
+            self.attach_outer(attached, is_rest_zero=is_rest_zero)
+
+    @torch.no_grad()
+    def _read_before_blocks(self) -> list[str]:
+        """Return the parameters (by model name) outside the blocks that are read before the last block is called."""
+        names = self._outer_names(self.net.state_dict())
+        vocabulary: int = self.net.config.get_text_config().vocab_size
+        # Some of everything, should it depend on the token what is read.
+        tokens_BL = torch.linspace(0, vocabulary - 1, PROBE_TOKENS, device=self.device).long()[None]
+        with self._outer_kept():
+            plain = self._capture(tokens_BL)
+
+            def is_unread(some: Sequence[str]) -> bool:
+                self.detach_outer()
+                self._lose(some)
+                try:
+                    return _same(_plain(*self._capture(tokens_BL)), _plain(*plain))
+                except (RuntimeError, TypeError):  # what torch says of a tensor without content
+                    return False
+
+            def read_of(some: Sequence[str]) -> list[str]:
+                if not some or is_unread(some):
+                    return []
+                half = len(some) // 2
+                return [*read_of(some[:half]), *read_of(some[half:])] if half else list(some)
+
+            read = read_of(names)
+            # Whatever was found is used only where it holds for all of them at once.
+            return read if is_unread([name for name in names if name not in read]) else names
+
+    def _outer_names(self, state: Iterable[str]) -> list[str]:
+        """Return the names among ``state`` that are outside the blocks."""
+        prefixes = tuple(name + "." for name in self.block_names)
+        return [name for name in state if not name.startswith(prefixes)]
+
+    def _lose(self, names: Iterable[str]) -> None:
+        """Parameters and buffers have no content any more: they are on the meta device."""
+        state = self.net.state_dict()
+        for name in names:
+            _set_tensor(self.net, name, torch.empty_like(state[name], device="meta"))
 
     def _tied_names(self) -> dict[str, str]:
         """Return the parameters that another one provides when the checkpoint does not hold them."""
@@ -444,6 +556,11 @@ def _checkpoint_names(net: Any, names: Iterable[str]) -> dict[str, str]:
             )
         found[name] = model_name
     return found
+
+
+def _plain(calls: Iterable[BlockCall], hidden_BLH: Tensor) -> tuple[Any, ...]:
+    """Return what was captured as tuples, lists and dicts."""
+    return [(call.args, call.kwargs) for call in calls], hidden_BLH
 
 
 def _set_tensor(owner: nn.Module, name: str, tensor: Tensor) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 23
-"""Logits of one model handled at once (float32, 32 MB); seven times as much is in memory."""
+"""Logits of one model handled at once (float32, 32 MB); seven times as much is in memory. Part of the order of
+summation: products round by their shape."""
 
 
 @dataclass(frozen=True)

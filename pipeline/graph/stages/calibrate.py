@@ -54,14 +54,14 @@ def add_up(low: int, high: int, leaf: Callable[[int, int], Node | None], add_to:
 
 
 def embed(call: Call) -> dict[str, Any]:
-    """Make the hidden states that enter block 0 for a span of token slices."""
+    """Make the hidden states that enter block 0 for a span of token slices, from nothing but the weights that are named
+    in its key."""
     skeleton = call.skeleton
     low: int = call.params["low"]
-    skeleton.attach_outer(call.source.outer())
-    for number, tokens in enumerate(call.params["tokens"], low):
-        tokens_NL = torch.tensor(tokens, dtype=torch.int64, device=call.context.device)
-        call.put({hidden_name(number): torch.cat([skeleton.embed(row[None]) for row in tokens_NL])})
-    skeleton.detach_outer()
+    with skeleton.embedding_attached(call.source.read(call.params["weights"])):
+        for number, tokens in enumerate(call.params["tokens"], low):
+            tokens_NL = torch.tensor(tokens, dtype=torch.int64, device=call.context.device)
+            call.put({hidden_name(number): torch.cat([skeleton.embed(row[None]) for row in tokens_NL])})
     return {}
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,19 +38,22 @@ def score(call: Call) -> dict[str, Any]:
     skeleton, tokens_NL, number = call.skeleton, call.tokens(), call.params["slice"]
     source_NLH, variant_NLH = (slice_states(call, need, [number])[number] for need in call.needs(Kind.FORWARD))
     vocabulary_size = call.source.outline.vocabulary_size
-    skeleton.attach_outer(outer_weights(call))
-    parts = [
-        compare_predictions(lambda hidden_LH: skeleton.logits(hidden_LH[None])[0], *row, vocabulary_size)
-        for row in zip(source_NLH, variant_NLH, tokens_NL, strict=True)
-    ]
-    skeleton.detach_outer()
+    with skeleton.outer_attached(outer_weights(call)):
+        parts = [
+            compare_predictions(lambda hidden_LH: skeleton.logits(hidden_LH[None])[0], *row, vocabulary_size)
+            for row in zip(source_NLH, variant_NLH, tokens_NL, strict=True)
+        ]
     return {"divergence": add_up(parts).as_dict()}
 
 
 @lru_cache(maxsize=1)
-def tokenizer_of(folder: Path) -> TextTokenizer:
-    """Return the tokenizer in a folder; loading it takes longer than a token does."""
+def _tokenizer(folder: Path, commit: str) -> TextTokenizer:
     return TextTokenizer(folder)
+
+
+def tokenizer_of(call: Call) -> TextTokenizer:
+    """Return the source's tokenizer, which is kept: loading it takes longer than a token does."""
+    return _tokenizer(call.source.folder, call.context.source_commit)
 
 
 def continue_part(call: Call) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def _continued_so_far(call: Call) -> dict[str, Tensor]:
         return call.get(before[0])
     state = {}
     for number, prompt in enumerate(call.params["prompts"]):
-        ids = tokenizer_of(call.source.folder).encode(prompt, with_special=True)
+        ids = tokenizer_of(call).encode(prompt, with_special=True)
         state[f"ids.{number}"] = torch.tensor(ids, dtype=torch.int64, device=call.context.device)
         state[f"num_own.{number}"] = torch.tensor(len(ids))
         state[f"ended.{number}"] = torch.tensor(False)
@@ -108,19 +111,16 @@ def _continuations(state: Mapping[str, Tensor]) -> list[list[int]]:
 def _append_tokens(call: Call, state: dict[str, Tensor], tokens: Mapping[int, int]) -> None:
     """Add to each prompt the token that follows, or note that it has ended."""
     for number, token in tokens.items():
-        if token in tokenizer_of(call.source.folder).end_ids:
+        if token in tokenizer_of(call).end_ids:
             state[f"ended.{number}"] = torch.tensor(True)
         else:
             ids = state[f"ids.{number}"]
             state[f"ids.{number}"] = torch.cat([ids, torch.tensor([token], device=ids.device)])
 
 
-@contextmanager
-def _outer_attached(call: Call) -> Iterator[None]:
+def _outer_attached(call: Call) -> AbstractContextManager[None]:
     """Within the context, the weights outside the blocks are in place."""
-    call.skeleton.attach_outer(_kept(call, "outer", lambda: outer_weights(call)))
-    yield
-    call.skeleton.detach_outer()
+    return call.skeleton.outer_attached(_kept(call, "outer", lambda: outer_weights(call)))
 
 
 def _kept(call: Call, name: str, read: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
@@ -129,13 +129,12 @@ def _kept(call: Call, name: str, read: Callable[[], Mapping[str, Tensor]]) -> Ma
     found = call.shelf.get(key)
     if found is None:
         found = read()
-        call.shelf.put(key, found, is_copy=True)
+        call.shelf.keep(key, found)
     return found
 
 
 def _kept_block(call: Call, read: VariantReader, index: int) -> Mapping[str, Tensor]:
     """Return a block's weights as the model computes with them."""
-
     return _kept(call, f"block {index}", lambda: call.skeleton.dense(read(index)))
 
 
@@ -143,17 +142,16 @@ def generate(call: Call) -> dict[str, Any]:
     """Continue the smoke prompts greedily with the variant's dense weights, or the source's; of a model that is
     continued in parts, write down what came of it."""
     skeleton = call.skeleton
-    tokenizer = tokenizer_of(call.source.folder)
+    tokenizer = tokenizer_of(call)
     if call.params.get("is_split"):
         continued = [ids for need in call.needs(Kind.CONTINUE) for ids in _continuations(call.get(need))]
         return {"continuations": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in continued]}
     num_bytes = call.source.outline.index.num_parameters * skeleton.dtype.itemsize
     load = BlockCache(VariantReader(call), skeleton.dense, call.shelf.make_room_for(num_bytes))
-    skeleton.attach_outer(outer_weights(call))
     found = []
-    for prompt in call.params["prompts"]:
-        prompt_ids = tokenizer.encode(prompt, with_special=True)
-        ids = continue_greedily(skeleton, load, prompt_ids, call.params["max_tokens"], tokenizer.end_ids)
-        found.append({"ids": list(ids), "text": tokenizer.decode(list(ids))})
-    skeleton.detach_outer()
+    with skeleton.outer_attached(outer_weights(call)):
+        for prompt in call.params["prompts"]:
+            prompt_ids = tokenizer.encode(prompt, with_special=True)
+            ids = continue_greedily(skeleton, load, prompt_ids, call.params["max_tokens"], tokenizer.end_ids)
+            found.append({"ids": list(ids), "text": tokenizer.decode(list(ids))})
     return {"continuations": found}

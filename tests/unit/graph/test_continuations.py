@@ -124,7 +124,7 @@ def test_an_ended_prompt_is_passed_on_as_it_is(job: Inputs, tmp_path: Path, monk
     changed = replace(job, digests={**job.digests, config.name: "e" * 64})
     from pipeline.graph.stages import evaluate
 
-    evaluate.tokenizer_of.cache_clear()
+    evaluate._tokenizer.cache_clear()
     again = run(changed, tmp_path / "second", costs(job, 2))
     assert again[0][0]["ids"] == ids[: ids.index(ids[3])]
 

@@ -47,6 +47,7 @@ def test_a_shape_is_what_a_skeleton_of_its_config_finds(tmp_path: Path) -> None:
     assert tuple(shape.skeleton.block_names) == tuple(real.skeleton.block_names)
     for block in range(real.skeleton.num_blocks):
         assert dict(shape.skeleton.block_tensors(block)) == real.skeleton.block_tensors(block)
+    assert dict(shape.skeleton.embedding_tensors()) == real.skeleton.embedding_tensors()
     sizes = {name: entry.shape for name, (_, entry) in real.index.entries.items()}
     expected = {name: entry.shape for name, (_, entry) in shape.index.entries.items()}
     if config.tie_word_embeddings:

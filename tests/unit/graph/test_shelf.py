@@ -111,6 +111,36 @@ def test_room_is_made_by_dropping_copies_only(tmp_path: Path) -> None:
     assert shelf.num_spilled == 0
 
 
+def test_what_is_read_in_turns_stays_as_far_as_there_is_room(tmp_path: Path) -> None:
+    shelf = make(tmp_path, 4 * KILO)
+    shelf.put("own", tensors(9))
+    shelf.put("copy", tensors(8), is_copy=True)
+    hits = []
+    for _ in range(3):
+        for number in range(5):
+            found = shelf.get(f"block {number}")
+            hits.append(found is not None)
+            if found is None:
+                shelf.keep(f"block {number}", tensors(number))
+    # Three of five fit beside the worker's own output: dropping the one that was read longest ago would keep none.
+    assert hits == [*5 * [False], *2 * [True, True, True, False, False]]
+    assert shelf.get("copy") is None
+    # The worker's own outputs take the room back, and nothing is written to disk for the sake of a block.
+    shelf.put("own too", tensors(7))
+    assert [shelf.get(f"block {number}") is not None for number in range(3)] == [True, True, False]
+    assert same_bits(shelf.get("own"), tensors(9))
+    assert (shelf.num_spilled, files(tmp_path)) == (0, [])
+
+
+def test_copies_have_a_budget_of_their_own(tmp_path: Path) -> None:
+    shelf = Shelf(10 * KILO, tmp_path / "spill", "cpu", 2 * KILO)
+    shelf.put("own", tensors(0))
+    for number in range(3):
+        shelf.put(f"copy {number}", tensors(number), is_copy=True)
+    assert [shelf.get(f"copy {number}") is not None for number in range(3)] == [False, True, True]
+    assert shelf.memory_bytes == 3 * KILO
+
+
 def test_copies_are_dropped_before_anything_is_spilled(tmp_path: Path) -> None:
     shelf = make(tmp_path, 3 * KILO)
     shelf.put("own", tensors(0))

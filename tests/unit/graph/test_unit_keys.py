@@ -18,6 +18,7 @@ from pipeline.graph import build, identity
 from pipeline.graph.build import Inputs, JobUnits, build_units
 from pipeline.graph.cost import CPU_RATES, CostModel
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
+from pipeline.graph.identity import IGNORED_CONFIG_KEYS, computing_config
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.graph.tuning import Tuning
 from pipeline.quantize.solve import TILE_ROWS
@@ -57,17 +58,21 @@ def places(found: Keys, accept: Callable[[Place], bool] = lambda place: True) ->
 
 
 def copy_changed(source: Path, folder: Path, tensor: str, both_blocks_in_one_file: bool = True) -> Path:
-    """Return a copy of a source whose blocks lie in a file each, one value of ``tensor`` changed."""
+    """Return a copy of a source whose second block, and what follows the blocks, lie in a file each, one value of
+    ``tensor`` changed."""
     shutil.copytree(source, folder)
     path = folder / "model.safetensors"
     tensors = load_file(path)
     if tensor:
-        tensors[tensor][0, 0] += 1
+        tensors[tensor].view(-1)[0] += 1
     if both_blocks_in_one_file:
         save_file(tensors, path, {"format": "pt"})
         return folder
     path.unlink()
-    weight_map = {name: "last.safetensors" if ".layers.1." in name else "first.safetensors" for name in tensors}
+    files = {".layers.1.": "second.safetensors", "model.norm": "last.safetensors", "lm_head": "last.safetensors"}
+    weight_map = {
+        name: next((file for part, file in files.items() if part in name), "first.safetensors") for name in tensors
+    }
     for file in set(weight_map.values()):
         save_file({name: t for name, t in tensors.items() if weight_map[name] == file}, folder / file, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -254,6 +259,23 @@ def test_a_changed_weight_changes_its_block_and_what_follows(
     assert places(before) - changed(before, after) == first_block | {(Kind.EMBED, -1, ""), (Kind.OUTER, -1, "")}
 
 
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.norm.weight"])
+def test_what_follows_the_blocks_changes_what_reads_it(
+    tensor: str, make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path
+) -> None:
+    before = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "a", "", False)))))
+    after = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "b", tensor, False)))))
+    readers = {Kind.OUTER, Kind.SCORE, Kind.GENERATE}
+    assert changed(before, after) == places(before, lambda place: place[0] in readers)
+
+
+def test_the_embedding_changes_everything(make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path) -> None:
+    before = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "a", "", False)))))
+    embedding = "model.embed_tokens.weight"
+    after = keys(gather(make_spec(source=str(copy_changed(llama, tmp_path / "b", embedding, False)))))
+    assert changed(before, after) == places(before)
+
+
 def test_a_weight_in_the_only_file_changes_everything(
     make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +295,50 @@ def test_config_device_and_package_versions_change_everything(
     assert changed(before, keys(gather(make_spec(), "cuda"))) == places(before)
     monkeypatch.setattr(identity, "version", lambda name: "99.0")
     assert changed(before, keys(gather(make_spec()))) == places(before)
+
+
+def test_the_scheme_of_keys_is_in_every_key(
+    make_spec: MakeSpec, gather: Gather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(gather(make_spec()))
+    monkeypatch.setattr(identity, "KEY_SCHEME", 99)
+    assert changed(before, keys(gather(make_spec()))) == places(before)
+
+
+@pytest.mark.parametrize("key", IGNORED_CONFIG_KEYS)
+def test_what_is_ignored_of_the_config_changes_what_has_the_tokenizer_only(
+    key: str, make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path
+) -> None:
+    found = []
+    for value in ("1.0", "2.0"):
+        folder = shutil.copytree(llama, tmp_path / value)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        found.append(keys(gather(make_spec(source=str(folder)))))
+    assert changed(*found) == places(found[0], lambda place: place[0] is Kind.GENERATE)
+
+
+def test_only_values_of_outermost_keys_are_ignored_of_a_config() -> None:
+    config = {"model_type": "m", "transformers_version": "5", "text_config": {"transformers_version": "5"}}
+    assert computing_config(config) == {**config, "transformers_version": None}
+    assert computing_config({}) == {}
+
+
+def test_how_a_config_is_written_changes_what_has_the_tokenizer_only(
+    make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path
+) -> None:
+    before = keys(gather(make_spec()))
+    folder = shutil.copytree(llama, tmp_path / "b")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=7))
+    after = keys(gather(make_spec(source=str(folder))))
+    assert changed(before, after) == places(before, lambda place: place[0] is Kind.GENERATE)
+
+
+def test_a_card_changes_no_key(make_spec: MakeSpec, gather: Gather, llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "b")
+    (folder / "README.md").write_text("# Another card")
+    assert keys(gather(make_spec(source=str(folder)))) == keys(gather(make_spec()))
 
 
 def downstream(units: JobUnits, kind: Kind) -> set[str]:

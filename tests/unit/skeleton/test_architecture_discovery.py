@@ -176,6 +176,28 @@ def test_large_tables_compute_by_parts_what_they_compute_as_a_whole(
     assert not skeleton.logits(hidden).any()
 
 
+@pytest.mark.parametrize("limit", [model.TABLE_ELEMENTS, 1000])
+def test_tied_tables_are_in_memory_once(limit: int, source_of: SourceOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "TABLE_ELEMENTS", limit)
+    source = source_of("gemma3")
+    skeleton = source.outline.skeleton
+    outer = {name: tensor.bfloat16() for name, tensor in source.outer().items()}
+    assert "lm_head.weight" not in outer
+    with skeleton.outer_attached(outer):
+        state, tables = skeleton.net.state_dict(), skeleton._tables
+        places = [tables.get(n, state[n]).data_ptr() for n in ("model.embed_tokens.weight", "lm_head.weight")]
+        assert places[0] == places[1]
+        assert bool(tables) == (limit == 1000)
+
+
+def test_nothing_stays_attached_after_a_failure(source_of: SourceOf) -> None:
+    source = source_of("llama")
+    skeleton = source.outline.skeleton
+    with pytest.raises(MemoryError), skeleton.outer_attached(source.outer()):
+        raise MemoryError
+    assert not skeleton.net.state_dict()["model.embed_tokens.weight"].any()
+
+
 def test_weights_are_used_up_as_they_are_converted(source_of: SourceOf) -> None:
     source = source_of("llama")
     stored = source.block(0)
