@@ -29,9 +29,10 @@ from pipeline.graph.memory import plan_memory
 from pipeline.graph.naming import name_releases
 from pipeline.graph.outline import make_outline, stamp_files
 from pipeline.graph.plan import remote_outline, require_positions
+from pipeline.graph.sources import pin
 from pipeline.graph.stages.call import JobContext
 from pipeline.hub.fetch import FetchedSource, fetch
-from pipeline.hub.source import Source, needed_files, pin_source
+from pipeline.hub.source import Source, needed_files
 from pipeline.observe.events import EventSink, Published, SourceAdvanced, VariantJudged, Warned
 from pipeline.settings import Settings
 from pipeline.skeleton.tokenizer import TextTokenizer
@@ -102,7 +103,7 @@ def convert(
     stores = open_targets(spec.targets, settings, sink)
     work = open_work_store(str(options.work_dir), settings)
     work.prepare()
-    source = pin_source(spec.source, settings)
+    source = pin(spec.source, settings)
     names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
@@ -159,7 +160,7 @@ def fetch_source(
         done[path] = done_bytes
         sink.emit(SourceAdvanced(path, sum(done.values()), total_bytes))
 
-    # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from a hub
+    # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from elsewhere
     # lies in our own cache, and is there only afterwards.
     before = stamp_files(Path(source.location), source.weight_files) if source.is_local else None
     fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)), with_weights=with_weights)
