@@ -6,6 +6,8 @@ same bytes.
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.spec import Budgets, VariantSpec
@@ -22,19 +24,28 @@ class Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class SourcePlace(StrEnum):
+    """Where a source is."""
+
+    FOLDER = "folder"
+    HUB = "hub"
+    BUCKET = "bucket"
+
+
 class SourceFacts(Facts):
     """The model that was converted."""
 
     name: str
-    """`org/name` on a hub, or the name of a local folder."""
+    """`org/name` on a hub, `s3://bucket/prefix`, or the name of a local folder."""
     is_local: bool
     """Whether the source was a folder on disk."""
     commit: str
-    """Hub commit (40 hex digits), or for a folder the fingerprint of its files' digests."""
+    """Hub commit (40 hex digits), for a folder the fingerprint of its files' digests, for a bucket that of its listing:
+    names, sizes and ETags."""
     license: str | None
     """Licence identifier as its own card states it."""
     base_models: tuple[str, ...] = ()
-    """What a local folder's own card says that it was made from: `org/name` on a hub."""
+    """What the own card of a source that is not on a hub says that it was made from: `org/name` on a hub."""
     architecture: str
     """Class named in config.json, for example `LlamaForCausalLM`."""
     num_parameters: int
@@ -45,6 +56,13 @@ class SourceFacts(Facts):
     """Dtype that most parameters are stored in, for example `bfloat16`."""
     file_digests: dict[str, str]
     """SHA-256 of each weights file."""
+
+    @property
+    def place(self) -> SourcePlace:
+        """Where it is; a hub has no name with a scheme."""
+        if self.is_local:
+            return SourcePlace.FOLDER
+        return SourcePlace.BUCKET if "://" in self.name else SourcePlace.HUB
 
 
 class CalibrationFacts(Facts):

@@ -153,7 +153,7 @@ class ConversionSpec(Strict):
     """A whole conversion: one source, its variants, one calibration, the gates, the targets."""
 
     source: str
-    """A local Hugging Face folder, or `org/name[@revision]` on the hub."""
+    """A local Hugging Face folder, `org/name[@revision]` on the hub, or `s3://bucket/prefix`."""
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
     """What to make; each entry is a short name or a mapping."""
     calibration: CalibrationSpec = CalibrationSpec()

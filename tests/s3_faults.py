@@ -13,6 +13,7 @@ import http.client
 import random
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -44,6 +45,7 @@ class S3Faults(ThreadingHTTPServer):
 
     Attributes:
         num_troubled: Requests that met trouble so far.
+        sent_bytes: Bytes of the bodies that came back, by path without query.
     """
 
     daemon_threads = True
@@ -55,6 +57,7 @@ class S3Faults(ThreadingHTTPServer):
         self.trouble: Trouble | None = None
         self.requests: list[tuple[str, str]] = []
         self.num_troubled = 0
+        self.sent_bytes: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02})
@@ -116,6 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            self.server.sent_bytes[self.path.partition("?")[0]] += len(body)
             self.wfile.write(body)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on

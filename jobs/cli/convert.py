@@ -55,8 +55,8 @@ class WorkAddress(click.ParamType):  # type: ignore[type-arg]  # generic only to
 @click.option(
     "--stream",
     is_flag=True,
-    help="Read weights block by block from the hub, through a bounded cache on each machine, instead of fetching them "
-    "to this disk first; never changes a byte.",
+    help="Read weights block by block from the hub or bucket, through a bounded cache on each machine, instead of "
+    "fetching them to this disk first; never changes a byte.",
 )
 @click.option(
     "--max-memory",
@@ -87,7 +87,8 @@ def convert_command(
 ) -> int:
     """Convert SOURCE and publish every variant that passes its gates.
 
-    SOURCE is a Hugging Face folder or org/name[@revision] on the hub (HF_ENDPOINT and HF_TOKEN are honoured). The
+    SOURCE is a Hugging Face folder, org/name[@revision] on the hub (HF_ENDPOINT and HF_TOKEN are honoured), or
+    s3://bucket/prefix with the files of such a folder (credentials and AWS_ENDPOINT_URL_S3 as for targets). The
     published folders are the last lines on standard output. The exit status is 0 only when every variant is
     published, and 5 when a gate failed.
     """

@@ -64,6 +64,8 @@ def plan_command(
 ) -> int:
     """Show what converting SOURCE would do. Reads config and safetensors headers only; writes nothing.
 
+    SOURCE is a Hugging Face folder, org/name[@revision] on the hub, or s3://bucket/prefix.
+
     Times are predicted by running the real driver over the real work units on a simulated clock.
     """
     from pipeline.graph.forecast import forecast_shape, parse_cluster

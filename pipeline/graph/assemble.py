@@ -261,7 +261,7 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
         is_local=fetched.source.is_local,
         commit=fetched.commit,
         license=card.license,
-        base_models=card.base_models if fetched.source.is_local else (),
+        base_models=() if fetched.source.is_on_hub else card.base_models,
         architecture=inputs.outline.skeleton.architecture,
         num_parameters=index.num_parameters,
         size_bytes=index.total_bytes,

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.calibrate.tokens import Text, TokenBatch, load_text, take_tokens
-from pipeline.errors import GraphError
+from pipeline.errors import CorruptWeightsError, GraphError
 from pipeline.facts import FACTS_FILE, ReleaseFacts, SiblingFacts
 from pipeline.graph.assemble import (
     Measured,
@@ -30,9 +30,10 @@ from pipeline.graph.memory import plan_memory
 from pipeline.graph.naming import name_releases
 from pipeline.graph.outline import make_outline, stamp_files
 from pipeline.graph.plan import remote_outline, require_positions
+from pipeline.graph.sources import announce_weights, forget_weights, pin
 from pipeline.graph.stages.call import JobContext
-from pipeline.hub.fetch import FetchedSource, fetch
-from pipeline.hub.source import Source, needed_files, pin_source
+from pipeline.hub.fetch import FetchedSource, OnProgress, fetch
+from pipeline.hub.source import Source, needed_files
 from pipeline.observe.events import EventSink, Published, SourceAdvanced, VariantJudged, Warned
 from pipeline.settings import Settings
 from pipeline.skeleton.tokenizer import TextTokenizer
@@ -59,7 +60,7 @@ class RunOptions:
         device: ``cpu`` or ``cuda``.
         address: Ray cluster to join, or None to start one here.
         inline: Run every unit in this process, without Ray.
-        stream: Read the weights of a hub source block by block where they are, instead of fetching them first.
+        stream: Read weights on a hub or in a bucket block by block where they are, instead of fetching them first.
         max_memory_bytes: Memory that a worker may use; None for what it takes.
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk; None for what the
             rest leaves of ``max_memory_bytes``.
@@ -103,7 +104,7 @@ def convert(
     stores = open_targets(spec.targets, settings, sink)
     work = open_work_store(str(options.work_dir), settings)
     work.prepare()
-    source = pin_source(spec.source, settings)
+    source = pin(spec.source, settings)
     names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
@@ -117,6 +118,10 @@ def convert(
     for caution in dict.fromkeys(cautions):
         sink.emit(Warned(caution))
     is_streamed = options.stream and not source.is_local
+    if is_streamed:
+        source = announce_weights(
+            source, outline.index, settings, work, _source_progress(source.weight_files, source, sink)
+        )
     fetched, stamps = fetch_source(source, settings, sink, with_weights=not is_streamed)
     seen = ref_sequences(stores, names.namespace, names.by_variant.values())
     index = outline.index if is_streamed else None
@@ -132,7 +137,11 @@ def convert(
         max_memory_bytes=options.max_memory_bytes,
     )
     jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
-    units, records = run_job(inputs, work, jobs, context, options, memory.tuning, sink)
+    try:
+        units, records = run_job(inputs, work, jobs, context, options, memory.tuning, sink)
+    except CorruptWeightsError:
+        forget_weights(source, work)
+        raise
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:
@@ -155,20 +164,26 @@ def fetch_source(
         SourceError, StorageError: as ``fetch``.
     """
     left = () if with_weights else source.weight_files
-    total_bytes = sum(file.size_bytes for file in needed_files(source) if file.path not in left)
-    done: dict[str, int] = {}
-
-    def advanced(path: str, done_bytes: int, _: int) -> None:
-        done[path] = done_bytes
-        sink.emit(SourceAdvanced(path, sum(done.values()), total_bytes))
-
-    # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from a hub
+    advanced = _source_progress([file.path for file in needed_files(source) if file.path not in left], source, sink)
+    # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from elsewhere
     # lies in our own cache, and is there only afterwards.
     before = stamp_files(Path(source.location), source.weight_files) if source.is_local else None
     fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)), with_weights=with_weights)
     if not with_weights:
         return fetched, {}
     return fetched, before or stamp_files(fetched.folder, source.weight_files)
+
+
+def _source_progress(paths: Iterable[str], source: Source, sink: EventSink) -> OnProgress:
+    """Return what tells of the progress of some of a source's files, as one."""
+    total_bytes = sum(source.file_sizes[path] for path in paths)
+    done: dict[str, int] = {}
+
+    def advanced(path: str, done_bytes: int, _: int) -> None:
+        done[path] = done_bytes
+        sink.emit(SourceAdvanced(path, sum(done.values()), total_bytes))
+
+    return advanced
 
 
 def open_targets(targets: Iterable[str], settings: Settings, sink: EventSink) -> list[ObjectStore]:

@@ -38,8 +38,8 @@ class ReleaseNames:
 def name_releases(spec: ConversionSpec, source: Source) -> ReleaseNames:
     """Return the names of the releases: the spec's prefix, else the source's, with the variants' names appended.
 
-    A repository's name is taken as it is or not at all. A folder is called what its owner likes: what an address cannot
-    hold is left out of its name, which the caution says.
+    A repository's name is taken as it is or not at all. A folder, here or in a bucket, is called what its owner likes:
+    what an address cannot hold is left out of its name, which the caution says.
 
     Raises:
         SpecError: when one of them cannot be the name of a release.
@@ -50,12 +50,13 @@ def name_releases(spec: ConversionSpec, source: Source) -> ReleaseNames:
         namespace, slash, prefix = spec.release.partition("/")
         if not slash or not namespace or not prefix or "/" in prefix:
             raise SpecError(f"release {spec.release!r} is not namespace/name", hint="for example --release team/model")
-    elif source.is_local:
+    elif not source.is_on_hub:
         room = MAX_NAME_CHARS - max(len(f"-{variant}") for variant in variants)
-        namespace, prefix = DEFAULT_NAMESPACE, _publishable(source.name, room)
-        if prefix != source.name:
+        own = source.name.rpartition("/")[2]
+        namespace, prefix = DEFAULT_NAMESPACE, _publishable(own, room)
+        if prefix != own:
             caution = (
-                f"the folder's name {source.name!r} cannot be part of a release's: releases are called "
+                f"the folder's name {own!r} cannot be part of a release's: releases are called "
                 f"{namespace}/{prefix}-VARIANT (choose another name with --release NAMESPACE/NAME)"
             )
     else:

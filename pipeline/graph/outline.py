@@ -212,7 +212,8 @@ def open_folder(folder: Path, device: str = "cpu", stamps: Mapping[str, FileStam
 
 
 def open_streamed(source: HubSource, settings: Settings, work: WorkStore, device: str = "cpu") -> Source:
-    """Return a source on a hub whose weights stay there: they are read by range, through a cache on this machine.
+    """Return a source on a hub or in a bucket whose weights stay there: they are read by range, through a cache on this
+    machine. The SHA-256 of the weights files are known.
 
     Raises:
         SourceError: as ``make_outline``, ``read_index`` and ``fetch``.

@@ -28,7 +28,8 @@ from pipeline.graph.outline import Outline, make_outline
 from pipeline.graph.prediction import Cluster
 from pipeline.graph.schemes import quantized_part
 from pipeline.graph.simulate import simulate
-from pipeline.hub.source import Source, pin_source, range_reader, read_bytes
+from pipeline.graph.sources import pin
+from pipeline.hub.source import Source, range_reader, read_bytes
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
 from pipeline.skeleton.limits import kv_cache, position_limit
@@ -161,7 +162,7 @@ def plan_conversion(
         PlanError: when a variant cannot be made from it, its sequences are longer than the model's, or a worker cannot
             do with its memory.
     """
-    source = pin_source(spec.source, settings)
+    source = pin(spec.source, settings)
     names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     require_positions(spec, outline)

@@ -21,7 +21,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CorruptWeightsError, SourceError
-from pipeline.hub.repository import Place, Repository, RepositoryKind, SourceFile
+from pipeline.hub.repository import CopyRange, Place, Repository, RepositoryKind, SourceFile
+from pipeline.hub.selection import is_safe_path
 from pipeline.hub.translate import not_a_hub, shorter_than_listed, translate
 
 if TYPE_CHECKING:
@@ -85,16 +86,9 @@ class HubClient:
             raise SourceError(f"{repository.endpoint} gave commit {commit} for {place}", code="source.wrong_commit")
         return commit, tuple(_source_file(sibling, place) for sibling in info.siblings)
 
-    def read_range(self, repository: Repository, commit: str, path: str, start: int, end: int) -> bytes:
-        """Return the bytes ``[start, end)`` of a file.
-
-        Raises:
-            SourceNotFoundError: when the file or the hub is not there or not accessible.
-            CorruptWeightsError: when the file is shorter than ``end``.
-        """
-        data = bytearray()
-        self.copy_range(repository, commit, path, start, end, data.extend)
-        return bytes(data)
+    def copier(self, repository: Repository, commit: str) -> CopyRange:
+        """Return what copies ranges of a repository's files at a commit."""
+        return lambda file, start, end, sink: self.copy_range(repository, commit, file.path, start, end, sink)
 
     def copy_range(
         self, repository: Repository, commit: str, path: str, start: int, end: int, sink: Callable[[bytes], object]
@@ -246,8 +240,7 @@ def _says_its_end(response: httpx2.Response) -> bool:
 def _source_file(sibling: Any, place: Place) -> SourceFile:
     """Return one entry of a listing, refused when it could leave the folder that it will be written to."""
     path, size = sibling.rfilename, sibling.size
-    parts = path.split("/") if isinstance(path, str) else [""]
-    if not all(part.isprintable() and "\\" not in part and part not in ("", ".", "..") for part in parts):
+    if not isinstance(path, str) or not is_safe_path(path):
         hostile = f"{place} lists a file called {path!r:.200}, which is no path inside a repository"
         raise SourceError(hostile, code="source.unsafe_path", hint="do not use this repository")
     if type(size) is not int or size < 0:

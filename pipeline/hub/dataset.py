@@ -55,9 +55,8 @@ def fetch_dataset_file(text: str, settings: Settings, *, sleep: Sleep = time.sle
         )
     folder = settings.cache_dir / "datasets" / name / commit
     fetch_files(
-        client,
-        repository,
-        commit,
+        client.copier(repository, commit),
+        name,
         wanted,
         folder,
         settings.cache_dir,

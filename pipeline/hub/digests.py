@@ -88,19 +88,25 @@ class DigestRecords:
         Raises:
             OSError: when the file cannot be read.
         """
-        known = self._files.get(path)
         state = _state(self._folder / path)
-        if isinstance(known, dict) and all(known.get(key) == value for key, value in state.items()):
-            sha256, git_sha1 = known.get("sha256"), known.get("git_sha1")
-            if isinstance(sha256, str) and isinstance(git_sha1, str) and (git_sha1 or not with_git):
-                on_bytes(state["size_bytes"])
-                return Digests(sha256, git_sha1)
+        known = self._believed(path, state)
+        if known is not None and (known.git_sha1 or not with_git):
+            on_bytes(state["size_bytes"])
+            return known
         hasher = ContentHasher(state["size_bytes"], with_git=with_git)
         hasher.update_from(self._folder / path, on_bytes)
         digests = hasher.digests()
         # The state from before hashing: a change meanwhile makes the record unbelievable instead of wrong.
         self._remember(path, digests, state)
         return digests
+
+    def recall(self, path: str) -> Digests | None:
+        """Return the digests of a file that is as it was when they were taken, else None.
+
+        Raises:
+            OSError: when there is no such file.
+        """
+        return self._believed(path, _state(self._folder / path))
 
     def remember(self, path: str, digests: Digests) -> None:
         """Record the digests of a file that was just written with them.
@@ -110,6 +116,13 @@ class DigestRecords:
             StorageError: when the record cannot be written for another reason.
         """
         self._remember(path, digests, _state(self._folder / path))
+
+    def _believed(self, path: str, state: dict[str, int]) -> Digests | None:
+        known = self._files.get(path)
+        if not isinstance(known, dict) or any(known.get(key) != value for key, value in state.items()):
+            return None
+        sha256, git_sha1 = known.get("sha256"), known.get("git_sha1")
+        return Digests(sha256, git_sha1) if isinstance(sha256, str) and isinstance(git_sha1, str) else None
 
     def _remember(self, path: str, digests: Digests, state: dict[str, int]) -> None:
         self._files[path] = {**state, **asdict(digests)}

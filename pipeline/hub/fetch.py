@@ -5,6 +5,9 @@ file under its final name is whole. A rerun continues each part from the bytes t
 wrong in the end is deleted, because nobody knows which byte of it is bad. One process fetches a commit at a time;
 others wait for it and then find the files.
 
+A bucket says no digest: the SHA-256 of what came is taken as the file's. Such a file is only found again by its record
+(``DigestRecords``), for as long as it is what was written; without one it is fetched again.
+
 Memory is one network chunk; a file is hashed while it comes in and not read again.
 """
 
@@ -21,10 +24,10 @@ from pathlib import Path
 
 from pipeline.errors import CorruptWeightsError, DiskFullError, SourceError, SourceNotFoundError
 from pipeline.fingerprint import fingerprint
-from pipeline.hub.client import HubClient, Sleep
+from pipeline.hub.client import Sleep
 from pipeline.hub.digests import ContentHasher, DigestRecords, Digests, storage_error
-from pipeline.hub.repository import Repository, SourceFile
-from pipeline.hub.source import Source, needed_files
+from pipeline.hub.repository import CopyRange, SourceFile
+from pipeline.hub.source import Source, copier, needed_files
 from pipeline.settings import Settings
 from pipeline.units import format_bytes
 
@@ -46,7 +49,7 @@ class FetchedSource:
         source: What was fetched.
         folder: Where the files are; for a local source its own folder.
         digests: SHA-256 of each needed file by path.
-        commit: The hub's commit, or for a folder the fingerprint of ``digests``.
+        commit: The source's commit, or for a folder the fingerprint of ``digests``.
     """
 
     source: Source
@@ -66,34 +69,40 @@ def fetch(
 ) -> FetchedSource:
     """Make all needed files of a source local and verified; on request all but the weights.
 
-    Weights that stay on the hub are listed with the digests that it announces; nothing of them was read then.
+    Weights that stay where they are are listed with the digests that are known of them; nothing of them is read.
 
     A rerun after a crash downloads only what is missing and hashes only what has changed. A local folder is used in
     place and never written to.
 
     Raises:
         SourceNotFoundError: when the hub or a file is not there or not accessible any more.
-        CorruptWeightsError: when a file's digest is not the one that the hub announced, or a local file changed.
+        CorruptWeightsError: when a file's digest is not the one that the hub announced, or a file changed meanwhile.
         DiskFullError: when the cache directory cannot take the files.
         StorageError: when the cache directory cannot be written for another reason.
     """
     needed = needed_files(source)
     if source.is_local:
         return _digest_folder(source, needed, settings, on_progress)
-    assert source.commit is not None, "a hub source is pinned"
-    folder = settings.cache_dir / "sources" / source.name / source.commit
-    client = HubClient(settings.find_hub_token(), sleep)
+    assert source.commit is not None, "a source elsewhere is pinned"
+    folder = settings.cache_dir / _cache_folder(source) / source.commit
     announced = {} if with_weights else _announced_weights(source)
     needed = tuple(file for file in needed if file.path not in announced)
-    fetched = fetch_files(
-        client, source.repository, source.commit, needed, folder, settings.cache_dir, on_progress, on_wait
-    )
+    copy = copier(source, settings, sleep)
+    fetched = fetch_files(copy, source.name, needed, folder, settings.cache_dir, on_progress, on_wait)
     fetched |= announced
     return FetchedSource(source, folder, fetched, source.commit)
 
 
+def _cache_folder(source: Source) -> str:
+    """Return where sources of one origin are kept, one folder for each commit."""
+    if source.bucket is None:
+        return f"sources/{source.name}"
+    # An ETag says which content it is of one object only: another endpoint may mean another by it.
+    return f"buckets/{fingerprint([source.endpoint, source.location])}"
+
+
 def _announced_weights(source: Source) -> dict[str, str]:
-    """Return the SHA-256 that the hub announces for each weights file."""
+    """Return the SHA-256 of each weights file as it is known before it is read."""
     digests = {}
     for file in source.files:
         if file.path not in source.weight_files:
@@ -109,16 +118,15 @@ def _announced_weights(source: Source) -> dict[str, str]:
 
 
 def fetch_files(
-    client: HubClient,
-    repository: Repository,
-    commit: str,
+    copy: CopyRange,
+    name: str,
     files: tuple[SourceFile, ...],
     folder: Path,
     cache_dir: Path,
     on_progress: OnProgress,
     on_wait: OnWait,
 ) -> dict[str, str]:
-    """Make ``files`` of a repository lie in ``folder`` and return their SHA-256 by path.
+    """Make ``files`` of a source, called ``name``, lie in ``folder`` and return their SHA-256 by path.
 
     Raises:
         As ``fetch``.
@@ -128,7 +136,7 @@ def fetch_files(
         _require_space(files, folder)
         fetched: dict[str, str] = {}
         for file in files:
-            download = _Download(client, repository, commit, file, folder / file.path, _Steps(on_progress, file))
+            download = _Download(copy, name, file, folder / file.path, _Steps(on_progress, file))
             fetched[file.path] = download.run(records).sha256
         return fetched
 
@@ -154,29 +162,28 @@ class _Steps:
 class _Download:
     """One file on its way."""
 
-    client: HubClient
-    repository: Repository
-    commit: str
+    copy: CopyRange
+    name: str
     file: SourceFile
     target: Path
     report: _Steps
 
     @property
     def _by_git(self) -> bool:
-        return self.file.sha256 is None
+        return self.file.sha256 is None and self.file.git_sha1 is not None
 
     def run(self, records: DigestRecords) -> Digests:
         """Make the target whole and return its digests."""
         file = self.file
-        if file.sha256 is None and file.git_sha1 is None:
-            unverifiable = f"{self.repository.name}/{file.path}: the hub states no digest, so it cannot be verified"
+        if not file.is_announced and file.etag is None:
+            unverifiable = f"{self.name}/{file.path}: the hub states no digest, so it cannot be verified"
             raise SourceError(
                 unverifiable, code="source.no_digest", hint="use a hub that lists blob ids and LFS digests"
             )
         try:
             if self.target.is_file():
-                kept = records.measure(file.path, self.report, with_git=self._by_git)
-                if self._mismatch(kept) is None:
+                kept = self._kept(records)
+                if kept is not None:
                     return kept
                 # Our own cache was damaged or tampered with: fetch it again.
                 self.target.unlink()
@@ -185,6 +192,16 @@ class _Download:
         except OSError as error:
             raise storage_error(error, self.target, file.size_bytes) from error
         return digests
+
+    def _kept(self, records: DigestRecords) -> Digests | None:
+        """Return the digests of the target, or None when it is not what was fetched."""
+        if self.file.is_announced:
+            kept = records.measure(self.file.path, self.report, with_git=self._by_git)
+            return kept if self._mismatch(kept) is None else None
+        known = records.recall(self.file.path)
+        if known is not None:
+            self.report(self.file.size_bytes)
+        return known
 
     def _complete_part(self) -> Digests:
         """Download what the part lacks, verify all of it, and give it its name."""
@@ -196,7 +213,13 @@ class _Download:
         # Unbuffered: what has arrived survives a SIGKILL of this process.
         with part.open("ab", buffering=0) as handle:
             hasher.update_from(part, self.report)
-            self._append(handle.fileno(), part, hasher)
+            try:
+                self._append(handle.fileno(), part, hasher)
+            except CorruptWeightsError:
+                # Where no digest would tell, nothing of a reply that was wrong is kept.
+                if not self.file.is_announced:
+                    part.unlink()
+                raise
             os.fsync(handle.fileno())
         digests = hasher.digests()
         mismatch = self._mismatch(digests)
@@ -219,17 +242,19 @@ class _Download:
             done += len(data)
             self.report(done)
 
-        self.client.copy_range(self.repository, self.commit, self.file.path, done, self.file.size_bytes, take)
+        self.copy(self.file, done, self.file.size_bytes, take)
 
     def _mismatch(self, got: Digests) -> CorruptWeightsError | None:
-        """Return the error for digests other than the announced ones, or None when they are the same."""
+        """Return the error for digests other than the announced ones, or None when they are the same, or none are."""
+        if not self.file.is_announced:
+            return None
         kind, expected, actual = "SHA-256", self.file.sha256, got.sha256
         if self._by_git:
             kind, expected, actual = "git blob id", self.file.git_sha1 or "", got.git_sha1
         if actual == expected:
             return None
         return CorruptWeightsError(
-            f"{self.repository.name}/{self.file.path} came with {kind} {actual}, the hub announced {expected}",
+            f"{self.name}/{self.file.path} came with {kind} {actual}, the hub announced {expected}",
             code="source.digest",
             hint="the partial file was deleted; run the command again, and check any proxy or mirror if it stays so",
             context={"file": self.file.path, "expected": expected, "got": actual},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -48,12 +49,24 @@ class SourceFile:
         size_bytes: Its size.
         sha256: Digest of its content where the hub knows it (large files), else None.
         git_sha1: Git blob id of its content where the hub knows it (small files), else None.
+        etag: What a bucket calls this content of it, else None. It tells whether the object was replaced, and proves
+            nothing about the bytes that come.
     """
 
     path: str
     size_bytes: int
     sha256: str | None = None
     git_sha1: str | None = None
+    etag: str | None = None
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether a digest of its content is known before it is read."""
+        return self.sha256 is not None or self.git_sha1 is not None
+
+
+CopyRange = Callable[[SourceFile, int, int, Callable[[bytes], object]], None]
+"""Called as ``copy(file, start, end, sink)``; gives the bytes ``[start, end)`` of a file to ``sink`` in order."""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,12 @@ def is_companion(path: str) -> bool:
     return _matches(path, COMPANION_PATTERNS)
 
 
+def is_safe_path(path: str) -> bool:
+    """Return whether a path stays inside the folder that it is written to, and a terminal shows it as it is."""
+    parts = path.split("/")
+    return all(part.isprintable() and "\\" not in part and part not in ("", ".", "..") for part in parts)
+
+
 def pickled_weights(paths: Iterable[str]) -> list[str]:
     """Return the files that look like weights in a pickle, in any folder, sorted."""
     names = ((path, path.rpartition("/")[2]) for path in paths)

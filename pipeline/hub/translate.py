@@ -62,7 +62,8 @@ def not_a_name(text: str) -> SourceNotFoundError:
     return SourceNotFoundError(
         f"source {text!r:.200} is neither an existing folder nor of the form org/name[@revision]",
         code="source.bad_name",
-        hint="give a local Hugging Face folder, for example ./my-model, or a repository such as org/name@main",
+        hint="give a local Hugging Face folder, for example ./my-model, a repository such as org/name@main, or "
+        "s3://bucket/prefix",
     )
 
 

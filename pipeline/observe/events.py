@@ -58,12 +58,13 @@ class PhaseWork:
 
 @dataclass(frozen=True)
 class SourceAdvanced:
-    """More of the source's files lies here, verified or on its way.
+    """More of the source's files lies here, verified or on its way, or was read where it is to take its digest.
 
     Attributes:
         path: The file at hand.
-        done_bytes: Bytes of all needed files that are fetched and hashed.
-        total_bytes: Bytes of all needed files.
+        done_bytes: Bytes of all files that are wanted now which are fetched and hashed.
+        total_bytes: Bytes of all files that are wanted now: first those that stay where they are, then those that are
+            fetched.
     """
 
     kind: ClassVar[EventKind] = EventKind.SOURCE_ADVANCED

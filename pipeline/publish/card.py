@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.facts import FACTS_FILE, OVERLAP_TOKENS, Check, ReleaseFacts
+from pipeline.facts import FACTS_FILE, OVERLAP_TOKENS, Check, ReleaseFacts, SourcePlace
 from pipeline.formats.loaders import Contents
 from pipeline.publish import figures, markdown
 from pipeline.publish.loading import loading_guide
@@ -61,8 +61,8 @@ def render_card(facts: ReleaseFacts) -> str:
 def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
     """Return the card's metadata.
 
-    A local source has no address: there is a ``base_model`` only if its own card names one. What that is to the source
-    (fine-tuned, merged) is for the hub to find out, so no relation is stated.
+    A source that is not on a hub has no address there: there is a ``base_model`` only if its own card names one. What
+    that is to the source (fine-tuned, merged) is for the hub to find out, so no relation is stated.
     """
     metadata: dict[str, Any] = {}
     license_id = facts.source.license
@@ -70,7 +70,7 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
         metadata["license"] = license_id
     elif license_id is not None:
         metadata |= {"license": "other", "license_name": license_id}
-    if not facts.source.is_local:
+    if facts.source.place is SourcePlace.HUB:
         metadata |= {"base_model": facts.source.name, "base_model_relation": "quantized"}
     elif base_models := [name for name in facts.source.base_models if _HUB_NAME.fullmatch(name)]:
         metadata["base_model"] = base_models if len(base_models) > 1 else base_models[0]

@@ -85,9 +85,8 @@ def _plain(value: Any) -> Any:
 
 def _identity(facts: ReleaseFacts) -> Table:
     source, calibration, quality = facts.source, facts.calibration, facts.quality
-    kind = "folder" if source.is_local else "hub"
     rows = {
-        "source": f"{source.name} ({kind}, {source.commit[:12]}), {source.architecture}, "
+        "source": f"{source.name} ({source.place}, {source.commit[:12]}), {source.architecture}, "
         f"{format_count(source.num_parameters)} parameters",
         "variant": f"{facts.variant.name}: {figures.describe_scheme(facts.variant, facts.modules)}, "
         f"{facts.variant.format} format",

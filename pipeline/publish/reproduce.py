@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import SpecError
-from pipeline.facts import ReleaseFacts
+from pipeline.facts import ReleaseFacts, SourceFacts, SourcePlace
 from pipeline.spec import Budgets, CalibrationSpec, GateSpec, PromptSpec, VariantSpec, parse_variant, resolve_budgets
 
 BUILTIN = "builtin"
@@ -29,7 +29,7 @@ def reproduce_spec(facts: ReleaseFacts) -> str | None:
 def reproduce_command(facts: ReleaseFacts) -> str:
     """Return the command that makes the same weights, with ``spec.yaml`` where ``reproduce_spec`` returns text."""
     source, calibration, quality, default = facts.source, facts.calibration, facts.quality, GateSpec()
-    words = ["bitmill", "convert", f"./{source.name}" if source.is_local else f"{source.name}@{source.commit}"]
+    words = ["bitmill", "convert", _source_word(source)]
     words += ["--variant", facts.variant.name] if _is_short_name(facts.variant) else []
     words += ["--spec", "spec.yaml"] if reproduce_spec(facts) is not None else []
     words += ["--calibration", _text_flag(calibration.text)]
@@ -42,6 +42,16 @@ def reproduce_command(facts: ReleaseFacts) -> str:
     if quality.heldout_length != default.heldout_length:
         words += ["--heldout-length", str(quality.heldout_length)]
     return shlex.join([*words, "--to", "releases"])
+
+
+def _source_word(source: SourceFacts) -> str:
+    match source.place:
+        case SourcePlace.FOLDER:
+            return f"./{source.name}"
+        case SourcePlace.HUB:
+            return f"{source.name}@{source.commit}"
+        case SourcePlace.BUCKET:
+            return source.name
 
 
 def _gates(facts: ReleaseFacts) -> dict[str, Any]:

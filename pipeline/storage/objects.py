@@ -38,11 +38,13 @@ class ObjectInfo:
         key: Its key, relative to the store.
         size_bytes: Length of its content.
         modified_at: When it was written, by the store's clock (UTC).
+        etag: Stands for exactly its content where a listing said so; else empty.
     """
 
     key: str
     size_bytes: int
     modified_at: datetime
+    etag: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,14 +152,7 @@ def open_store(url: str, settings: Settings, *, attempts: int | None = None) -> 
         # Loads boto3, which takes half a second that directory targets and --help need not pay.
         from pipeline.storage.s3 import connect_s3
 
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        if not _BUCKET.fullmatch(bucket):
-            raise SpecError(
-                f"{url!r} names no bucket", code="spec.target", hint="write it as s3://bucket or s3://bucket/prefix"
-            )
-        prefix = prefix.strip("/")
-        if prefix:
-            check_key(prefix)
+        bucket, prefix = split_s3(url)
         return connect_s3(bucket, prefix, settings.s3_endpoint, attempts)
     if not url or _SCHEME.match(url):
         raise SpecError(
@@ -169,6 +164,22 @@ def open_store(url: str, settings: Settings, *, attempts: int | None = None) -> 
     from pipeline.storage.directory import DirectoryStore
 
     return DirectoryStore(Path(url))
+
+
+def split_s3(url: str) -> tuple[str, str]:
+    """Return the bucket and the prefix that ``s3://bucket/prefix`` names; the prefix without slashes around it.
+
+    Raises:
+        SpecError: when it names no bucket.
+        StorageError: when there can be no such prefix.
+    """
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise SpecError(
+            f"{url!r} names no bucket", code="spec.target", hint="write it as s3://bucket or s3://bucket/prefix"
+        )
+    prefix = prefix.strip("/")
+    return bucket, check_key(prefix) if prefix else ""
 
 
 def check_key(key: str) -> str:

@@ -24,7 +24,7 @@ from botocore.exceptions import (
 )
 
 from pipeline.disk import disk_errors, save_file
-from pipeline.errors import StorageError, TargetUnavailableError
+from pipeline.errors import ConflictError, StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes
 from pipeline.storage.objects import (
     Blob,
@@ -166,6 +166,30 @@ class S3Store:
             raise missing_object(self.url, key)
         yield from self._chunks(key, answer)
 
+    def stream_range(self, key: str, start: int, end: int, etag: str, *, is_whole: bool = False) -> Iterator[bytes]:
+        """Yield bytes ``start`` to ``end`` (exclusive) of the content with this ETag; a broken connection is taken up
+        where it broke.
+
+        Args:
+            key: The object.
+            start: First byte.
+            end: One past the last byte; more than ``start``.
+            etag: Of the content that is meant.
+            is_whole: Whether that is all of it: then a checksum that the server has of it is compared, at the end.
+
+        Raises:
+            ConflictError: when the object has another content now.
+            StorageError: when it is missing, or came with a wrong checksum.
+        """
+        answer = self._open(key, IfMatch=etag, **({} if is_whole else {"Range": f"bytes={start}-{end - 1}"}))
+        if answer is None:
+            raise missing_object(self.url, key)
+        if answer["ETag"].strip('"') != etag.strip('"'):  # a server that ignores the condition
+            raise ConflictError(f"{self.place}: {key} has another content now")
+        if int(answer["ContentLength"]) != end - start:
+            raise short_object(self.url, key, end)
+        yield from self._chunks(key, answer, start)
+
     def download(self, key: str, path: Path) -> None:
         """Copy an object to a file, which appears whole or not at all.
 
@@ -226,7 +250,11 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Return the objects whose keys start with ``prefix``, in the order of their keys."""
-        found = []
+        # SeaweedFS lists folder by folder, which is another order than that of the keys.
+        yield from sorted(self.entries(prefix), key=lambda info: info.key.encode())
+
+    def entries(self, prefix: str) -> Iterator[ObjectInfo]:
+        """Yield the objects whose keys start with ``prefix``, page by page, in the server's order."""
         pages = self._client.get_paginator("list_objects_v2")
         with s3_errors(self.place, f"listing {prefix or 'everything'}"):
             for page in pages.paginate(
@@ -236,9 +264,8 @@ class S3Store:
                     # Keys that end in a slash are the folders that some consoles make.
                     if not entry["Key"].endswith("/"):
                         key = entry["Key"][len(self._full("")) :]
-                        found.append(ObjectInfo(key, int(entry["Size"]), entry["LastModified"].astimezone(UTC)))
-        # SeaweedFS lists folder by folder, which is another order than that of the keys.
-        yield from sorted(found, key=lambda info: info.key.encode())
+                        modified_at = entry["LastModified"].astimezone(UTC)
+                        yield ObjectInfo(key, int(entry["Size"]), modified_at, str(entry.get("ETag", "")))
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there stays so."""

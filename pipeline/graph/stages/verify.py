@@ -20,7 +20,7 @@ def verify(call: Call) -> dict[str, Any]:
     if found != announced:
         call.source.weights.forget(file)
         raise CorruptWeightsError(
-            f"{file} came with SHA-256 {found}, the hub announced {announced}. What was computed from it was discarded",
+            f"{file} came with SHA-256 {found}, {announced} was announced. What was computed from it was discarded",
             code=MISMATCH,
             hint="run the command again, and check any proxy or mirror between if it stays so",
             context={"file": file, "expected": announced, "got": found},

@@ -14,6 +14,7 @@ from pipeline.graph.plan import plan_conversion
 from pipeline.hub.source import Source
 from pipeline.settings import Settings
 from pipeline.spec import ConversionSpec
+from pipeline.storage.bucket import SourceBucket
 from pipeline.storage.manifest import MAX_NAME_CHARS, check_name
 
 MakeSpec = Callable[..., ConversionSpec]
@@ -64,6 +65,24 @@ def test_a_folder_whose_name_cannot_be_published_lends_what_can(make_spec: MakeS
     assert repr(folder) in names.caution
     assert f"local/{prefix}-" in names.caution
     assert "--release" in names.caution
+
+
+@pytest.mark.parametrize(
+    ("url", "prefix", "has_caution"),
+    [
+        ("s3://bucket/models/my-model", "my-model", False),
+        ("s3://a-bucket", "a-bucket", False),
+        ("s3://bucket/models/my model", "my-model", True),
+    ],
+)
+def test_releases_of_a_bucket_are_called_after_the_last_part_of_the_prefix(
+    make_spec: MakeSpec, url: str, prefix: str, has_caution: bool
+) -> None:
+    bucket, _, below = url.removeprefix("s3://").partition("/")
+    own = SourceBucket(bucket, below, None)
+    names = name_releases(make_spec(), Source(url, False, None, "0" * 64, (), (), url, own))
+    assert names.address("gptq-w4-g64") == f"local/{prefix}-gptq-w4-g64"
+    assert ("'my model'" in names.caution) == bool(names.caution) == has_caution
 
 
 @pytest.mark.parametrize(

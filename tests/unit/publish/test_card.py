@@ -101,6 +101,19 @@ def test_what_a_local_source_says_that_it_was_made_from_is_carried_through(
     assert "base_model_relation" not in metadata
 
 
+def test_a_source_in_a_bucket_is_named_and_is_no_base_model(tmp_path: Path) -> None:
+    facts = with_source(make_facts(), name="s3://models/in/my-model", commit="ab" * 32)
+    text = render_card(facts)
+    assert not {"base_model", "base_model_relation"} & set(loaded_metadata(text, tmp_path))
+    provenance = section(text, "Provenance")
+    assert "| source | `s3://models/in/my-model` |" in provenance
+    assert f"| fingerprint of its listing | `{'ab' * 32}` |" in provenance
+    assert reproduce_command(facts).startswith("bitmill convert s3://models/in/my-model --variant ")
+    assert "To make the same weights again, while the bucket holds the same files:" in text
+    made_from = with_source(facts, base_models=("acme/base",))
+    assert loaded_metadata(render_card(made_from), tmp_path)["base_model"] == "acme/base"
+
+
 @pytest.mark.parametrize(
     ("license_id", "expected"),
     [

@@ -16,12 +16,18 @@ from botocore.response import StreamingBody
 from pipeline.errors import (
     ConditionalWriteError,
     ConflictError,
+    CorruptWeightsError,
     DiskFullError,
     PipelineError,
     StorageError,
     TargetUnavailableError,
 )
 from pipeline.fingerprint import digest_file
+from pipeline.hub.fetch import fetch
+from pipeline.hub.source import pin_source
+from pipeline.settings import Settings
+from pipeline.storage.bucket import SourceBucket
+from pipeline.storage.objects import MISSING_OBJECT
 from pipeline.storage.probe import probe
 from pipeline.storage.s3 import S3Store, connect_s3
 
@@ -268,6 +274,70 @@ def test_an_object_replaced_while_it_is_read_is_a_conflict(store: S3Store, scrip
     )
     with pytest.raises(ConflictError):
         list(store.stream("a"))
+
+
+def test_a_range_is_of_the_content_that_is_meant_or_an_error(store: S3Store, script: Script) -> None:
+    def read(etag: str, end: int = 6, *, is_whole: bool = False) -> bytes:
+        return b"".join(store.stream_range("a", 2, end, etag, is_whole=is_whole))
+
+    def answer(method: str, path: str, headers: Any) -> Answer:
+        assert (headers["Range"], headers["If-Match"]) == ("bytes=2-5", wanted)
+        return 206, {"ETag": '"1"', "Content-Range": "bytes 2-5/9"}, b"cdef"
+
+    script.answer, wanted = answer, '"1"'
+    assert read(wanted) == b"cdef"
+    wanted = '"2"'
+    with pytest.raises(ConflictError, match="another content"):  # a server that ignores the condition
+        read(wanted)
+    script.answer = lambda *_: error_answer(412, "PreconditionFailed")
+    with pytest.raises(ConflictError):
+        read(wanted)
+    # A server that ignores ranges, and an object that is shorter than it was.
+    script.answer = lambda *_: (200, {"ETag": '"1"'}, b"abcdefghi")
+    with pytest.raises(StorageError, match="fewer than 6 bytes"):
+        read('"1"')
+    script.answer = lambda *_: error_answer(404, "NoSuchKey")
+    with pytest.raises(StorageError) as caught:
+        read('"1"')
+    assert caught.value.code == MISSING_OBJECT
+
+
+def test_a_whole_object_is_held_to_its_checksum(store: S3Store, script: Script) -> None:
+    wrong = {"ETag": '"1"', "x-amz-checksum-crc32": "AAAAAA=="}
+    script.answer = lambda *_: (200, wrong, b"abcdefghi")
+    with pytest.raises(StorageError) as caught:
+        b"".join(store.stream_range("a", 0, 9, '"1"', is_whole=True))
+    assert caught.value.code == "storage.damaged_answer"
+
+
+def test_a_damaged_object_leaves_nothing_of_a_source_behind(store: S3Store, script: Script, tmp_path: Path) -> None:
+    """Nothing but the answer's own checksum could tell, so a rerun must not believe what came."""
+    files = {"config.json": b"{}", "model.safetensors": b"abcdefghi"}
+    damaged = [True]
+    entries = "".join(
+        f"<Contents><Key>models/{name}</Key><Size>{len(data)}</Size><ETag>&quot;1&quot;</ETag>"
+        "<LastModified>2026-01-01T00:00:00Z</LastModified></Contents>"
+        for name, data in files.items()
+    )
+
+    def answer(method: str, path: str, headers: Any) -> Answer:
+        if "list-type" in path:
+            return 200, {}, f"<ListBucketResult>{entries}</ListBucketResult>".encode()
+        name = path.rpartition("/")[2]
+        is_wrong = damaged[0] and name == "model.safetensors"
+        return 200, {"ETag": '"1"', **({"x-amz-checksum-crc32": "AAAAAA=="} if is_wrong else {})}, files[name]
+
+    script.answer = answer
+    endpoint = f"http://127.0.0.1:{script.server_port}"
+    settings = Settings("", None, tmp_path, s3_endpoint=endpoint, ray_address=None)
+    source = pin_source("s3://b-1/models", settings, lambda url, own: SourceBucket.at(url, own.s3_endpoint))
+    with pytest.raises(CorruptWeightsError, match="another checksum") as caught:
+        fetch(source, settings)
+    assert caught.value.code == "source.digest"
+    assert not list(tmp_path.rglob("model.safetensors*"))
+    damaged[0] = False
+    fetched = fetch(source, settings)
+    assert (fetched.folder / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
 def test_a_store_that_refuses_conditions_that_hold_is_unfit(store: S3Store, script: Script) -> None:
