@@ -11,6 +11,8 @@ import pytest
 from pipeline.errors import PlanError
 from pipeline.graph.build import make_variant_plan
 from pipeline.graph.chains import shape_of
+from pipeline.graph.cost import cost_model
+from pipeline.graph.memory import plan_memory
 from pipeline.graph.naming import name_releases
 from pipeline.graph.outline import open_folder
 from pipeline.graph.plan import PlanReport, plan_conversion, report_plan, require_positions
@@ -32,7 +34,8 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(folder: Path, spec: ConversionSpec, settings: Settings, workers: int = 1) -> PlanReport:
     outline = open_folder(folder).outline
     source = pin_source(str(folder), settings)
-    return report_plan(source, name_releases(spec, source), outline, spec, workers)
+    memory = plan_memory(outline, spec, workers, cost_model("cpu"), None)
+    return report_plan(source, name_releases(spec, source), outline, spec, workers, memory)
 
 
 def test_the_cache_of_a_vision_model_is_its_language_model_s(
