@@ -11,7 +11,7 @@ from pipeline.graph.build import Inputs, JobUnits, build_units, make_tuning
 from pipeline.graph.cost import cost_model
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import MAX_RECOVERIES, RECOVERABLE, Driver, Observer, StoredRecords, Tuning
-from pipeline.graph.executor import Executor, InlineExecutor
+from pipeline.graph.executor import Executor, Finished, InlineExecutor
 from pipeline.graph.stages.proof import proof_units, require_proven, weight_places
 from pipeline.graph.worker import Worker
 from pipeline.observe.events import (
@@ -168,6 +168,10 @@ class _Absent:
 
     def forget(self, *arguments: Any) -> None:
         """Nothing is held."""
+
+    def let_end(self, timeout_s: float) -> Sequence[Finished]:
+        """Nothing runs."""
+        return ()
 
     def close(self) -> None:
         """Nothing runs."""
