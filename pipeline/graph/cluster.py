@@ -331,9 +331,12 @@ class RayExecutor:
         owners = {reference: name for name, seat in self._seats.items() for reference in seat.units}
         if not owners:
             return ()
-        for name in self.workers:
-            self._seats[name].actor.begin_no_more.remote()
-        done, _ = self._ray.wait(list(owners), num_returns=len(owners), timeout=timeout_s)
+        try:
+            for name in self.workers:
+                self._seats[name].actor.begin_no_more.remote()
+            done, _ = self._ray.wait(list(owners), num_returns=len(owners), timeout=timeout_s)
+        except self._ray.exceptions.RayError:
+            return ()  # the cluster ends too
         ended = []
         for reference in done:
             name = owners[reference]

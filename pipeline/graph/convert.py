@@ -2,6 +2,9 @@
 
 Read from ``convert``. Targets are probed before anything is computed, so a missing bucket or a store without
 conditional writes costs seconds, not hours. Nothing is published for a variant whose Verdict did not pass.
+
+From the moment that the work store is known to the end the job is announced there. A wish to cancel it is heeded in
+every phase, and before each publication; one that has begun is completed.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from pipeline.graph.naming import name_releases
 from pipeline.graph.outline import make_outline, stamp_files
 from pipeline.graph.plan import remote_outline, require_positions
 from pipeline.graph.stages.call import JobContext
+from pipeline.graph.stopping import Stopping
 from pipeline.hub.fetch import FetchedSource, fetch
 from pipeline.hub.source import Source, needed_files, pin_source
 from pipeline.observe.events import EventSink, Published, SourceAdvanced, VariantJudged, Warned
@@ -42,6 +46,7 @@ from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
 from pipeline.storage.refs import DEFAULT_REF, read_ref
 from pipeline.storage.release import publish_release
+from pipeline.storage.running import announced
 from pipeline.storage.work import S3_ATTEMPTS, WorkStore, open_work_store
 from pipeline.tensors.index import WeightIndex
 from pipeline.tensors.local import read_folder_index
@@ -98,16 +103,33 @@ def convert(
     Raises:
         PipelineError: when the source, the text, the plan, the target or the cluster cannot be used. A failed gate is
             no error: its outcome has no locations.
+        GraphError: with the code ``graph.cancelled`` when somebody cancelled the job.
     """
     stores = open_targets(spec.targets, settings, sink)
     work = open_work_store(str(options.work_dir), settings)
     work.prepare()
+    jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
+    with announced(jobs, spec.source, tuple(variant.name for variant in spec.variants)) as announcement:
+        return _convert(spec, settings, options, sink, stores, work, Stopping(announcement.is_cancelled))
+
+
+def _convert(
+    spec: ConversionSpec,
+    settings: Settings,
+    options: RunOptions,
+    sink: EventSink,
+    stores: list[ObjectStore],
+    work: WorkStore,
+    stopping: Stopping,
+) -> tuple[VariantOutcome, ...]:
+    """Do what ``convert`` says, on stores that are there."""
     source = pin_source(spec.source, settings)
     names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
     memory = plan_memory(outline, spec, options.workers, options.max_memory_bytes)
+    stopping.check()
     texts = load_texts(spec, settings)
     require_device(options)
     cautions = [names.caution] if names.caution else []
@@ -115,7 +137,7 @@ def convert(
     for caution in dict.fromkeys(cautions):
         sink.emit(Warned(caution))
     is_streamed = options.stream and not source.is_local
-    fetched, stamps = fetch_source(source, settings, sink, with_weights=not is_streamed)
+    fetched, stamps = fetch_source(source, settings, sink, stopping, with_weights=not is_streamed)
     seen = ref_sequences(stores, names.namespace, names.by_variant.values())
     index = outline.index if is_streamed else None
     inputs = gather_inputs(spec, fetched, texts, options.device, index)
@@ -128,8 +150,8 @@ def convert(
         shelf_bytes=memory.shelf_bytes if options.shelf_bytes is None else options.shelf_bytes,
         streamed=source if is_streamed else None,
     )
-    jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
-    units, records = run_job(inputs, work, jobs, context, options, memory.spans, sink)
+    stopping.check()
+    units, records = run_job(inputs, work, context, options, memory.spans, sink, stopping)
     measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
     outcomes = []
     for own in measured:
@@ -137,32 +159,43 @@ def convert(
         known = published_siblings(stores[0], address, weights_fingerprint(fetched, own.plan.spec, units))
         facts = make_facts(inputs, fetched, address, own, measured, units, known)
         _announce(own, sink)
-        locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink) if own.verdict.passed else ()
+        locations: tuple[str, ...] = ()
+        if own.verdict.passed:
+            locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink, stopping)
         outcomes.append(VariantOutcome(facts, locations))
     return tuple(outcomes)
 
 
 def fetch_source(
-    source: Source, settings: Settings, sink: EventSink, *, with_weights: bool = True
+    source: Source, settings: Settings, sink: EventSink, stopping: Stopping, *, with_weights: bool = True
 ) -> tuple[FetchedSource, dict[str, FileStamp]]:
     """Return a source with its needed files local and verified, and what the weights files were when they were; says
     how far it is or what it waits for. On request the weights stay where they are.
 
     Raises:
         SourceError, StorageError: as ``fetch``.
+        GraphError: with the code ``graph.cancelled`` when the job is.
     """
     left = () if with_weights else source.weight_files
     total_bytes = sum(file.size_bytes for file in needed_files(source) if file.path not in left)
     done: dict[str, int] = {}
 
     def advanced(path: str, done_bytes: int, _: int) -> None:
+        stopping.check()
         done[path] = done_bytes
         sink.emit(SourceAdvanced(path, sum(done.values()), total_bytes))
 
     # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from a hub
     # lies in our own cache, and is there only afterwards.
     before = stamp_files(Path(source.location), source.weight_files) if source.is_local else None
-    fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)), with_weights=with_weights)
+    fetched = fetch(
+        source,
+        settings,
+        advanced,
+        lambda reason: sink.emit(Warned(reason)),
+        sleep=stopping.sleep,
+        with_weights=with_weights,
+    )
     if not with_weights:
         return fetched, {}
     return fetched, before or stamp_files(fetched.folder, source.weight_files)
@@ -304,6 +337,7 @@ def _publish(
     stores: list[ObjectStore],
     seen: Mapping[tuple[str, str], int],
     sink: EventSink,
+    stopping: Stopping,
 ) -> tuple[str, ...]:
     namespace, _, name = facts.release.partition("/")
     provenance = {
@@ -316,8 +350,9 @@ def _publish(
     locations = []
     # Private: another run may be assembling the same release in the same work directory.
     with work.private_folder() as folder:
-        names = assemble_release(inputs, fetched, facts, units, work, folder)
+        names = assemble_release(inputs, fetched, facts, units, work, folder, stopping)
         for store in stores:
+            stopping.check()
             done = publish_release(
                 store,
                 folder,

@@ -28,6 +28,9 @@ from pipeline.hub.source import Source, needed_files
 from pipeline.settings import Settings
 from pipeline.units import format_bytes
 
+LOCK_POLL_S = 0.5
+"""Seconds between two tries to begin where another process fetches."""
+
 PROGRESS_BYTES = 4 * 1024 * 1024
 PART_SUFFIX = ".part"
 
@@ -67,6 +70,8 @@ def fetch(
     """Make all needed files of a source local and verified; on request all but the weights.
 
     Weights that stay on the hub are listed with the digests that it announces; nothing of them was read then.
+
+    What ``on_progress`` or ``sleep`` raise ends the fetch as a crash would.
 
     A rerun after a crash downloads only what is missing and hashes only what has changed. A local folder is used in
     place and never written to.
@@ -123,7 +128,7 @@ def fetch_files(
     Raises:
         As ``fetch``.
     """
-    with _alone_in(folder, on_wait):
+    with _alone_in(folder, on_wait, client.sleep):
         records = DigestRecords(cache_dir, folder)
         _require_space(files, folder)
         fetched: dict[str, str] = {}
@@ -276,7 +281,7 @@ def _require_space(files: tuple[SourceFile, ...], folder: Path) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path, on_wait: OnWait) -> Iterator[None]:
+def _alone_in(folder: Path, on_wait: OnWait, sleep: Sleep) -> Iterator[None]:
     """Hold the lock of a folder, waiting for it; the system releases it when the process dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -285,13 +290,20 @@ def _alone_in(folder: Path, on_wait: OnWait) -> Iterator[None]:
         raise storage_error(error, folder, 0) from error
     try:
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _try_to_lock(descriptor):
                 on_wait(f"another process fetches into {folder}: waiting until it is done")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                while not _try_to_lock(descriptor):
+                    sleep(LOCK_POLL_S)
         except OSError as error:
             raise storage_error(error, folder, 0) from error
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_to_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
