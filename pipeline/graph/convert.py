@@ -123,14 +123,14 @@ def _convert(
     stopping: Stopping,
 ) -> tuple[VariantOutcome, ...]:
     """Do what ``convert`` says, on stores that are there."""
-    source = pin_source(spec.source, settings)
+    source = pin_source(spec.source, settings, sleep=stopping.sleep)
     names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
     memory = plan_memory(outline, spec, options.workers, options.max_memory_bytes)
     stopping.check()
-    texts = load_texts(spec, settings)
+    texts = load_texts(spec, settings, stopping)
     require_device(options)
     cautions = [names.caution] if names.caution else []
     cautions += [caution for plan in plans for caution in plan.cautions(spec.calibration)]
@@ -251,15 +251,16 @@ def ref_sequences(stores: Iterable[ObjectStore], namespace: str, names: Iterable
     return {place: ref.sequence if ref is not None else 0 for place, ref in refs.items()}
 
 
-def load_texts(spec: ConversionSpec, settings: Settings) -> tuple[Text, Text]:
+def load_texts(spec: ConversionSpec, settings: Settings, stopping: Stopping | None = None) -> tuple[Text, Text]:
     """Return the calibration text and the held-out text, before they are tokenized.
 
     Raises:
         CalibrationError: when one cannot be read.
+        GraphError: with the code ``graph.cancelled`` when the job is.
     """
-    seed = spec.calibration.seed
-    calibration = load_text(spec.calibration.text, "calibration", seed, settings)
-    return calibration, load_text(spec.gates.heldout, "heldout", seed, settings)
+    seed, sleep = spec.calibration.seed, (stopping or Stopping()).sleep
+    calibration = load_text(spec.calibration.text, "calibration", seed, settings, sleep)
+    return calibration, load_text(spec.gates.heldout, "heldout", seed, settings, sleep)
 
 
 def gather_inputs(
