@@ -42,6 +42,7 @@ class ScriptedExecutor:
         submitted: Every unit that was ever submitted, by key.
         stalled: Workers that take units and never run them.
         is_expecting: Whether a worker is to join, as the driver is told.
+        begun: Workers whose first unit runs when the job is stopped.
         on_idle: Called when nothing can run, with the seconds that the driver would wait.
     """
 
@@ -51,6 +52,7 @@ class ScriptedExecutor:
         self.log: list[tuple[WorkerId, WorkUnit]] = []
         self.submitted: dict[str, WorkUnit] = {}
         self.stalled: set[WorkerId] = set()
+        self.begun: set[WorkerId] = set()
         self.is_expecting = False
         self._fault = fault
         self._queues: dict[WorkerId, list[tuple[WorkUnit, Mapping[str, WorkerId]]]] = {}
@@ -128,6 +130,11 @@ class ScriptedExecutor:
         """Drop passing outputs."""
         if worker in self.alive:
             self.alive[worker].forget(keys)
+
+    def let_end(self, timeout_s: float) -> Sequence[Finished]:
+        """Run the units that have begun."""
+        events = [self.step(name) for name in sorted(self.begun) if self._queues[name]]
+        return [event for event in events if isinstance(event, Finished) and event.outcome.error is None]
 
     def close(self) -> None:
         """Remove what was spilled."""

@@ -25,7 +25,8 @@ POLL_S = 0.5
 def cancel_command(job: str | None, work_dir: str | None, wait_s: float, as_json: bool) -> int:
     """Stop a running JOB within one work unit; without JOB, list the running ones.
 
-    Nothing that is finished is lost: the same convert command continues where it stopped.
+    Nothing that is finished is lost: the same convert command continues where it stopped. A publication that is under
+    way is completed.
     """
     from pipeline.settings import load_settings
     from pipeline.storage.objects import open_store

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -60,7 +61,9 @@ class Text:
     provenance: str
 
 
-def load_text(text: str, purpose: str, seed: int, settings: Settings) -> Text:
+def load_text(
+    text: str, purpose: str, seed: int, settings: Settings, sleep: Callable[[float], None] = time.sleep
+) -> Text:
     """Return the text that a spec names.
 
     Args:
@@ -68,6 +71,7 @@ def load_text(text: str, purpose: str, seed: int, settings: Settings) -> Text:
         purpose: ``calibration`` or ``heldout``: which shipped text ``builtin`` means.
         seed: Order of the documents of a .jsonl or .parquet file.
         settings: Where the hub is.
+        sleep: Waits between attempts when the hub limits or drops us.
 
     Raises:
         CalibrationError: when the file is missing, unreadable or has no ``text`` column.
@@ -76,7 +80,7 @@ def load_text(text: str, purpose: str, seed: int, settings: Settings) -> Text:
         path = resources.files("pipeline.calibrate") / "data" / BUILTIN_FILES[purpose]
         return Text(path.read_text(encoding="utf-8"), f"{BUILTIN}:{purpose}")
     if text.startswith("hub:"):
-        file, provenance = fetch_dataset_file(text, settings)
+        file, provenance = fetch_dataset_file(text, settings, sleep=sleep)
     else:
         file, provenance = Path(text), Path(text).name
     try:

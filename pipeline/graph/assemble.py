@@ -31,6 +31,7 @@ from pipeline.graph.build import Inputs, JobUnits, VariantPlan, VariantUnits
 from pipeline.graph.dag import WorkUnit
 from pipeline.graph.identity import COMPUTE_PACKAGES
 from pipeline.graph.stages.call import OUTPUT
+from pipeline.graph.stopping import Stopping
 from pipeline.hub.card import read_card
 from pipeline.hub.fetch import FetchedSource
 from pipeline.publish.card import render_card
@@ -271,11 +272,20 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
 
 
 def assemble_release(
-    inputs: Inputs, fetched: FetchedSource, facts: ReleaseFacts, units: JobUnits, work: WorkStore, folder: Path
+    inputs: Inputs,
+    fetched: FetchedSource,
+    facts: ReleaseFacts,
+    units: JobUnits,
+    work: WorkStore,
+    folder: Path,
+    stopping: Stopping,
 ) -> frozenset[str]:
     """Make an empty folder the release: weights, index, config, companions, facts, card, plots.
 
     Returns the names of the files that were written.
+
+    Raises:
+        GraphError: with the code ``graph.cancelled`` when the job is.
     """
     sources = (units.outer, *units.variants[facts.variant.name].packs)
     weight_map: dict[str, str] = {}
@@ -288,6 +298,7 @@ def assemble_release(
         "size_quality.png",
     }
     for number, unit in enumerate(sources, 1):
+        stopping.check()
         name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
         written.add(name)
         _link(work.open_checked(*unit.place, OUTPUT), folder / name)

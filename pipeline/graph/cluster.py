@@ -31,6 +31,7 @@ from pipeline.graph.dag import WorkUnit
 from pipeline.graph.executor import Event, Finished, WorkerId, WorkerJoined, WorkerLost
 from pipeline.graph.shelf import Tensors
 from pipeline.graph.stages.call import JobContext
+from pipeline.graph.stopping import Stopping, cancelled
 from pipeline.graph.worker import Outcome, Worker, lost_output
 from pipeline.settings import quiet_ray
 from pipeline.units import format_bytes
@@ -71,10 +72,12 @@ _RAISED = re.compile(r"[\w.]+(Error|Exception): ")
 class RemoteWorker:
     """A ``Worker`` as a Ray actor. Handing over runs beside the unit at hand, on a thread of its own."""
 
-    def __init__(self, context: JobContext) -> None:
+    def __init__(self, context: JobContext, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S) -> None:
         """Start the worker, in a process of its own."""
         heap.map_large_blocks()
         self._worker = Worker(context)
+        self._hand_over_timeout_s = hand_over_timeout_s
+        self._begins_units = True
 
     def describe(self) -> dict[str, Any]:
         """Return where the worker is: process id, node, GPUs."""
@@ -87,12 +90,17 @@ class RemoteWorker:
         """Run a unit; ``holders`` are the actors that hold passing outputs which this worker lacks."""
         import ray
 
+        if not self._begins_units:
+            return Outcome(None, cancelled(), 0.0, 0)
+
         def fetch(key: str, prefix: str) -> Tensors:
             holder = holders.get(key)
             if holder is None:
                 raise lost_output(key)
             try:
-                arrays = ray.get(holder.hand_over.remote(key, prefix), timeout=HAND_OVER_TIMEOUT_S)
+                arrays = ray.get(holder.hand_over.remote(key, prefix), timeout=self._hand_over_timeout_s)
+            except ray.exceptions.TaskCancelledError as error:
+                raise cancelled(f"{unit.title} was cancelled by Ray") from error
             except (ray.exceptions.RayError, GraphError) as error:
                 raise lost_output(key) from error
             # Copied: the object store's memory is read-only and lent.
@@ -108,6 +116,10 @@ class RemoteWorker:
     def forget(self, keys: Iterable[str]) -> None:
         """Drop passing outputs."""
         self._worker.forget(keys)
+
+    def begin_no_more(self) -> None:
+        """From now on units end as cancelled, but for one that runs already."""
+        self._begins_units = False
 
 
 @dataclass
@@ -154,13 +166,16 @@ class _Share:
 class RayExecutor:
     """Runs work units on Ray actors."""
 
-    def __init__(self, context: JobContext, workers: int, address: str | None = None) -> None:
+    def __init__(
+        self, context: JobContext, workers: int, address: str | None = None, stopping: Stopping | None = None
+    ) -> None:
         """Join the cluster at ``address``, or start one on this machine with ``workers`` workers.
 
         Returns once the first worker has started.
 
         Raises:
-            GraphError: when the cluster cannot be reached or has nothing that could be a worker.
+            GraphError: when the cluster cannot be reached or has nothing that could be a worker, or the job is
+                cancelled meanwhile.
         """
         quiet_ray(on_loopback=address is None)
         import ray
@@ -172,6 +187,7 @@ class RayExecutor:
         self._start_failures = 0
         self._last_failure = ""
         self._target = workers
+        self._stopping = stopping or Stopping()
         _connect(ray, workers, address)
         try:
             self._context = ray.put(context)
@@ -195,6 +211,7 @@ class RayExecutor:
         deadline_s = time.monotonic() + START_TIMEOUT_S
         self._fill_seats()
         while not self.workers:
+            self._stopping.check()
             if time.monotonic() > deadline_s or self._start_failures >= MAX_START_FAILURES:
                 raise self._nobody_started()
             event = self._poll(1.0)
@@ -249,7 +266,8 @@ class RayExecutor:
         """Return what happened next, or None when nothing did in time.
 
         Raises:
-            GraphError: when a unit failed in a way that is a bug of ours.
+            GraphError: when a unit failed in a way that is a bug of ours; with the code ``graph.cancelled`` when
+                somebody cancelled one by Ray's means.
         """
         if self._events:
             return self._events.popleft()
@@ -270,9 +288,11 @@ class RayExecutor:
         seat = self._seats[name]
         try:
             answer = self._ray.get(done[0])
+        except self._ray.exceptions.TaskCancelledError as error:
+            # Its worker lives. Told before it began the unit, it left it out; later, it has run it to its end.
+            raise cancelled(f"{self._what(seat, done[0])} was cancelled by Ray") from error
         except self._ray.exceptions.RayTaskError as error:
-            unit = seat.units.get(done[0])
-            where = f"work unit {unit.title}" if unit else "a worker's start"
+            where = self._what(seat, done[0])
             reason = "".join(traceback.format_exception_only(error.cause)).strip() if error.cause else str(error)
             raise GraphError(f"{where} failed: {reason}", code="graph.unit_failed") from error
         except self._ray.exceptions.RayError as error:
@@ -281,6 +301,10 @@ class RayExecutor:
             seat.ready, seat.about, self._start_failures = None, answer, 0
             return WorkerJoined(name)
         return Finished(name, seat.units.pop(done[0]), answer)
+
+    def _what(self, seat: _Seat, reference: Any) -> str:
+        unit = seat.units.get(reference)
+        return f"work unit {unit.title}" if unit else "a worker's start"
 
     def _bury(self, name: WorkerId, error: Any) -> WorkerLost:
         seat, reason = self._seats.pop(name), _last_words(error)
@@ -304,7 +328,7 @@ class RayExecutor:
         room = self._target - len(self._seats)
         for _ in range(min(room, self._free_slots()) if room > 0 else 0):
             self._number += 1
-            actor = self._actor.remote(self._context)
+            actor = self._actor.remote(self._context, HAND_OVER_TIMEOUT_S)
             self._seats[f"worker-{self._number}"] = _Seat(actor, actor.describe.remote(), time.monotonic())
 
     def _give_up_late_ones(self) -> None:
@@ -332,6 +356,28 @@ class RayExecutor:
         """Have a worker drop passing outputs."""
         if worker in self._seats:
             self._seats[worker].actor.forget.remote(tuple(keys))
+
+    def let_end(self, timeout_s: float) -> Sequence[Finished]:
+        """Wait for the units that run, so long at most, and begin none that is queued; return those that ended well."""
+        owners = {reference: name for name, seat in self._seats.items() for reference in seat.units}
+        if not owners:
+            return ()
+        try:
+            for name in self.workers:
+                self._seats[name].actor.begin_no_more.remote()
+            done, _ = self._ray.wait(list(owners), num_returns=len(owners), timeout=timeout_s)
+        except self._ray.exceptions.RayError:
+            return ()  # the cluster ends too
+        ended = []
+        for reference in done:
+            name = owners[reference]
+            try:
+                outcome = self._ray.get(reference)
+            except self._ray.exceptions.RayError:
+                continue  # with its worker
+            if outcome.error is None:
+                ended.append(Finished(name, self._seats[name].units.pop(reference), outcome))
+        return ended
 
     def close(self) -> None:
         """Kill the workers and leave the cluster."""
@@ -406,7 +452,7 @@ def _require_reachable(address: str) -> None:
 def _actor_class(ray: Any, share: _Share) -> Any:
     """Return the actor class whose instances take one CPU and a share each."""
     groups = {"io": 1}  # one sum at a time is read back beside the unit that runs
-    for name in ("hand_over", "forget"):
+    for name in ("hand_over", "forget", "begin_no_more"):
         # Read by Ray when the class is made remote: these run beside the unit at hand.
         ray.method(concurrency_group="io")(getattr(RemoteWorker, name))
     memory = {"memory": share.memory_bytes} if share.memory_bytes else {}

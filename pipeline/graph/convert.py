@@ -2,6 +2,9 @@
 
 Read from ``convert``. Targets are probed before anything is computed, so a missing bucket or a store without
 conditional writes costs seconds, not hours. Nothing is published for a variant whose Verdict did not pass.
+
+From the moment that the work store is known to the end the job is announced there. A wish to cancel it is heeded in
+every phase, and before each publication; one that has begun is completed.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from pipeline.graph.outline import make_outline, stamp_files
 from pipeline.graph.plan import remote_outline, require_positions
 from pipeline.graph.sources import announce_weights, forget_weights, pin
 from pipeline.graph.stages.call import JobContext
+from pipeline.graph.stopping import Stopping
 from pipeline.hub.fetch import FetchedSource, OnProgress, fetch
 from pipeline.hub.source import Source, needed_files
 from pipeline.observe.events import EventSink, Published, SourceAdvanced, VariantJudged, Warned
@@ -44,6 +48,7 @@ from pipeline.storage.objects import ObjectStore, open_store
 from pipeline.storage.probe import probe
 from pipeline.storage.refs import DEFAULT_REF, read_ref
 from pipeline.storage.release import publish_release
+from pipeline.storage.running import announced
 from pipeline.storage.work import S3_ATTEMPTS, WorkStore, open_work_store
 from pipeline.tensors.index import WeightIndex
 from pipeline.tensors.local import read_folder_index
@@ -100,18 +105,35 @@ def convert(
     Raises:
         PipelineError: when the source, the text, the plan, the target or the cluster cannot be used. A failed gate is
             no error: its outcome has no locations.
+        GraphError: with the code ``graph.cancelled`` when somebody cancelled the job.
     """
     stores = open_targets(spec.targets, settings, sink)
     work = open_work_store(str(options.work_dir), settings)
     work.prepare()
-    source = pin(spec.source, settings)
+    jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
+    with announced(jobs, spec.source, tuple(variant.name for variant in spec.variants)) as announcement:
+        return _convert(spec, settings, options, sink, stores, work, Stopping(announcement.is_cancelled))
+
+
+def _convert(
+    spec: ConversionSpec,
+    settings: Settings,
+    options: RunOptions,
+    sink: EventSink,
+    stores: list[ObjectStore],
+    work: WorkStore,
+    stopping: Stopping,
+) -> tuple[VariantOutcome, ...]:
+    """Do what ``convert`` says, on stores that are there."""
+    source = pin(spec.source, settings, sleep=stopping.sleep)
     names = name_releases(spec, source)
     outline = remote_outline(source, settings)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
     costs = cost_model(options.device)
     memory = plan_memory(outline, spec, options.workers, costs, options.max_memory_bytes)
-    texts = load_texts(spec, settings)
+    stopping.check()
+    texts = load_texts(spec, settings, stopping)
     require_device(options)
     cautions = [names.caution] if names.caution else []
     cautions += [caution for plan in plans for caution in plan.cautions(spec.calibration)]
@@ -119,10 +141,9 @@ def convert(
         sink.emit(Warned(caution))
     is_streamed = options.stream and not source.is_local
     if is_streamed:
-        source = announce_weights(
-            source, outline.index, settings, work, _source_progress(source.weight_files, source, sink)
-        )
-    fetched, stamps = fetch_source(source, settings, sink, with_weights=not is_streamed)
+        advanced = _source_progress(source.weight_files, source, sink, stopping)
+        source = announce_weights(source, outline.index, settings, work, advanced)
+    fetched, stamps = fetch_source(source, settings, sink, stopping, with_weights=not is_streamed)
     seen = ref_sequences(stores, names.namespace, names.by_variant.values())
     index = outline.index if is_streamed else None
     inputs = gather_inputs(spec, fetched, texts, options.device, index)
@@ -136,9 +157,9 @@ def convert(
         streamed=source if is_streamed else None,
         max_memory_bytes=options.max_memory_bytes,
     )
-    jobs = open_store(work.url, settings, attempts=S3_ATTEMPTS)
+    stopping.check()
     try:
-        units, records = run_job(inputs, work, jobs, context, options, memory.tuning, sink)
+        units, records = run_job(inputs, work, context, options, memory.tuning, sink, stopping)
     except CorruptWeightsError:
         forget_weights(source, work)
         raise
@@ -149,37 +170,49 @@ def convert(
         known = published_siblings(stores[0], address, weights_fingerprint(fetched, own.plan.spec, units))
         facts = make_facts(inputs, fetched, address, own, measured, units, known)
         _announce(own, sink)
-        locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink) if own.verdict.passed else ()
+        locations: tuple[str, ...] = ()
+        if own.verdict.passed:
+            locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink, stopping)
         outcomes.append(VariantOutcome(facts, locations))
     return tuple(outcomes)
 
 
 def fetch_source(
-    source: Source, settings: Settings, sink: EventSink, *, with_weights: bool = True
+    source: Source, settings: Settings, sink: EventSink, stopping: Stopping, *, with_weights: bool = True
 ) -> tuple[FetchedSource, dict[str, FileStamp]]:
     """Return a source with its needed files local and verified, and what the weights files were when they were; says
     how far it is or what it waits for. On request the weights stay where they are.
 
     Raises:
         SourceError, StorageError: as ``fetch``.
+        GraphError: with the code ``graph.cancelled`` when the job is.
     """
     left = () if with_weights else source.weight_files
-    advanced = _source_progress([file.path for file in needed_files(source) if file.path not in left], source, sink)
+    paths = [file.path for file in needed_files(source) if file.path not in left]
+    advanced = _source_progress(paths, source, sink, stopping)
     # Somebody may write to a folder meanwhile, so it is stamped before its digests are taken. What comes from elsewhere
     # lies in our own cache, and is there only afterwards.
     before = stamp_files(Path(source.location), source.weight_files) if source.is_local else None
-    fetched = fetch(source, settings, advanced, lambda reason: sink.emit(Warned(reason)), with_weights=with_weights)
+    fetched = fetch(
+        source,
+        settings,
+        advanced,
+        lambda reason: sink.emit(Warned(reason)),
+        sleep=stopping.sleep,
+        with_weights=with_weights,
+    )
     if not with_weights:
         return fetched, {}
     return fetched, before or stamp_files(fetched.folder, source.weight_files)
 
 
-def _source_progress(paths: Iterable[str], source: Source, sink: EventSink) -> OnProgress:
-    """Return what tells of the progress of some of a source's files, as one."""
+def _source_progress(paths: Iterable[str], source: Source, sink: EventSink, stopping: Stopping) -> OnProgress:
+    """Return what tells of the progress of some of a source's files, as one, and heeds a wish to cancel."""
     total_bytes = sum(source.file_sizes[path] for path in paths)
     done: dict[str, int] = {}
 
     def advanced(path: str, done_bytes: int, _: int) -> None:
+        stopping.check()
         done[path] = done_bytes
         sink.emit(SourceAdvanced(path, sum(done.values()), total_bytes))
 
@@ -236,15 +269,16 @@ def ref_sequences(stores: Iterable[ObjectStore], namespace: str, names: Iterable
     return {place: ref.sequence if ref is not None else 0 for place, ref in refs.items()}
 
 
-def load_texts(spec: ConversionSpec, settings: Settings) -> tuple[Text, Text]:
+def load_texts(spec: ConversionSpec, settings: Settings, stopping: Stopping | None = None) -> tuple[Text, Text]:
     """Return the calibration text and the held-out text, before they are tokenized.
 
     Raises:
         CalibrationError: when one cannot be read.
+        GraphError: with the code ``graph.cancelled`` when the job is.
     """
-    seed = spec.calibration.seed
-    calibration = load_text(spec.calibration.text, "calibration", seed, settings)
-    return calibration, load_text(spec.gates.heldout, "heldout", seed, settings)
+    seed, sleep = spec.calibration.seed, (stopping or Stopping()).sleep
+    calibration = load_text(spec.calibration.text, "calibration", seed, settings, sleep)
+    return calibration, load_text(spec.gates.heldout, "heldout", seed, settings, sleep)
 
 
 def gather_inputs(
@@ -322,6 +356,7 @@ def _publish(
     stores: list[ObjectStore],
     seen: Mapping[tuple[str, str], int],
     sink: EventSink,
+    stopping: Stopping,
 ) -> tuple[str, ...]:
     namespace, _, name = facts.release.partition("/")
     provenance = {
@@ -334,8 +369,9 @@ def _publish(
     locations = []
     # Private: another run may be assembling the same release in the same work directory.
     with work.private_folder() as folder:
-        names = assemble_release(inputs, fetched, facts, units, work, folder)
+        names = assemble_release(inputs, fetched, facts, units, work, folder, stopping)
         for store in stores:
+            stopping.check()
             done = publish_release(
                 store,
                 folder,

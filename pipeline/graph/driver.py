@@ -13,6 +13,9 @@ so is one whose worker died ``SUSPECT_LOSSES`` times, as the system kills for me
 died ``MAX_LOSSES`` times ends the job. A stored output that is gone or damaged is computed again.
 A unit that takes far longer than units of its kind do is given to a second worker, to which the homes of the first
 move; whoever is first wins. The first is given nothing more until it has told of everything that it was given.
+
+Stopping. A job that is cancelled, or whose process is told to end, begins no more units. Those that run may end within
+a bound, so that what they store is kept.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit, open_needs, reachable_units, required_units
 from pipeline.graph.executor import Executor, Finished, WorkerId, WorkerJoined, WorkerLost
 from pipeline.graph.stages.call import KEPT_COPIES, LOST
+from pipeline.graph.stopping import CANCELLED, cancelled
 from pipeline.graph.tuning import Tuning
 from pipeline.graph.worker import Outcome
 from pipeline.storage.work import StageRecord
@@ -61,6 +65,12 @@ STRAGGLER_FLOOR_S = 20.0
 
 POLL_S = 1.0
 """Seconds between looks at what does not announce itself: a wish to cancel, stragglers."""
+
+CANCELLED_S = 30.0
+"""Longest wait for the units that run when a job is cancelled: more than a solve takes as jobs are cut."""
+
+INTERRUPTED_S = 2.0
+"""The same when a signal ends the process. `ray job stop` kills it 3 s later, others after 10 s or more."""
 
 RECOVERABLE = frozenset({"storage.missing_stage", "storage.damaged_stage", LOST})
 """Codes of errors that are met by computing something again."""
@@ -205,14 +215,22 @@ class Driver:
             PipelineError: the first failure that nothing could be done about.
             GraphError: with the code ``graph.cancelled`` when the job was cancelled.
         """
+        try:
+            self._run_all()
+        except KeyboardInterrupt:
+            self._let_end(INTERRUPTED_S)
+            raise
+        except GraphError as error:
+            if error.code == CANCELLED:
+                self._let_end(CANCELLED_S)
+            raise
+        return {unit.key: self._state.records[unit.place] for unit in self._goals if unit.is_durable}
+
+    def _run_all(self) -> None:
         self._replan()
         while self._state.waiting or self._state.ready or self._state.running:
             if self._is_cancelled():
-                raise GraphError(
-                    "the job was cancelled",
-                    code="graph.cancelled",
-                    hint="the same command continues where this one stopped",
-                )
+                raise cancelled()
             self._dispatch()
             if not self._may_wait():
                 raise self._stuck()
@@ -228,7 +246,13 @@ class Driver:
             if self._clock() - self._looked_s >= POLL_S:
                 self._looked_s = self._clock()
                 self._reissue_stragglers()
-        return {unit.key: self._state.records[unit.place] for unit in self._goals if unit.is_durable}
+
+    def _let_end(self, timeout_s: float) -> None:
+        """Wait for the units that run, and tell of those that ended well."""
+        for event in self._executor.let_end(timeout_s):
+            if self._state.running.pop(event.unit.key, None) is not None:
+                outcome = event.outcome
+                self._observer.finished(event.unit, outcome.record, outcome.seconds, outcome.peak_bytes)
 
     # What is to be done.
 

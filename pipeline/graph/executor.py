@@ -83,6 +83,10 @@ class Executor(Protocol):
         """Have a worker drop passing outputs that nobody reads any more."""
         ...
 
+    def let_end(self, timeout_s: float) -> Sequence[Finished]:
+        """Wait for the units that run, so long at most, and begin none that is queued; return those that ended well."""
+        ...
+
     def close(self) -> None:
         """Stop what is running and let go of the workers."""
         ...
@@ -121,6 +125,10 @@ class InlineExecutor:
     def forget(self, worker: WorkerId, keys: Iterable[str]) -> None:
         """Drop passing outputs."""
         self._worker.forget(keys)
+
+    def let_end(self, timeout_s: float) -> Sequence[Finished]:
+        """Nothing runs while nobody waits for it."""
+        return ()
 
     def close(self) -> None:
         """Remove what was spilled."""

@@ -10,8 +10,9 @@ from pipeline.errors import CorruptWeightsError, StorageError
 from pipeline.graph.build import Inputs, JobUnits, build_units
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import MAX_RECOVERIES, RECOVERABLE, Driver, Observer, StoredRecords
-from pipeline.graph.executor import Executor, InlineExecutor
+from pipeline.graph.executor import Executor, Finished, InlineExecutor
 from pipeline.graph.stages.proof import proof_units, require_proven, weight_places
+from pipeline.graph.stopping import Stopping
 from pipeline.graph.tuning import Tuning
 from pipeline.graph.worker import Worker
 from pipeline.observe.events import (
@@ -25,8 +26,6 @@ from pipeline.observe.events import (
     WorkersReady,
     WorkersStarting,
 )
-from pipeline.storage.objects import ObjectStore
-from pipeline.storage.running import announced
 from pipeline.storage.work import StageRecord, WorkStore
 from pipeline.units import format_bytes
 
@@ -58,24 +57,23 @@ PHASES: dict[Kind, Phase] = {
 def run_job(
     inputs: Inputs,
     work: WorkStore,
-    jobs: ObjectStore,
     context: JobContext,
     options: RunOptions,
     tuning: Tuning,
     sink: EventSink,
+    stopping: Stopping,
 ) -> tuple[JobUnits, Records]:
     """Run what a conversion needs and return its units with the records of all goals.
 
-    What an earlier run finished is found in the work store; when that is everything, no worker is started. While it
-    runs the job is announced in ``jobs``, the same place as an object store, where it can be cancelled.
+    What an earlier run finished is found in the work store; when that is everything, no worker is started.
 
     Raises:
         PipelineError: when a unit, a worker or the cluster fails.
+        GraphError: with the code ``graph.cancelled`` when the job is.
     """
     units, proofs = build_units(inputs, tuning), _proofs(inputs, work, context)
     num_workers = 1 if options.inline else options.workers
     observer = _Telling(inputs, num_workers, options.max_memory_bytes, sink)
-    names = tuple(plan.spec.name for plan in inputs.variants)
     goals = {unit.place for unit in (*units.goals, *proofs)}
 
     def make_goals(cut: Tuning) -> Sequence[WorkUnit]:
@@ -85,16 +83,16 @@ def run_job(
         executor: Executor = _Absent()
         if len(work.lookup_all(goals)) < len(goals):
             sink.emit(WorkersStarting(num_workers))
-            executor = _executor(context, options)
+            executor = _executor(context, options, stopping)
             observer.staffed(len(executor.workers))
-        with closing(executor), announced(jobs, inputs.spec.source, names) as announcement:
-            is_cancelled = announcement.is_cancelled
+        with closing(executor):
+            is_cancelled = stopping.is_cancelled
             return Driver(make_goals, tuning, work, executor, observer, is_cancelled=is_cancelled).run()
 
     try:
         records = drive()
         for _ in range(MAX_RECOVERIES):
-            if not _discard_damaged(units, records, work, observer):
+            if not _discard_damaged(units, records, work, observer, stopping):
                 break
             records = drive()
         require_proven(inputs, proofs, records, work)
@@ -115,11 +113,14 @@ def _proofs(inputs: Inputs, work: WorkStore, context: JobContext) -> list[WorkUn
     return proof_units(inputs)
 
 
-def _discard_damaged(units: JobUnits, records: Records, work: WorkStore, observer: Observer) -> bool:
+def _discard_damaged(
+    units: JobUnits, records: Records, work: WorkStore, observer: Observer, stopping: Stopping
+) -> bool:
     """Return whether something of what will be published was not what was written, and is gone now. Stages are found by
     their sizes; here every file's digest is checked, which the assembly of a release relies on."""
     is_any = False
     for unit in (units.outer, *(pack for variant in units.variants.values() for pack in variant.packs)):
+        stopping.check()
         try:
             for name in records[unit.key].files:
                 work.open_checked(*unit.place, name)
@@ -140,12 +141,12 @@ def _discard_results(inputs: Inputs, units: JobUnits, work: WorkStore) -> None:
         work.discard(*place)
 
 
-def _executor(context: JobContext, options: RunOptions) -> Executor:
+def _executor(context: JobContext, options: RunOptions, stopping: Stopping) -> Executor:
     if options.inline:
         return InlineExecutor(Worker(context))
     from pipeline.graph.cluster import RayExecutor
 
-    return RayExecutor(context, options.workers, options.address)
+    return RayExecutor(context, options.workers, options.address, stopping)
 
 
 class _Absent:
@@ -167,6 +168,10 @@ class _Absent:
 
     def forget(self, *arguments: Any) -> None:
         """Nothing is held."""
+
+    def let_end(self, timeout_s: float) -> Sequence[Finished]:
+        """Nothing runs."""
+        return ()
 
     def close(self) -> None:
         """Nothing runs."""

@@ -169,6 +169,10 @@ class SimulatedExecutor:
         for key in keys:
             seat.held_bytes -= seat.held.pop(key, 0.0)
 
+    def let_end(self, timeout_s: float) -> Sequence[Finished]:
+        """Nobody stops a simulation."""
+        return ()
+
     def close(self) -> None:
         """Nothing is to be let go of."""
 

@@ -13,6 +13,7 @@ a time, two digests in one thread.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from pipeline.fingerprint import fingerprint
 from pipeline.graph.dag import Stored
 from pipeline.graph.outline import proof_place
 from pipeline.hub.bucket import Bucket
+from pipeline.hub.client import Sleep
 from pipeline.hub.fetch import OnProgress
 from pipeline.hub.repository import SourceFile
 from pipeline.hub.source import Source, pin_source, range_reader
@@ -38,13 +40,13 @@ DIGEST_STAGE = "digests"
 READS_AT_ONCE = 4
 
 
-def pin(text: str, settings: Settings) -> Source:
+def pin(text: str, settings: Settings, *, sleep: Sleep = time.sleep) -> Source:
     """Return the source that ``text`` means, pinned: a folder, a repository on a hub, or a folder in a bucket.
 
     Raises:
         SourceError: as ``pin_source``.
     """
-    return pin_source(text, settings, _open_bucket)
+    return pin_source(text, settings, _open_bucket, sleep=sleep)
 
 
 def announce_weights(

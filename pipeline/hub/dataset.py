@@ -62,5 +62,6 @@ def fetch_dataset_file(text: str, settings: Settings, *, sleep: Sleep = time.sle
         settings.cache_dir,
         on_progress=lambda path, done, total: None,
         on_wait=lambda reason: None,
+        sleep=sleep,
     )
     return folder / path, f"hub:{name}@{commit}:{path}"

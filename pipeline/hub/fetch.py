@@ -31,6 +31,9 @@ from pipeline.hub.source import Source, copier, needed_files
 from pipeline.settings import Settings
 from pipeline.units import format_bytes
 
+LOCK_POLL_S = 0.5
+"""Seconds between two tries to begin where another process fetches."""
+
 PROGRESS_BYTES = 4 * 1024 * 1024
 PART_SUFFIX = ".part"
 
@@ -71,6 +74,8 @@ def fetch(
 
     Weights that stay where they are are listed with the digests that are known of them; nothing of them is read.
 
+    What ``on_progress`` or ``sleep`` raise ends the fetch as a crash would.
+
     A rerun after a crash downloads only what is missing and hashes only what has changed. A local folder is used in
     place and never written to.
 
@@ -88,7 +93,7 @@ def fetch(
     announced = {} if with_weights else _announced_weights(source)
     needed = tuple(file for file in needed if file.path not in announced)
     copy = copier(source, settings, sleep)
-    fetched = fetch_files(copy, source.name, needed, folder, settings.cache_dir, on_progress, on_wait)
+    fetched = fetch_files(copy, source.name, needed, folder, settings.cache_dir, on_progress, on_wait, sleep)
     fetched |= announced
     return FetchedSource(source, folder, fetched, source.commit)
 
@@ -125,13 +130,14 @@ def fetch_files(
     cache_dir: Path,
     on_progress: OnProgress,
     on_wait: OnWait,
+    sleep: Sleep,
 ) -> dict[str, str]:
     """Make ``files`` of a source, called ``name``, lie in ``folder`` and return their SHA-256 by path.
 
     Raises:
         As ``fetch``.
     """
-    with _alone_in(folder, on_wait):
+    with _alone_in(folder, on_wait, sleep):
         records = DigestRecords(cache_dir, folder)
         _require_space(files, folder)
         fetched: dict[str, str] = {}
@@ -301,7 +307,7 @@ def _require_space(files: tuple[SourceFile, ...], folder: Path) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path, on_wait: OnWait) -> Iterator[None]:
+def _alone_in(folder: Path, on_wait: OnWait, sleep: Sleep) -> Iterator[None]:
     """Hold the lock of a folder, waiting for it; the system releases it when the process dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -310,13 +316,20 @@ def _alone_in(folder: Path, on_wait: OnWait) -> Iterator[None]:
         raise storage_error(error, folder, 0) from error
     try:
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _try_to_lock(descriptor):
                 on_wait(f"another process fetches into {folder}: waiting until it is done")
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                while not _try_to_lock(descriptor):
+                    sleep(LOCK_POLL_S)
         except OSError as error:
             raise storage_error(error, folder, 0) from error
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_to_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

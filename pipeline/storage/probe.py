@@ -25,10 +25,7 @@ def probe(store: ObjectStore) -> None:
         TargetUnavailableError: when it cannot be reached or written to.
     """
     key = f"{PROBE_FOLDER}/{uuid.uuid4().hex}"
-    try:
-        etag = store.put(key, b"first", if_absent=True)
-    except ConflictError as error:
-        raise _unfit(store, "it refused to create an object that did not exist (If-None-Match)") from error
+    etag = _put(store, key, b"first", "it refused to create an object that did not exist (If-None-Match)")
     try:
         _try_conditions(store, key, etag)
     finally:
@@ -38,10 +35,8 @@ def probe(store: ObjectStore) -> None:
 def _try_conditions(store: ObjectStore, key: str, first: str) -> None:
     if _accepts(store, key, b"second", if_absent=True):
         raise _unfit(store, "it overwrote an object that should only have been created (If-None-Match)")
-    try:
-        current = store.put(key, b"third", if_match=first)
-    except ConflictError as error:
-        raise _unfit(store, "it refused a write on top of the content it had just stored (If-Match)") from error
+    refusal = "it refused a write on top of the content it had just stored (If-Match)"
+    current = _put(store, key, b"third", refusal, if_match=first)
     if current == first:
         raise _unfit(store, "it gave two contents the same ETag")
     if _accepts(store, key, b"fourth", if_match=first):
@@ -49,6 +44,22 @@ def _try_conditions(store: ObjectStore, key: str, first: str) -> None:
     found = store.read(key)
     if found is None or found.data != b"third":
         raise _unfit(store, "a write that it refused changed the object all the same")
+
+
+def _put(store: ObjectStore, key: str, data: bytes, refusal: str, *, if_match: str | None = None) -> str:
+    """Write what nobody else writes, on condition that it is not there or is what it was, and return its etag.
+
+    Raises:
+        ConditionalWriteError: saying ``refusal`` when the store refused it.
+    """
+    try:
+        return store.put(key, data, if_absent=if_match is None, if_match=if_match)
+    except ConflictError as error:
+        # A write whose answer got lost is repeated, and refused then.
+        found = store.read(key)
+        if found is None or found.data != data:
+            raise _unfit(store, refusal) from error
+        return found.etag
 
 
 def _accepts(

@@ -3,16 +3,20 @@
 A driver announces its job under ``jobs/`` of the work directory (a directory or S3), renews the announcement while it
 runs and removes it at the end. Cancelling is one more object beside it, which the driver looks for; so it works from
 any machine that reaches the work directory, and a driver that is gone leaves an announcement that grows old.
+
+A thread of its own renews and looks, whatever the driver is busy with; the driver only asks what it has found. A store
+that fails then is asked again later: what the job itself needs of it fails on its own.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,7 +28,7 @@ FOLDER = "jobs"
 RENEW_S = 20.0
 """Seconds between two renewals of an announcement."""
 
-LOOK_S = 2.0
+LOOK_S = 1.0
 """Seconds between two looks for a wish to cancel."""
 
 GONE_AFTER = timedelta(seconds=120)
@@ -54,23 +58,40 @@ class Announcement:
 
     def __init__(self, store: ObjectStore, job: RunningJob, clock: Callable[[], float]) -> None:
         self._store, self._job, self._clock = store, job, clock
-        self._renewed_s = self._looked_s = clock()
+        self._renewed_s = clock()
         self._is_cancelled = False
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="announcement", daemon=True)
         self._write()
+        self._watcher.start()
 
     def is_cancelled(self) -> bool:
-        """Return whether somebody wished the job cancelled; cheap to ask often. Renews the announcement."""
+        """Return whether somebody is known to have wished the job cancelled; asks nobody."""
+        return self._is_cancelled
+
+    def look(self) -> None:
+        """What the store says of a wish to cancel is known, and the announcement is renewed when it is time.
+
+        Raises:
+            StorageError: when the store cannot be asked.
+        """
         now_s = self._clock()
         if now_s - self._renewed_s > RENEW_S:
-            self._renewed_s = now_s
             self._write()
-        if not self._is_cancelled and now_s - self._looked_s > LOOK_S:
-            self._looked_s = now_s
+            self._renewed_s = now_s
+        if not self._is_cancelled:
             self._is_cancelled = self._store.head(_wish(self._job.id)) is not None
-        return self._is_cancelled
+
+    def _watch(self) -> None:
+        while not self._ended.wait(LOOK_S):
+            with suppress(StorageError):
+                self.look()
 
     def remove(self) -> None:
         """The job is not announced any more."""
+        self._ended.set()
+        # What it writes now would stay.
+        self._watcher.join()
         for key in (_key(self._job.id), _wish(self._job.id)):
             self._store.delete(key)
 

@@ -9,6 +9,7 @@ import signal
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from pipeline.errors import ConflictError, CorruptReleaseError, SpecError, StorageError, TargetUnavailableError
 from pipeline.fingerprint import digest_bytes
+from pipeline.graph.convert import ref_sequences
 from pipeline.settings import Settings
 from pipeline.storage.locate import (
     copy_release,
@@ -26,7 +28,7 @@ from pipeline.storage.locate import (
 )
 from pipeline.storage.manifest import MANIFEST_NAME, Manifest, release_prefix
 from pipeline.storage.objects import ObjectStore, open_store
-from pipeline.storage.refs import MAX_HISTORY, Ref, move_ref, read_ref
+from pipeline.storage.refs import FENCED, MAX_HISTORY, Ref, move_ref, read_ref
 from pipeline.storage.release import (
     PARTIAL_UPLOAD_AGE,
     ListedRelease,
@@ -180,6 +182,27 @@ def test_a_ref_keeps_its_history(store: ObjectStore, folder: Path) -> None:
         (1, revisions[0]),
     ]
     assert [move.updated_at for move in ref.history] == [NOW + timedelta(hours=hours) for hours in (2, 1, 0)]
+
+
+@pytest.mark.parametrize("has_ref", [False, True])
+def test_a_job_that_comes_after_another_one_moves_nothing(store: ObjectStore, folder: Path, has_ref: bool) -> None:
+    if has_ref:
+        publish(store, folder, provenance=PROVENANCE | {"commit": "a" * 40})
+    (seen,) = ref_sequences([store], ADDRESS[0], [ADDRESS[1]]).values()
+    assert seen == int(has_ref)
+    other = publish(store, folder, provenance=PROVENANCE | {"commit": "b" * 40}, seen={"main": seen})
+    ref = read_ref(store, *ADDRESS, "main")
+    with pytest.raises(ConflictError, match=r"was moved to .* since this job began") as caught:
+        publish(store, folder, seen={"main": seen})
+    assert caught.value.code == FENCED
+    assert read_ref(store, *ADDRESS, "main") == ref
+    assert ref is not None
+    assert ref.revision == other.revision
+    assert [found.revision for found in list_releases(store) if found.refs] == [other.revision]
+    # Who publishes the same as the other one is not late.
+    assert publish(store, folder, provenance=PROVENANCE | {"commit": "b" * 40}, seen={"main": seen}) == replace(
+        other, num_uploaded=0
+    )
 
 
 def test_racing_moves_of_a_ref_lose_none(store: ObjectStore, tmp_path: Path) -> None:

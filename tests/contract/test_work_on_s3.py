@@ -128,13 +128,21 @@ def test_trouble_that_passes_changes_nothing(faults: S3Faults, prefix: str, tmp_
     faults.trouble = trouble
     keys = [digest_bytes(str(number).encode()) for number in range(10)]
     store = open_on(tmp_path / "a", prefix)
-    store.prepare() if not trouble.lose_answer else store.sweep()
+    store.prepare()
     records = {key: write(store, key.encode(), key) for key in keys}
     other = open_on(tmp_path / "b", prefix)
     assert {key: record for (_, key), record in other.lookup_all([("solve", key) for key in keys]).items()} == records
     for key in keys:
         assert other.open_checked("solve", key, "codes.bin").read_bytes() == key.encode()
     assert store.damaged == other.damaged == []
+    assert faults.num_troubled > 5
+
+
+def test_lost_answers_do_not_speak_against_a_service(faults: S3Faults, prefix: str, tmp_path: Path) -> None:
+    """A write whose answer got lost is repeated, and the condition of the repeated one does not hold."""
+    faults.trouble = Trouble(lose_answer=True, share=0.4)
+    for _ in range(5):
+        open_on(tmp_path / "a", prefix).prepare()
     assert faults.num_troubled > 5
 
 

@@ -122,6 +122,30 @@ def test_a_cancelled_job_stops_within_a_unit_and_loses_nothing(tmp_path: Path) -
     assert sorted(again.ran()) == ["4", "5", "6", "7", "8", "9"]
 
 
+@pytest.mark.parametrize("is_signal", [False, True])
+def test_units_that_run_when_a_job_is_stopped_may_end_and_no_other_begins(tmp_path: Path, is_signal: bool) -> None:
+    goals = [unit(str(number)) for number in range(20)]
+    is_cancelled = False
+
+    def stop(executor: ScriptedExecutor, name: WorkerId, wanted: WorkUnit) -> None:
+        nonlocal is_cancelled
+        if wanted.label == "5" and not executor.begun:
+            executor.begun = {other for other in executor.alive if other != name}
+            if is_signal:
+                raise KeyboardInterrupt
+            is_cancelled = True
+
+    bench = Bench(tmp_path, goals, workers=3, fault=stop, is_cancelled=lambda: is_cancelled)
+    with pytest.raises(KeyboardInterrupt if is_signal else GraphError):
+        bench.run()
+    ran = bench.ran()
+    assert bench.noted.done == ran, "what ended was told"
+    assert {name for name, _ in bench.executor.log[-2:]} == bench.executor.begun
+    again = Bench(tmp_path, goals)
+    assert again.run() == expected(goals)
+    assert sorted([*ran, *again.ran()], key=int) == [str(number) for number in range(20)]
+
+
 @pytest.mark.parametrize("is_death", [False, True], ids=["an error", "a death"])
 def test_units_are_cut_smaller_when_memory_runs_out(tmp_path: Path, is_death: bool) -> None:
     def fault(executor: ScriptedExecutor, name: WorkerId, wanted: WorkUnit) -> PipelineError | None:

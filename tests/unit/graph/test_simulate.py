@@ -43,8 +43,12 @@ FREE = replace(
 """Rates of CPU workers whose links carry everything at once."""
 
 
-def inputs(samples: int = 32, variants: Sequence[str] = ("gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128")) -> UnitInputs:
-    calibration = {"samples": samples, "length": 512, "slice_sequences": 2}
+def inputs(
+    samples: int = 32,
+    variants: Sequence[str] = ("gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128"),
+    slice_sequences: int = 2,
+) -> UnitInputs:
+    calibration = {"samples": samples, "length": 512, "slice_sequences": slice_sequences}
     spec = build_spec(
         {"source": "small", "variants": list(variants), "targets": ["nowhere"], "calibration": calibration}, "test"
     )
@@ -240,6 +244,16 @@ def test_more_workers_are_never_much_slower(workers: int, nodes: int, samples: i
     # Spans are powers of two, so one worker more can leave one with more to do than before.
     assert more <= 1.5 * fewer
     assert fewer <= 1.05 * alone
+
+
+def test_a_block_is_solved_while_the_next_one_is_calibrated_where_workers_have_no_span() -> None:
+    simulated = run(inputs(256, ["gptq-w4-g128"], slice_sequences=128), Cluster(1, 4), cost_model("cpu"))
+    ran = {kind: [one for one in simulated.ran.values() if one.unit.kind is kind] for kind in Kind}
+    for block in range(5):
+        solves = [one for one in ran[Kind.SOLVE] if one.unit.block == block]
+        calibrates = [one for one in ran[Kind.CALIBRATE] if one.unit.block == block + 1]
+        assert len(calibrates) == 2
+        assert any(one.begin_s < other.end_s and other.begin_s < one.end_s for one in solves for other in calibrates)
 
 
 def test_workers_are_of_use_where_there_is_work_for_them() -> None:
