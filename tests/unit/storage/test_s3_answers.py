@@ -341,7 +341,8 @@ def test_a_damaged_object_leaves_nothing_of_a_source_behind(store: S3Store, scri
 
 
 def test_a_store_that_refuses_conditions_that_hold_is_unfit(store: S3Store, script: Script) -> None:
-    script.answer = lambda *_: error_answer(412, "PreconditionFailed")
+    refused, absent = error_answer(412, "PreconditionFailed"), error_answer(404, "NoSuchKey")
+    script.answer = lambda method, *_: refused if method == "PUT" else absent
     with pytest.raises(ConditionalWriteError, match="refused to create an object that did not exist"):
         probe(store)
 
