@@ -62,7 +62,9 @@ class DirectoryWorkStore(DamageLog):
         return self.root / stage_folder(stage, key)
 
     def prepare(self) -> None:
-        """What dead processes left is gone; a directory needs no more."""
+        """The directory is there, and what dead processes left in it is gone."""
+        with self._errors():
+            self.root.mkdir(parents=True, exist_ok=True)
         self.sweep()
 
     def lookup(self, stage: str, key: str) -> StageRecord | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,6 +12,7 @@ from pipeline.errors import SpecError, TargetUnavailableError
 from pipeline.storage import running
 from pipeline.storage.objects import ObjectStore
 from pipeline.storage.running import FOLDER, GONE_AFTER, RENEW_S, announced, cancel_job, list_jobs
+from tests.contract.conftest import WorkPlace
 
 
 class Clock:
@@ -96,3 +98,10 @@ def test_an_announcement_is_renewed_and_a_dead_driver_s_grows_old(store: ObjectS
         later = after.seen_at + GONE_AFTER + timedelta(seconds=1)
         assert list_jobs(store, later) == ()
         assert list(store.list(f"{FOLDER}/")) == []
+
+
+def test_a_job_is_announced_where_no_work_directory_was(work_place: WorkPlace) -> None:
+    place = replace(work_place, url=f"{work_place.url}/deep/work")
+    place.open().prepare()
+    with announced(place.raw, "org/model", ("a",)):
+        assert len(list_jobs(place.raw, now())) == 1
