@@ -168,7 +168,6 @@ def test_workers_killed_at_random_change_no_byte(
     assert killed >= 2
     assert sum("was lost" in warning for warning in sink.warnings) >= 2
     assert all("worker process has died" in warning for warning in sink.warnings if "was lost" in warning)
-    assert not [warning for warning in sink.warnings if "cut smaller" in warning], "memory is not to blame"
 
 
 def test_damaged_files_and_shelves_on_disk_change_no_byte(inline: Contents, tmp_path: Path) -> None:
