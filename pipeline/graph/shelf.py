@@ -1,9 +1,9 @@
 """What a worker keeps of what it computed: outputs that others will read, in memory up to a budget, then on disk.
 
 The least recently used entry goes first: what can be had elsewhere (a copy of a stored output) is dropped, and beyond a
-budget of its own even where there is room, so that a deep model needs no more memory than a shallow one; the rest is
-written to a private folder on this machine, which vanishes with the process. Memory is what the entries' tensors take;
-on an accelerator they lie in its memory, and what is spilled comes back there.
+budget of its own even where there is room; the rest is written to a private folder on this machine, which vanishes with
+the process. Memory is what the entries' tensors take; on an accelerator they lie in its memory, and what is spilled
+comes back there.
 """
 
 from __future__ import annotations
