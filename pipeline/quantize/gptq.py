@@ -32,9 +32,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.quantize import kernels
 from pipeline.quantize.cholesky import LowerTiles
 from pipeline.quantize.types import Scheme
 
@@ -143,16 +145,23 @@ def solve_columns(
     """
     num_columns = weight_OI.shape[1]
     weight_IR = weight_OI.t().contiguous().index_select(0, factored.order_I)
+    scale_GR, zero_GR = scale_OG.t().contiguous(), zero_OG.t().to(scale_OG.dtype).contiguous()
+    group_I = factored.order_I // scheme.group_size
     error_IR = torch.empty_like(weight_IR)
     step_IR = torch.empty_like(weight_IR)
-    grid = _Grid.of(scale_OG, zero_OG, scheme, factored.order_I)
     for start in range(0, num_columns, block_size):
         block = slice(start, min(start + block_size, num_columns))
         target_BR = weight_IR[block].clone()
         if start:
             target_BR.addmm_(factored.feedback_II[:start, block].t(), error_IR[:start])
-        within_BB = factored.feedback_II[block, block].t().contiguous()
-        _solve_block(target_BR, weight_IR[block], within_BB, grid, start, step_IR[block], error_IR[block])
+        # Transposed: what feeds into a column is contiguous.
+        feedback_BB = factored.feedback_II[block, block].t().contiguous()
+        operands = target_BR, weight_IR[block], feedback_BB, group_I[block], scale_GR, zero_GR
+        if kernels.take(weight_IR):
+            arrays = [tensor.numpy() for tensor in (*operands, step_IR[block], error_IR[block])]
+            kernels.solve_block(*arrays[:6], np.float32(scheme.max_code), *arrays[6:])
+        else:
+            _solve_block(*operands, scheme, step_IR[block], error_IR[block])
     inverse_I = torch.empty_like(factored.order_I)
     inverse_I[factored.order_I] = torch.arange(num_columns, device=inverse_I.device)
     step_OI = step_IR.index_select(0, inverse_I).t()
@@ -160,38 +169,29 @@ def solve_columns(
     return code_OGg.to(torch.uint8).view(weight_OI.shape), error_IR.isfinite().all(0)
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """Per column in solving order: its scale and the lowest and highest code - zero, each [R]. Views, no copies."""
-
-    scales: list[Tensor]
-    lows: list[Tensor]
-    highs: list[Tensor]
-
-    @classmethod
-    def of(cls, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, order_I: Tensor) -> _Grid:
-        groups = (order_I // scheme.group_size).tolist()
-        low_GR = -zero_OG.t().to(scale_OG.dtype).contiguous()
-        by_group = [tensor.unbind(0) for tensor in (scale_OG.t().contiguous(), low_GR, low_GR + scheme.max_code)]
-        scales, lows, highs = ([rows[group] for group in groups] for rows in by_group)
-        return cls(scales, lows, highs)
-
-
 def _solve_block(
-    target_BR: Tensor, weight_BR: Tensor, within_BB: Tensor, grid: _Grid, start: int, step_BR: Tensor, error_BR: Tensor
+    target_BR: Tensor,
+    weight_BR: Tensor,
+    feedback_BB: Tensor,
+    group_B: Tensor,
+    scale_GR: Tensor,
+    zero_GR: Tensor,
+    scheme: Scheme,
+    step_BR: Tensor,
+    error_BR: Tensor,
 ) -> None:
-    """Fill ``step_BR`` (code - zero) and ``error_BR`` (weight - dequantized) of one block, column after column.
+    """Fill ``step_BR`` (code - zero) and ``error_BR`` (weight - dequantized) of one block, column after column, on any
+    device and in any dtype: what ``kernels.solve_block`` does for float32 on the CPU.
 
     ``target_BR`` holds the weights with the errors of earlier blocks fed back, and is used up.
-    ``within_BB`` is the block's feedback, transposed so that what feeds into a column is contiguous.
     """
-    rows = zip(target_BR.unbind(0), weight_BR.unbind(0), step_BR.unbind(0), error_BR.unbind(0), strict=True)
-    feedback = within_BB.unbind(0)
-    for j, (target_R, weight_R, step_R, error_R) in enumerate(rows):
-        scale_R = grid.scales[start + j]
+    low_GR = -zero_GR
+    high_GR = low_GR + scheme.max_code
+    for j, group in enumerate(group_B.tolist()):
+        target_R, step_R, scale_R = target_BR[j], step_BR[j], scale_GR[group]
         if j:
-            target_R.addmv_(error_BR[:j].t(), feedback[j][:j])
+            target_R.addmv_(error_BR[:j].t(), feedback_BB[j, :j])
         torch.div(target_R, scale_R, out=step_R).round_()
-        torch.clamp(step_R, grid.lows[start + j], grid.highs[start + j], out=step_R)
+        torch.clamp(step_R, low_GR[group], high_GR[group], out=step_R)
         torch.mul(step_R, scale_R, out=target_R)
-        torch.sub(weight_R, target_R, out=error_R)
+        torch.sub(weight_BR[j], target_R, out=error_BR[j])

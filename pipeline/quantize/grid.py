@@ -16,7 +16,8 @@ Search
     differentiated: first fractions of the unclipped scale, then the weighted least-squares scale of the best codes
     found, then neighbours at ever smaller steps (and z +- 1). A candidate is kept only where it lowers the loss, so
     the result is never worse than the unclipped grid. Fractions above 1 find the grid of weights that were already
-    rounded once. Cost: about 25 evaluations of 7 elementwise passes, in chunks that stay in cache.
+    rounded once. Cost: about 25 evaluations; on the CPU a compiled loop over groups that are in cache
+    (``kernels.py``), elsewhere 7 elementwise passes each.
 
 Degenerate groups (zero, constant, tiny, huge) need no special case: the scale is clamped to the storable range, and a
 zero weight has the zero point as its code, which dequantizes to exactly 0. A clamped scale costs precision, or clips:
@@ -27,9 +28,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.quantize import kernels
 from pipeline.quantize.types import Scheme
 
 MIN_SCALE = 2.0**-14
@@ -47,11 +50,8 @@ FRACTIONS = (1.15, 1.075, 0.975, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5
 STEPS = (1.03, 0.97, 1.015, 0.985, 1.0075, 0.9925, 1.00375, 0.99625)
 """Fine candidates, relative to the best so far; the last ones reach the storable neighbours."""
 
-CHUNK_ELEMENTS = {"cpu": 1 << 18}
-"""Weights searched at once: 1 MB of float32 keeps a chunk and its two temporaries in a CPU core's cache."""
-
-CHUNK_ELEMENTS_DEVICE = 1 << 26
-"""The same on accelerators, where few launches matter more than cache."""
+CHUNK_ELEMENTS = 1 << 26
+"""Weights searched at once on accelerators, where few launches matter more than cache."""
 
 
 def storable_scale(scale: Tensor, *, round_up: bool = False) -> Tensor:
@@ -117,11 +117,16 @@ def fit_grid(weight_OI: Tensor, importance: Tensor, scheme: Scheme, search: bool
     num_groups = num_columns // scheme.group_size
     scale_OG = torch.empty(num_rows, num_groups, dtype=torch.float32, device=weight_OI.device)
     zero_OG = torch.empty(num_rows, num_groups, dtype=torch.uint8, device=weight_OI.device)
+    if kernels.take(weight_OI):
+        candidates = (np.array(values, np.float32) for values in (FRACTIONS, STEPS))
+        arrays = [tensor.contiguous().numpy() for tensor in (weight_OI, importance.view(num_groups, scheme.group_size, -1))]
+        grid = scheme.symmetric, np.float32(scheme.max_code), search
+        kernels.fit_grid(*arrays, *grid, *candidates, scale_OG.numpy(), zero_OG.numpy())
+        return scale_OG, zero_OG
     if importance.ndim == 1:
         importance = importance.view(num_groups, scheme.group_size)
-    limit = CHUNK_ELEMENTS.get(weight_OI.device.type, CHUNK_ELEMENTS_DEVICE) // num_columns
     # A power of two, so that equal row tiles are cut into equal chunks: see solve.py on bit-identity.
-    chunk_rows = 1 << max(limit, 1).bit_length() - 1
+    chunk_rows = 1 << max(CHUNK_ELEMENTS // num_columns, 1).bit_length() - 1
     for start in range(0, num_rows, chunk_rows):
         rows = slice(start, start + chunk_rows)
         weight_RGg = weight_OI[rows].reshape(-1, num_groups, scheme.group_size)

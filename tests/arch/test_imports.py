@@ -16,6 +16,7 @@ TIERS = [
     {"validate", "publish", "calibrate"},
     {"quantize", "formats", "tensors", "hub", "storage", "skeleton", "observe"},
     {
+        "compiled",
         "spec",
         "variants",
         "strict",
@@ -37,6 +38,7 @@ OWNERS = {
     "botocore": "storage",
     "huggingface_hub": "hub",
     "transformers": "skeleton",
+    "numba": "compiled",
 }
 STANDALONE = ("jobs/demo/train.py", "pipeline/validate/engines/run_")
 """Scripts that run elsewhere: the training of the demo model, and what an engine's environment runs."""

@@ -1,0 +1,35 @@
+"""Loops over numbers that have no matrix product in them, compiled to machine code on the CPU (numba).
+
+What torch does with such loops is one pass over memory for every operation. A compiled loop reads a number once and
+keeps what follows from it in registers. The first call on a machine compiles, which takes seconds; the code is kept
+beside the source, or in the user's cache where that cannot be written, and later processes load it.
+
+Order of operations. Products and sums are not reordered (no fast-math), so a loop gives the same bits on every machine
+with fused multiply-add. Loops are written over ``LANES`` neighbours that have nothing to do with each other (rows of a
+weight): the compiler does them at once, and what becomes of one does not depend on the others, nor on its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+
+LANES = 64
+"""Rows that a loop works on at once: four AVX-512 registers, so that one's result is there before it is needed."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def compiled(function: _Function) -> _Function:
+    """Return the function compiled on its first call, and kept for other processes. Other threads may run meanwhile."""
+    return cast("_Function", numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})(function))
+
+
+def inlined(function: _Function) -> _Function:
+    """Return the function as a part of the compiled ones that call it."""
+    return cast(
+        "_Function",
+        numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"}, inline="always")(function),
+    )
