@@ -156,12 +156,30 @@ def solve_columns(
             target_BR.addmm_(factored.feedback_II[:start, block].t(), error_IR[:start])
         # Transposed: what feeds into a column is contiguous.
         feedback_BB = factored.feedback_II[block, block].t().contiguous()
-        operands = target_BR, weight_IR[block], feedback_BB, group_I[block], scale_GR, zero_GR
         if kernels.take(weight_IR):
-            arrays = [tensor.numpy() for tensor in (*operands, step_IR[block], error_IR[block])]
-            kernels.solve_block(*arrays[:6], np.float32(scheme.max_code), *arrays[6:])
+            kernels.solve_block(
+                target_BR.numpy(),
+                weight_IR[block].numpy(),
+                feedback_BB.numpy(),
+                group_I[block].numpy(),
+                scale_GR.numpy(),
+                zero_GR.numpy(),
+                np.float32(scheme.max_code),
+                step_IR[block].numpy(),
+                error_IR[block].numpy(),
+            )
         else:
-            _solve_block(*operands, scheme, step_IR[block], error_IR[block])
+            _solve_block(
+                target_BR,
+                weight_IR[block],
+                feedback_BB,
+                group_I[block],
+                scale_GR,
+                zero_GR,
+                scheme,
+                step_IR[block],
+                error_IR[block],
+            )
     inverse_I = torch.empty_like(factored.order_I)
     inverse_I[factored.order_I] = torch.arange(num_columns, device=inverse_I.device)
     step_OI = step_IR.index_select(0, inverse_I).t()

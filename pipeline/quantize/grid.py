@@ -118,10 +118,18 @@ def fit_grid(weight_OI: Tensor, importance: Tensor, scheme: Scheme, search: bool
     scale_OG = torch.empty(num_rows, num_groups, dtype=torch.float32, device=weight_OI.device)
     zero_OG = torch.empty(num_rows, num_groups, dtype=torch.uint8, device=weight_OI.device)
     if kernels.take(weight_OI):
-        candidates = (np.array(values, np.float32) for values in (FRACTIONS, STEPS))
-        arrays = [tensor.contiguous().numpy() for tensor in (weight_OI, importance.view(num_groups, scheme.group_size, -1))]
-        grid = scheme.symmetric, np.float32(scheme.max_code), search
-        kernels.fit_grid(*arrays, *grid, *candidates, scale_OG.numpy(), zero_OG.numpy())
+        fractions, steps = (np.array(values, np.float32) for values in (FRACTIONS, STEPS))
+        kernels.fit_grid(
+            weight_OI.contiguous().numpy(),
+            importance.view(num_groups, scheme.group_size, -1).contiguous().numpy(),
+            scheme.symmetric,
+            np.float32(scheme.max_code),
+            search,
+            fractions,
+            steps,
+            scale_OG.numpy(),
+            zero_OG.numpy(),
+        )
         return scale_OG, zero_OG
     if importance.ndim == 1:
         importance = importance.view(num_groups, scheme.group_size)

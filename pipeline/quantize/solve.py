@@ -34,9 +34,8 @@ from pipeline.quantize.rtn import round_rows
 from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport, Statistics, dequantize
 from pipeline.spec import Method
 
-TILE_ROWS = {"cpu": 1024}
-"""Rows worked on at once. On a CPU core a block of 128 x 1024 floats stays in cache while the cost of a step in
-Python is spread over enough rows."""
+TILE_ROWS = {"cpu": 192}
+"""Rows worked on at once. On a CPU core what belongs to so many rows stays in cache."""
 
 TILE_ROWS_DEVICE = 8192
 """The same on accelerators, where a step is bound by launches."""

@@ -102,13 +102,14 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
 
 
 def make_source(name: str, folder: Path) -> Path:
+    # With bfloat16, rounding moves the logits of random Qwen3 models as far as another token needs at some positions.
     if name == "several group sizes":
         # 64 divides the hidden size only, 32 what o_proj reads, and nothing what down_proj reads.
-        return make_model(
-            "qwen3", folder, head_dim=32, num_attention_heads=5, num_key_value_heads=5, intermediate_size=272
-        )
-    # With bfloat16, rounding moves this model's logits as far as another token needs at some positions.
-    make_model(name, folder, torch.float16 if name == "qwen3" else torch.bfloat16)
+        sizes = {"head_dim": 32, "num_attention_heads": 5, "num_key_value_heads": 5, "intermediate_size": 272}
+        return make_model("qwen3", folder, torch.float16, **sizes)
+    # A random Gemma 3 whose head is its embedding says the last token over and over, which no gate lets pass.
+    changes = {"tie_word_embeddings": False} if name == "gemma3" else {}
+    make_model(name, folder, torch.float16 if name == "qwen3" else torch.bfloat16, **changes)
     if name == "llama":
         file = folder / "generation_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | PENALIZED))
@@ -167,12 +168,7 @@ def test_engine_computes_what_the_reference_computes_unless_a_limit_is_known(
         assert "Traceback" not in check.detail
 
 
-KNOWN_LIMITS = {
-    ("gpt2", "gptq-w4-g64"),
-    ("gpt_neox", "awq-w4-g64"),
-    ("several group sizes", "gptq-w4-g64"),
-    ("several group sizes", "awq-w4-g64-ct"),
-}
+KNOWN_LIMITS = {("gpt2", "gptq-w4-g64"), ("gpt_neox", "awq-w4-g64")}
 
 
 def test_exactly_these_have_limits(converted: Converted) -> None:
