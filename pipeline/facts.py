@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.precision import Precision
 from pipeline.spec import Budgets, VariantSpec
 
 FACTS_FILE = "bitmill.json"
@@ -77,6 +78,9 @@ class CalibrationFacts(Facts):
     """Sequences in a token slice, the unit of summation."""
     tokens_digest: str
     """SHA-256 of the token ids (int32, little-endian, row after row)."""
+    precision: Precision = Precision.FLOAT32
+    """Of matrix products in decoder blocks while these and the held-out tokens passed; releases from before there was
+    a choice do not say it."""
 
 
 class ModuleFacts(Facts):

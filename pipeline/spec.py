@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import SpecError
+from pipeline.precision import Precision
 from pipeline.strict import Strict, problems, regular_expression
 from pipeline.variants import (
     ENGINE_GROUP_SIZES,
@@ -162,6 +163,10 @@ class ConversionSpec(Strict):
     """Budgets and smoke prompts."""
     cluster: ClusterSpec = ClusterSpec()
     """Prices, for plans."""
+    precision: Precision = Precision.BFLOAT16
+    """What factors of matrix products in decoder blocks are rounded to while calibration and held-out text pass:
+    `bfloat16`, as engines compute and processors multiply fastest, or `float32`. Sums, norms, hidden states between
+    blocks, the output head and the smoke prompts are float32 either way."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     """Directories or `s3://bucket/prefix` addresses that releases are published to."""
     release: str = ""

@@ -17,6 +17,7 @@ from pipeline.facts import (
     Verdict,
 )
 from pipeline.fingerprint import fingerprint
+from pipeline.precision import Precision
 from pipeline.spec import GateSpec, VariantSpec, parse_variant, resolve_budgets
 
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 1024, 256, 2816, 32_000
@@ -119,7 +120,13 @@ def make_facts(variant: str | VariantSpec = "gptq-w4-g128", num_blocks: int = 12
             file_digests={"model.safetensors": fingerprint("weights")},
         ),
         "calibration": CalibrationFacts(
-            text="builtin", samples=128, length=512, seed=0, slice_sequences=8, tokens_digest=fingerprint("tokens")
+            text="builtin",
+            samples=128,
+            length=512,
+            seed=0,
+            slice_sequences=8,
+            tokens_digest=fingerprint("tokens"),
+            precision=Precision.BFLOAT16,
         ),
         "modules": make_modules(num_blocks, spec.bits, spec.group_size),
         "kept": {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm"}

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from pipeline.errors import SpecError
+from pipeline.precision import Precision
 from pipeline.spec import ConversionSpec, build_spec, load_spec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -46,6 +47,11 @@ SPEC_FLAGS = (
     click.option("--heldout", metavar="FILE|NAME", help="Held-out text for the divergence gate.  [default: builtin]"),
     click.option("--heldout-samples", type=int, metavar="N", help="Held-out sequences.  [default: 16]"),
     click.option("--heldout-length", type=int, metavar="L", help="Tokens in a held-out sequence.  [default: 512]"),
+    click.option(
+        "--precision",
+        type=click.Choice([choice.value for choice in Precision]),
+        help="Factors of matrix products while texts pass the blocks.  [default: bfloat16]",
+    ),
     click.option("--release", metavar="NAMESPACE/NAME", help="Prefix of the releases' names.  [default: the source's]"),
 )
 
@@ -77,6 +83,7 @@ def spec_from_flags(
     heldout: str | None,
     heldout_samples: int | None,
     heldout_length: int | None,
+    precision: str | None,
     release: str | None,
 ) -> ConversionSpec:
     """Return the spec that flags and, if given, a spec file mean.
@@ -92,6 +99,7 @@ def spec_from_flags(
         "variants": list(variants) or None,
         "targets": list(targets) or None,
         "release": release,
+        "precision": precision,
         "calibration": _given({"text": calibration, "samples": samples, "length": length, "seed": seed}),
         "gates": _given(
             {

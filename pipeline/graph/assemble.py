@@ -233,6 +233,7 @@ def make_facts(
             seed=calibration.seed,
             slice_sequences=calibration.slice_sequences,
             tokens_digest=inputs.calibration.digest,
+            precision=inputs.spec.precision,
         ),
         modules=own.modules,
         kept=own.kept,

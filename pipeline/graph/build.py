@@ -170,7 +170,7 @@ class UnitBuilder:
     def __init__(self, inputs: UnitInputs, tuning: Tuning, costs: CostModel) -> None:
         self.inputs, self.tuning, self.costs = inputs, tuning, costs
         self.outline = inputs.outline
-        self.keys = Keyring(inputs.outline, inputs.digests, inputs.device)
+        self.keys = Keyring(inputs.outline, inputs.digests, inputs.device, inputs.spec.precision)
         self.chains = ChainBuilder(self.keys, costs)
         self.continuations = ContinuationBuilder(self.keys, costs, tuning.workers)
         self.num_blocks = inputs.outline.skeleton.num_blocks

@@ -191,7 +191,7 @@ class ChainBuilder:
         identities = []
         for block in range(self.num_blocks):
             weights = self.keys.places(self.keys.block_names(block))
-            identity = fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], weights])
+            identity = fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], weights, self.keys.precision])
             identities.append(identity)
         embeds = tuple(self._embed(tokens, span, start) for span in spans)
         return self._through(tokens, spans, start, embeds, kind, identities)
@@ -201,7 +201,7 @@ class ChainBuilder:
         identity = fingerprint([source.start, config])
         identities = []
         for pack in packs:
-            identity = fingerprint([identity, ALGORITHM_VERSIONS[Kind.FORWARD], pack.key])
+            identity = fingerprint([identity, ALGORITHM_VERSIONS[Kind.FORWARD], pack.key, self.keys.precision])
             identities.append(identity)
         start, kind = source.start, Kind.FORWARD
         return self._through(
@@ -266,7 +266,12 @@ class ChainBuilder:
                 saves += () if is_kept else places
                 old = block - 2 * every
                 needs = (previous, packs[block]) if packs else (previous,)
-                params = {"low": span[0], "high": span[1], "quantization_config": dict(config)}
+                params = {
+                    "low": span[0],
+                    "high": span[1],
+                    "quantization_config": dict(config),
+                    "precision": self.keys.precision,
+                }
                 row.append(
                     WorkUnit(
                         kind,

@@ -12,6 +12,7 @@ from pipeline.fingerprint import fingerprint
 from pipeline.graph.dag import Kind, Stored
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.stages import ALGORITHM_VERSIONS
+from pipeline.precision import Precision
 
 COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors")
 """Packages whose version can change bytes; with Bitmill's own they are named on the card."""
@@ -41,11 +42,13 @@ class Keyring:
         outline: The source without weights.
         digests: SHA-256 of each needed source file by path.
         device: ``cpu`` or ``cuda``.
+        precision: Of passes over text.
     """
 
     outline: ModelShape
     digests: Mapping[str, str]
     device: str
+    precision: Precision = Precision.BFLOAT16
 
     @cached_property
     def compute(self) -> dict[str, Any]:

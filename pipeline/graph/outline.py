@@ -22,9 +22,9 @@ from pipeline.hub.fetch import fetch
 from pipeline.hub.source import Source as HubSource
 from pipeline.hub.source import range_reader
 from pipeline.settings import Settings
-from pipeline.skeleton.groups import LinearGroup, is_linear, linear_groups
+from pipeline.skeleton.groups import LinearGroup, linear_groups
 from pipeline.skeleton.limits import vocabulary_size
-from pipeline.skeleton.model import Skeleton
+from pipeline.skeleton.model import Skeleton, is_linear
 from pipeline.storage.file_cache import FileCache
 from pipeline.storage.work import NONDETERMINISTIC, WorkStore
 from pipeline.strict_json import parse_json_object

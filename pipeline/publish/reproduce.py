@@ -9,6 +9,7 @@ import yaml
 
 from pipeline.errors import SpecError
 from pipeline.facts import ReleaseFacts, SourceFacts, SourcePlace
+from pipeline.precision import Precision
 from pipeline.spec import Budgets, CalibrationSpec, GateSpec, PromptSpec, VariantSpec, parse_variant, resolve_budgets
 
 BUILTIN = "builtin"
@@ -41,6 +42,7 @@ def reproduce_command(facts: ReleaseFacts) -> str:
         words += ["--heldout-samples", str(quality.heldout_samples)]
     if quality.heldout_length != default.heldout_length:
         words += ["--heldout-length", str(quality.heldout_length)]
+    words += ["--precision", calibration.precision] if calibration.precision is not Precision.BFLOAT16 else []
     return shlex.join([*words, "--to", "releases"])
 
 

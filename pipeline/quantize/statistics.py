@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import QuantizationError
+from pipeline.quantize.loss import column_blocks
 from pipeline.quantize.types import Statistics
 
 
@@ -52,11 +53,22 @@ def accumulate(statistics: Statistics, x_TI: Tensor) -> Statistics:
         return statistics
     abs_TI = x_TI.abs()
     return Statistics(
-        second_moment_II=statistics.second_moment_II.addmm_(x_TI.t(), x_TI),
+        second_moment_II=_add_products(statistics.second_moment_II, x_TI),
         abs_sum_I=statistics.abs_sum_I.add_(abs_TI.sum(0)),
         abs_max_I=torch.maximum(statistics.abs_max_I, abs_TI.amax(0), out=statistics.abs_max_I),
         num_tokens=statistics.num_tokens + x_TI.shape[0],
     )
+
+
+def _add_products(second_moment_II: Tensor, x_TI: Tensor) -> Tensor:
+    """Add x^T x in place and return the sum. The products are symmetric: blocks of columns are made from the diagonal
+    on down, and what is above it is a copy."""
+    for columns in column_blocks(x_TI.shape[1]):
+        below = slice(columns.start, None)
+        rest = slice(columns.stop, None)
+        second_moment_II[below, columns].addmm_(x_TI[:, below].t(), x_TI[:, columns])
+        second_moment_II[columns, rest] = second_moment_II[rest, columns].t()
+    return second_moment_II
 
 
 def add(total: Statistics, part: Statistics) -> Statistics:

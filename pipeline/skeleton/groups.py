@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.skeleton.model import PROBE_TOKENS, Skeleton
+from pipeline.skeleton.model import PROBE_TOKENS, Skeleton, is_linear
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,6 @@ class LinearGroup:
     def in_features(self) -> int:
         """Columns, the same for all members."""
         return self.linears[0].in_features
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether the module multiplies its input by one weight matrix."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def linear_groups(skeleton: Skeleton, index: int) -> tuple[LinearGroup, ...]:

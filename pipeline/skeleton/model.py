@@ -33,6 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CorruptWeightsError, UnsupportedArchitectureError
+from pipeline.precision import Precision
+from pipeline.skeleton.products import DTYPES, products
 
 TABLE_ELEMENTS = 1 << 25
 """Tables up to this size (128 MB in float32) are converted as a whole: for every token anew would be slower. Part of
@@ -184,20 +186,35 @@ class Skeleton:
         return self._embedding
 
     @contextmanager
-    def attached(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-        """Yield one block with ``weights`` (by local name) in place; its parameters are meta again afterwards."""
+    def attached(
+        self, index: int, weights: Mapping[str, Tensor], precision: Precision = Precision.FLOAT32
+    ) -> Iterator[nn.Module]:
+        """Yield one block with ``weights`` (by local name) in place; its parameters are meta again afterwards. Its
+        matrix products are made in ``precision`` meanwhile."""
         block = self.block(index)
         before = dict(block.named_parameters()) | dict(block.named_buffers())
-        self._assign(block, weights)
+        for name, tensor in self.dense(index, dict(weights), precision).items():
+            _set_tensor(block, name, tensor)
         try:
-            yield block
+            with products(precision):
+                yield block
         finally:
             for name in weights:
                 _set_tensor(block, name, before[name].detach().to("meta"))
 
-    def dense(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights as the model computes with them. ``weights`` is used up: no tensor is in memory twice."""
-        return {name: self._computed_with(weights.pop(name)) for name in list(weights)}
+    def dense(
+        self, index: int, weights: dict[str, Tensor], precision: Precision = Precision.FLOAT32
+    ) -> dict[str, Tensor]:
+        """Return a block's weights as the model computes with them, those of linears in ``precision``. ``weights`` is
+        used up: no tensor is in memory twice."""
+        block = self.block(index)
+
+        def converted(name: str) -> Tensor:
+            owner, _, leaf = name.rpartition(".")
+            is_factor = leaf == "weight" and is_linear(block.get_submodule(owner))
+            return self._computed_with(weights.pop(name), DTYPES[precision] if is_factor else self.dtype)
+
+        return {name: converted(name) for name in list(weights)}
 
     def attach_outer(self, weights: Mapping[str, Tensor], *, is_rest_zero: bool = True) -> None:
         """Put ``weights`` (by model name) in place outside the blocks; what is missing becomes zero-stride zeros, or
@@ -442,8 +459,10 @@ class Skeleton:
 
         return forward
 
-    def _computed_with(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype if tensor.is_floating_point() else tensor.dtype)
+    def _computed_with(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return tensor.to(
+            device=self.device, dtype=(dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
+        )
 
     def _assign(self, owner: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for name, tensor in weights.items():
@@ -454,6 +473,13 @@ class Skeleton:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether the module multiplies its input by one weight matrix."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 _ByParts = Callable[[nn.Module, BlockForward, Tensor, Tensor, torch.dtype], Tensor]

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.skeleton.groups import LinearGroup, hidden_size, is_linear
-from pipeline.skeleton.model import PROBE_TOKENS, Skeleton
+from pipeline.skeleton.groups import LinearGroup, hidden_size
+from pipeline.skeleton.model import PROBE_TOKENS, Skeleton, is_linear
 
 TOLERANCE = 1e-4
 """Relative difference up to which a change counts as none. Float32 gives about 1e-6; a gate whose inputs are so small

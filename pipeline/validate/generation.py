@@ -85,7 +85,7 @@ class BlockCache:
     def __init__(
         self,
         load: Callable[[int], dict[str, Tensor]],
-        dense: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
+        dense: Callable[[int, dict[str, Tensor]], Mapping[str, Tensor]],
         max_bytes: int = RESIDENT_BYTES,
     ) -> None:
         """Read blocks with ``load`` and keep them as ``dense`` makes them for computing, so that it is done once."""
@@ -102,7 +102,7 @@ class BlockCache:
                 # Blocks come round in order, so the one used last is the one needed last.
                 stale, _ = self._blocks.popitem()
                 del self._bytes[stale]
-            weights = self._dense(self._load(index))
+            weights = self._dense(index, self._load(index))
             self._blocks[index] = weights
             self._bytes[index] = sum(tensor.nbytes for tensor in weights.values())
         self._blocks.move_to_end(index)

@@ -17,6 +17,7 @@ TIERS = [
     {"quantize", "formats", "tensors", "hub", "storage", "skeleton", "observe"},
     {
         "compiled",
+        "precision",
         "spec",
         "variants",
         "strict",

@@ -18,6 +18,8 @@ ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
     Kind.FACTOR: 3,
     Kind.SCALES: 3,
     Kind.SOLVE: 3,
+    Kind.CALIBRATE: 3,
+    Kind.FORWARD: 3,
     Kind.SCORE: 4,
     Kind.GENERATE: 4,
 }

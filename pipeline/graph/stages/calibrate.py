@@ -10,6 +10,7 @@ takes in the sums of all workers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from pipeline.calibrate.forward import forward_block
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.variant import VariantReader
+from pipeline.precision import Precision
 from pipeline.quantize.statistics import add, from_tensors, merge, to_tensors
 from pipeline.quantize.types import Statistics
 
@@ -80,7 +82,7 @@ def calibrate(call: Call) -> dict[str, Any]:
             call.put({hidden_name(start): output})
         return statistics
 
-    with skeleton.attached(index, skeleton.dense(call.source.block(index))):
+    with _attached(call, call.source.block(index)):
         sums = add_up(low, high, slice_sums, _add_all)
     save_hidden(call)
     for position, statistics in enumerate(sums):
@@ -137,12 +139,18 @@ def forward(call: Call) -> dict[str, Any]:
     """Make one block's output hidden states for a span of held-out slices, with the source's weights or a variant's."""
     skeleton, index = call.skeleton, call.unit.block
     hidden = hidden_states(call)
-    with skeleton.attached(index, skeleton.dense(VariantReader(call)(index))):
+    with _attached(call, VariantReader(call)(index)):
         for number in list(hidden):
             output, _ = forward_block(skeleton, index, hidden.pop(number), (), must_be_finite=not call.unit.variant)
             call.put({hidden_name(number): output})
     save_hidden(call)
     return {}
+
+
+def _attached(call: Call, weights: dict[str, Tensor]) -> AbstractContextManager[Any]:
+    """Within the context, the unit's block computes with ``weights``, which are used up, in the unit's precision."""
+    skeleton, index, precision = call.skeleton, call.unit.block, Precision(call.params["precision"])
+    return skeleton.attached(index, skeleton.dense(index, weights, precision), precision)
 
 
 def hidden_name(number: int) -> str:

@@ -135,7 +135,7 @@ def _kept(call: Call, name: str, read: Callable[[], Mapping[str, Tensor]]) -> Ma
 
 def _kept_block(call: Call, read: VariantReader, index: int) -> Mapping[str, Tensor]:
     """Return a block's weights as the model computes with them."""
-    return _kept(call, f"block {index}", lambda: call.skeleton.dense(read(index)))
+    return _kept(call, f"block {index}", lambda: call.skeleton.dense(index, read(index)))
 
 
 def generate(call: Call) -> dict[str, Any]:

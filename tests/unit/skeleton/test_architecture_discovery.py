@@ -202,7 +202,7 @@ def test_weights_are_used_up_as_they_are_converted(source_of: SourceOf) -> None:
     source = source_of("llama")
     stored = source.block(0)
     expected = {name: tensor.float() for name, tensor in stored.items()}
-    dense = source.outline.skeleton.dense(stored)
+    dense = source.outline.skeleton.dense(0, stored)
     assert stored == {}
     assert all(torch.equal(dense[name], tensor) for name, tensor in expected.items())
 

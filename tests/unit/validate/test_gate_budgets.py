@@ -181,7 +181,7 @@ def test_cache_keeps_what_is_needed_last_out_of_memory() -> None:
         loaded.append(index)
         return {"w": torch.full((100,), float(index))}
 
-    cache = BlockCache(load, dict, max_bytes=800)
+    cache = BlockCache(load, lambda index, weights: weights, max_bytes=800)
     for _ in range(2):
         for index in range(3):
             assert float(cache(index)["w"][0]) == index

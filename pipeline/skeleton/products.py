@@ -1,0 +1,73 @@
+"""Matrix products of decoder blocks from bfloat16 factors.
+
+Processors multiply bfloat16 several times as fast as float32 and add up in float32. Engines compute a model in 16 bit,
+so this is closer to what a release will meet than float32 is. Only products change: of linears, and of attention where
+a model calls torch's own. Norms, residual streams, rotary tables and everything between two blocks stay float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from pipeline.precision import Precision
+
+DTYPES = {Precision.BFLOAT16: torch.bfloat16, Precision.FLOAT32: torch.float32}
+"""What a linear's weight is kept in while its block is attached."""
+
+
+def products(precision: Precision) -> AbstractContextManager[Any]:
+    """Within the context, products with bfloat16 weights are made, and attention is computed, in ``precision``."""
+    return _BFloat16Products() if precision is Precision.BFLOAT16 else nullcontext()
+
+
+class _BFloat16Products(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        replacement = _REPLACEMENTS.get(func)
+        return func(*args, **kwargs) if replacement is None else replacement(*args, **kwargs)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + bias in the dtype of ``x``; the sum with the bias is made there."""
+    if weight.dtype is not torch.bfloat16:
+        return functional.linear(x, weight, bias)
+    output = functional.linear(x.to(torch.bfloat16), weight).to(x.dtype)
+    return output if bias is None else output.add_(bias)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+    """Return bias + x W in the dtype of ``x``: the product of GPT-2's transposed linears."""
+    if weight.dtype is not torch.bfloat16 or kwargs:
+        return torch.addmm(bias, x, weight, **kwargs)
+    return (x.to(torch.bfloat16) @ weight).to(x.dtype).add_(bias)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
+) -> Tensor:
+    """Return attention in the dtype of ``query``."""
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(torch.bfloat16)
+    query16, key16, value16 = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    return functional.scaled_dot_product_attention(query16, key16, value16, attn_mask, *rest, **more).to(query.dtype)
+
+
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    functional.linear: _linear,
+    torch.addmm: _addmm,
+    functional.scaled_dot_product_attention: _attention,
+}
+"""By the function of torch that a block calls."""
