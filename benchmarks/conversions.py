@@ -156,6 +156,12 @@ class Conversion:
         return sum(event["event"] == "stage_finished" for _, event in self.events) / total if total else 0.0
 
     @property
+    def worked_s(self) -> float:
+        """The time since the first worker was ready; 0 before."""
+        ready = [when_s for when_s, event in self.events if event["event"] == "workers_ready"]
+        return time.monotonic() - ready[0] if ready else 0.0
+
+    @property
     def num_finished(self) -> int:
         """Units that this run has finished itself."""
         return sum(event["event"] == "stage_finished" and not event["reused"] for _, event in self.events)

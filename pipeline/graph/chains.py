@@ -2,7 +2,7 @@
 
 A *chain* is what a text's hidden states are after so many blocks; its identity covers the tokens, how they are sliced,
 and the weights passed so far. The chain is cut into *spans* of slices, one unit a span and block; how it is cut depends
-on the workers and is in no key of anything stored. Every ``SAVE_EVERY`` blocks the hidden states are saved slice by
+on the workers and is in no key of anything stored. Every few blocks the hidden states are saved slice by
 slice, so that a job that was stopped, or lost a worker, goes on from there with any number of workers.
 
 Chains are the longest paths of a job, so their units come before all others (their ranks are below 0, those of others
@@ -27,8 +27,9 @@ from pipeline.graph.identity import Keyring
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.skeleton.groups import LinearGroup
 
-SAVE_EVERY = 4
-"""Blocks between two places at which hidden states are saved, at least."""
+SAVE_EVERY = 1
+"""Blocks between two places at which hidden states are saved, at least: a killed job does again what it had not
+saved."""
 
 SAVE_SHARE = 0.05
 """Most of the time of a chain that saving may take; where it would take more, hidden states are saved less often."""

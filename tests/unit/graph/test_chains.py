@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.fingerprint import fingerprint
 from pipeline.graph import chains
-from pipeline.graph.chains import ADDED_SPANS, SAVE_EVERY, Chain, ChainBuilder, Span, Tokens, cut
+from pipeline.graph.chains import ADDED_SPANS, Chain, ChainBuilder, Span, Tokens, cut
 from pipeline.graph.cost import CPU_RATES, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import HIDDEN_STAGE, Keyring
@@ -23,6 +24,7 @@ from pipeline.quantize.types import Statistics
 from tests.architectures import make_model
 
 NUM_BLOCKS = 14
+EVERY = 4
 NUM_SLICES = 7
 
 num_slices = st.integers(1, 40)
@@ -130,13 +132,20 @@ def test_merging_leaves_what_workers_sent_as_it_was() -> None:
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> ChainBuilder:
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest.MonkeyPatch) -> ChainBuilder:
     folder: Path = make_model("llama", tmp_path_factory.mktemp("deep") / "llama", num_hidden_layers=NUM_BLOCKS)
     outline = open_folder(folder).outline
     digests = dict.fromkeys(("config.json", *outline.index.files), "d" * 64)
     # No cost keeps the chain from being saved as often as can be.
     free = replace(CPU_RATES, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9, passing_s=1e-9)
     costs = replace(cost_model("cpu"), rates=free)
+    monkeypatch_module.setattr(chains, "SAVE_EVERY", EVERY)
     return ChainBuilder(Keyring(outline, digests, "cpu"), costs)
 
 
@@ -170,13 +179,13 @@ def test_hidden_states_are_saved_slice_by_slice_every_few_blocks(builder: ChainB
     kept = []
     for block, row in enumerate(chain.blocks):
         is_end = block == NUM_BLOCKS - 1
-        is_saved = is_source_heldout(chain) if is_end else block % SAVE_EVERY == SAVE_EVERY - 1
+        is_saved = is_source_heldout(chain) if is_end else block % EVERY == EVERY - 1
         for span, unit in zip(chain.spans, row, strict=True):
             assert unit.saves == (places(builder, chain, block, span) if is_saved else ())
             kept += unit.saves if not is_end else ()
     assert chain.saves == tuple(kept)
     assert {place.stage for place in chain.saves} == {HIDDEN_STAGE}
-    assert len(set(chain.saves)) == len(chain.saves) == NUM_SLICES * (NUM_BLOCKS // SAVE_EVERY)
+    assert len(set(chain.saves)) == len(chain.saves) == NUM_SLICES * (NUM_BLOCKS // EVERY)
 
 
 def test_saved_states_stand_in_for_the_block_that_left_them(chain: Chain) -> None:
@@ -194,11 +203,11 @@ def test_two_saves_are_there_at_any_time_and_older_ones_go(builder: ChainBuilder
         for span, unit in zip(chain.spans, row, strict=True):
             stored |= set(unit.saves)
             assert set(unit.obsoletes) <= stored
-            assert set(unit.obsoletes) <= set(places(builder, chain, block - 2 * SAVE_EVERY, span))
+            assert set(unit.obsoletes) <= set(places(builder, chain, block - 2 * EVERY, span))
             stored -= set(unit.obsoletes)
         depths = [b for b in range(block + 1) for span in chain.spans if stored & set(places(builder, chain, b, span))]
         assert len(set(depths)) <= 2 + is_source_heldout(chain)
-        last = block - (block + 1) % SAVE_EVERY
+        last = block - (block + 1) % EVERY
         if block < NUM_BLOCKS - 1 and last >= 0:
             assert last in depths
     assert stored, "a job that loses a worker late goes on from here"
