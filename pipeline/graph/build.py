@@ -348,7 +348,7 @@ class UnitBuilder:
                     WorkUnit(
                         Kind.SCORE,
                         self.keys.key(Kind.SCORE, {**identity, "slice": number}),
-                        {"slice": number, "tokens": rows},
+                        {"slice": number, "tokens": rows, "precision": self.keys.precision},
                         (before, after, outer),
                         stand_ins={before.key: (self.keys.saved(source.identities[-1], number),)},
                         rank=self.num_blocks,

@@ -23,6 +23,7 @@ from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
 from pipeline.graph.stages.call import KEPT_COPIES, LOST, Call, FetchFrom, JobContext
 from pipeline.settings import load_settings
+from pipeline.skeleton.products import prefer_onednn
 from pipeline.storage.work import DamagedStage, StageRecord, open_work_store
 from pipeline.tensors.reader import FileStamp
 
@@ -142,6 +143,7 @@ class Worker:
 
     def _run(self, unit: WorkUnit, fetch: FetchFrom) -> StageRecord | None:
         torch.set_num_threads(THREADS_PER_UNIT)
+        prefer_onednn()
         context, place = self._context, unit.place
         if unit.is_durable and (known := self._work.lookup(*place)) is not None:
             return known

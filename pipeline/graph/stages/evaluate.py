@@ -15,6 +15,8 @@ from pipeline.graph.dag import Kind
 from pipeline.graph.stages.calibrate import slice_states
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.variant import VariantReader
+from pipeline.precision import Precision
+from pipeline.skeleton.products import products
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.validate.divergence import add_up, compare_predictions
 from pipeline.validate.generation import BlockCache, continue_greedily
@@ -38,7 +40,7 @@ def score(call: Call) -> dict[str, Any]:
     skeleton, tokens_NL, number = call.skeleton, call.tokens(), call.params["slice"]
     source_NLH, variant_NLH = (slice_states(call, need, [number])[number] for need in call.needs(Kind.FORWARD))
     vocabulary_size = call.source.outline.vocabulary_size
-    with skeleton.outer_attached(outer_weights(call)):
+    with skeleton.outer_attached(outer_weights(call)), products(Precision(call.params["precision"])):
         parts = [
             compare_predictions(lambda hidden_LH: skeleton.logits(hidden_LH[None])[0], *row, vocabulary_size)
             for row in zip(source_NLH, variant_NLH, tokens_NL, strict=True)

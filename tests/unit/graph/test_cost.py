@@ -52,7 +52,7 @@ def test_costs_are_sums_of_what_each_rate_takes(rates: Rates) -> None:
 
 
 def test_rows_are_cut_into_whole_tiles_that_cover_them_once() -> None:
-    model = cost_model("cpu")
+    model = CostModel(CPU_RATES, 1024)
     (whole,) = model.row_ranges(GROUP, True, longest_s=1e9)
     assert whole == (0, 4096)
     ranges = model.row_ranges(GroupShape(5000, 1024), True, longest_s=1e-9)

@@ -1,0 +1,60 @@
+"""bfloat16 factors in blocks: what is rounded, what is not, and for every kind of linear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from pipeline.graph.outline import open_folder
+from pipeline.precision import Precision
+from pipeline.skeleton.products import products
+from tests.architectures import DENSE, make_model
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_block_in_bfloat16_is_near_the_one_in_float32(name: str, tmp_path: Path) -> None:
+    source = open_folder(make_model(name, tmp_path / name))
+    skeleton = source.outline.skeleton
+    torch.manual_seed(1)
+    hidden = torch.randn(2, 24, skeleton.net.config.get_text_config().hidden_size)
+    outputs = {}
+    for precision in Precision:
+        weights = skeleton.dense(1, source.block(1), precision)
+        with skeleton.attached(1, weights, precision) as block:
+            kept = {parameter.dtype for parameter in block.parameters()}
+            outputs[precision] = skeleton.run_block(1, hidden)
+        assert (torch.bfloat16 in kept) is (precision is Precision.BFLOAT16)
+        assert outputs[precision].dtype is torch.float32
+    error = (outputs[Precision.BFLOAT16] - outputs[Precision.FLOAT32]).norm() / outputs[Precision.FLOAT32].norm()
+    assert 0 < float(error) < 0.02
+
+
+def test_only_what_is_kept_in_bfloat16_is_rounded() -> None:
+    x, weight, bias = torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
+    with products(Precision.BFLOAT16):
+        assert torch.allclose(functional.linear(x, weight, bias), x @ weight.T + bias, rtol=1e-5, atol=1e-6)
+        rounded = functional.linear(x, weight.bfloat16(), bias)
+    expected = (x.bfloat16() @ weight.bfloat16().T).float() + bias
+    assert torch.equal(rounded, expected)
+
+
+def test_attention_is_rounded_with_its_mask() -> None:
+    query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    mask = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1)
+    exact = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with products(Precision.BFLOAT16):
+        rounded = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert rounded.dtype is torch.float32
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.02
+
+
+def test_afterwards_everything_is_as_before() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(ZeroDivisionError), products(Precision.BFLOAT16):
+        raise ZeroDivisionError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    x, weight = torch.randn(4, 8), torch.randn(3, 8)
+    assert torch.allclose(functional.linear(x, weight), x @ weight.T, rtol=1e-5, atol=1e-6)
