@@ -23,7 +23,9 @@ def main() -> None:
     add_model(parser, Shape(layers=8, hidden=512, intermediate=1408))
     add_order(parser)
     parser.add_argument("--workers", type=int, default=2, help="default 2")
-    parser.add_argument("--at", type=float, default=0.5, help="share of the undisturbed work's time at the kill, default 0.5")
+    parser.add_argument(
+        "--at", type=float, default=0.5, help="share of the undisturbed work's time at the kill, default 0.5"
+    )
     args = parser.parse_args()
     print_header()
     with scratch_folder(args) as folder:
@@ -67,7 +69,10 @@ def _run_for(work_s: float, job: Job, place: Path, workers: int) -> Timing:
 
 
 def _row(name: str, run: Timing, undisturbed: list[float]) -> list[str]:
-    figures = (f"{value:.1f} {value / base:.0%}".split() for value, base in zip((run.work_s, run.busy_s, run.whole_s), undisturbed))
+    figures = (
+        f"{value:.1f} {value / base:.0%}".split()
+        for value, base in zip((run.work_s, run.busy_s, run.whole_s), undisturbed)
+    )
     return [name, str(run.num_units), *(cell for pair in figures for cell in pair)]
 
 

@@ -1,7 +1,8 @@
-"""From finished units to a release folder: facts, verdict, files in their final layout.
+"""From finished units to a release: facts, verdict, files in their final layout.
 
-The folder is private and made anew from the work store each time, by hard links where possible, so an interrupted
-assembly leaves nothing behind that matters, and equal units give an equal folder.
+The folder is private and made anew each time, so an interrupted assembly leaves nothing behind that matters, and equal
+units give equal files. Weights stay in the work store and are published from there one file at a time: no disk has to
+hold all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from pipeline.publish.card import render_card
 from pipeline.publish.plots import plot_layer_error, plot_size_quality
 from pipeline.publish.report import facts_as_json
 from pipeline.spec import PER_CHANNEL, VariantSpec, resolve_budgets
+from pipeline.storage.release import StoredFile
 from pipeline.storage.work import StageRecord, WorkStore
 from pipeline.tensors.writer import write_index
 from pipeline.validate.divergence import Divergence, add_up
@@ -272,24 +275,37 @@ def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:
     )
 
 
+@dataclass(frozen=True)
+class Assembled:
+    """The files of a release by name.
+
+    Attributes:
+        written: Those in its folder.
+        stored: The weights, which stay in the work store until each is published.
+    """
+
+    written: frozenset[str]
+    stored: Mapping[str, StoredFile]
+
+
 def assemble_release(
     inputs: Inputs,
     fetched: FetchedSource,
     facts: ReleaseFacts,
     units: JobUnits,
+    records: Records,
     work: WorkStore,
     folder: Path,
     stopping: Stopping,
-) -> frozenset[str]:
-    """Make an empty folder the release: weights, index, config, companions, facts, card, plots.
-
-    Returns the names of the files that were written.
+) -> Assembled:
+    """Make an empty folder the release but for its weights: index, config, companions, facts, card, plots.
 
     Raises:
-        GraphError: with the code ``graph.cancelled`` when the job is.
+        GraphError: with the code ``graph.cancelled`` when the job is; also while weights are published.
     """
     sources = (units.outer, *units.variants[facts.variant.name].packs)
     weight_map: dict[str, str] = {}
+    stored: dict[str, StoredFile] = {}
     written = {
         "model.safetensors.index.json",
         "config.json",
@@ -299,12 +315,11 @@ def assemble_release(
         "size_quality.png",
     }
     for number, unit in enumerate(sources, 1):
-        stopping.check()
         name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
-        written.add(name)
-        _link(work.open_checked(*unit.place, OUTPUT), folder / name)
-        record = work.lookup(*unit.place)
-        weight_map.update(dict.fromkeys(record.summary["tensors"] if record else (), name))
+        record = records[unit.key]
+        size_bytes, sha256 = record.files[OUTPUT]
+        stored[name] = StoredFile(size_bytes, sha256, partial(_place, work, unit, stopping))
+        weight_map.update(dict.fromkeys(record.summary["tensors"], name))
     write_index(folder / "model.safetensors.index.json", weight_map, facts.size_bytes)
     config = next(plan.quantization_config for plan in inputs.variants if plan.spec.name == facts.variant.name)
     _write_json(folder / "config.json", {**inputs.outline.config, "quantization_config": config})
@@ -317,7 +332,13 @@ def assemble_release(
     (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
     (folder / "layer_error.png").write_bytes(plot_layer_error(facts))
     (folder / "size_quality.png").write_bytes(plot_size_quality(facts))
-    return frozenset(written)
+    return Assembled(frozenset(written), stored)
+
+
+def _place(work: WorkStore, unit: WorkUnit, stopping: Stopping, target: Path) -> None:
+    """Put a unit's file at a path, its digest checked; a file of the work store may be gone from this machine later."""
+    stopping.check()
+    _link(work.open_checked(*unit.place, OUTPUT), target)
 
 
 def _is_companion(path: str, inputs: Inputs) -> bool:

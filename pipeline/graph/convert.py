@@ -21,6 +21,7 @@ from pipeline.errors import CorruptWeightsError, GraphError
 from pipeline.facts import FACTS_FILE, ReleaseFacts, SiblingFacts
 from pipeline.graph.assemble import (
     Measured,
+    Records,
     assemble_release,
     make_facts,
     measure_variant,
@@ -172,7 +173,7 @@ def _convert(
         _announce(own, sink)
         locations: tuple[str, ...] = ()
         if own.verdict.passed:
-            locations = _publish(inputs, fetched, facts, units, work, stores, seen, sink, stopping)
+            locations = _publish(inputs, fetched, facts, units, records, work, stores, seen, sink, stopping)
         outcomes.append(VariantOutcome(facts, locations))
     return tuple(outcomes)
 
@@ -352,6 +353,7 @@ def _publish(
     fetched: FetchedSource,
     facts: ReleaseFacts,
     units: JobUnits,
+    records: Records,
     work: WorkStore,
     stores: list[ObjectStore],
     seen: Mapping[tuple[str, str], int],
@@ -369,7 +371,7 @@ def _publish(
     locations = []
     # Private: another run may be assembling the same release in the same work directory.
     with work.private_folder() as folder:
-        names = assemble_release(inputs, fetched, facts, units, work, folder, stopping)
+        assembled = assemble_release(inputs, fetched, facts, units, records, work, folder, stopping)
         for store in stores:
             stopping.check()
             done = publish_release(
@@ -378,7 +380,8 @@ def _publish(
                 namespace,
                 name,
                 provenance,
-                file_names=names,
+                file_names=assembled.written,
+                stored=assembled.stored,
                 verdict_passed=facts.verdict.passed,
                 seen={DEFAULT_REF: seen[store.url, facts.release]},
             )

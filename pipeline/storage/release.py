@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -71,6 +72,22 @@ class PublishedRelease:
 
 
 @dataclass(frozen=True)
+class StoredFile:
+    """A file of a release that is somewhere else until its turn comes, so that a release needs no place for all of its
+    weights together.
+
+    Attributes:
+        size_bytes: Its length.
+        sha256: What its bytes have.
+        place: Puts it at a path, on which nothing is yet.
+    """
+
+    size_bytes: int
+    sha256: str
+    place: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
 class ListedRelease:
     """A finished release of a store, with the refs that point at it."""
 
@@ -89,6 +106,7 @@ def publish_release(
     *,
     file_names: Set[str],
     verdict_passed: bool,
+    stored: Mapping[str, StoredFile] = MappingProxyType({}),
     refs: tuple[str, ...] = (DEFAULT_REF,),
     seen: Mapping[str, int] = MappingProxyType({}),
     now: Callable[[], datetime] = utc_now,
@@ -99,13 +117,15 @@ def publish_release(
 
     Args:
         store: Where to.
-        folder: Files in their final layout; nothing may write there meanwhile.
+        folder: Files in their final layout; nothing else may write there meanwhile. Stored ones are put there and
+            removed, one at a time.
         namespace: First part of the release's address.
         name: Second part.
         provenance: JSON values that say what the files were made from; part of the revision.
         file_names: The files of ``folder`` that whoever made it wrote there, relative to it and with slashes. What lies
             there is not taken at its word: another job or person may have added or removed something.
         verdict_passed: Whether every gate passed. A release that did not pass gets no refs.
+        stored: More files of the release, by name; only those that the store does not hold are asked for.
         refs: Refs to move; empty to publish without a name that people use.
         seen: Sequences of refs when the job began, as ``move_ref`` takes them: a job that comes late moves nothing.
         now: The clock for the refs' history and the age of leftovers.
@@ -125,13 +145,15 @@ def publish_release(
         )
     for ref in refs:
         check_name(ref, "ref")
-    manifest = make_manifest(namespace, name, _describe(folder, file_names), provenance, verdict_passed=verdict_passed)
+    files = (*_describe(folder, file_names, stored.keys()), *_described(stored))
+    manifest = make_manifest(namespace, name, files, provenance, verdict_passed=verdict_passed)
     prefix = release_prefix(namespace, name, manifest.revision)
     _give_up_leftovers(store, f"{RELEASES}/{namespace}/{name}/", now() - PARTIAL_UPLOAD_AGE)
     missing = [file for file in manifest.files if not store.holds(prefix + file.path, file.size_bytes, file.sha256)]
     missing.sort(key=lambda file: UPLOADED_LAST.index(file.path) if file.path in UPLOADED_LAST else -1)
     for file in missing:
-        store.upload(folder / file.path, prefix + file.path, file.sha256)
+        with _at_hand(folder / file.path, stored.get(file.path)) as path:
+            store.upload(path, prefix + file.path, file.sha256)
     _require_files(store, prefix, manifest)
     _write_manifest(store, prefix, manifest)
     for ref in refs:
@@ -154,11 +176,32 @@ def list_releases(store: ObjectStore) -> tuple[ListedRelease, ...]:
     )
 
 
-def _describe(folder: Path, file_names: Set[str]) -> tuple[ReleaseFile, ...]:
-    """Return the files of a folder with their digests, having checked that they are those with these names."""
+@contextmanager
+def _at_hand(path: Path, stored: StoredFile | None) -> Iterator[Path]:
+    """Give the path at which a file lies meanwhile."""
+    if stored is None:
+        yield path
+        return
+    stored.place(path)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _described(stored: Mapping[str, StoredFile]) -> Iterator[ReleaseFile]:
+    for name, file in stored.items():
+        yield ReleaseFile(path=name, size_bytes=file.size_bytes, sha256=file.sha256)
+
+
+def _describe(folder: Path, file_names: Set[str], elsewhere: Set[str]) -> tuple[ReleaseFile, ...]:
+    """Return the files of a folder with their digests, having checked that they are those with these names, and none of
+    those that are elsewhere."""
     with reading_errors(folder):
         found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
         _require_names(folder, found.keys(), file_names)
+        if MANIFEST_NAME in elsewhere:
+            raise StorageError(f"a stored file has the name of a release's manifest, {MANIFEST_NAME}")
         return tuple(
             ReleaseFile(path=name, size_bytes=path.stat().st_size, sha256=digest_file(path))
             for name, path in found.items()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from pipeline.storage.release import (
     PARTIAL_UPLOAD_AGE,
     ListedRelease,
     PublishedRelease,
+    StoredFile,
     list_releases,
     publish_release,
 )
@@ -537,3 +539,50 @@ def test_what_people_and_engines_look_at_comes_last(store: ObjectStore, folder: 
     (folder / "tokenizer.json").write_text("{}")
     publish(Watched(), folder)  # type: ignore[arg-type]
     assert uploaded == ["assets/size.png", "model.safetensors", "tokenizer.json", "config.json", "README.md"]
+
+
+def test_stored_files_are_asked_for_one_at_a_time_and_only_where_they_are_missing(
+    store: ObjectStore, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    contents = {f"model-{number}.safetensors": bytes([number]) * 1000 for number in range(3)}
+    placed: list[str] = []
+
+    def place(name: str, path: Path) -> None:
+        assert {file.name for file in folder.iterdir()} == {"config.json"}, "one at a time"
+        placed.append(name)
+        path.write_bytes(contents[name])
+
+    stored = {name: StoredFile(1000, digest_bytes(data), partial(place, name)) for name, data in contents.items()}
+
+    def publish() -> PublishedRelease:
+        names = {"config.json"}
+        return publish_release(store, folder, *ADDRESS, {}, file_names=names, stored=stored, verdict_passed=True)
+
+    done = publish()
+    assert placed == sorted(contents)
+    prefix = release_prefix(*ADDRESS, done.revision)
+    for name, data in contents.items():
+        found = store.read(prefix + name)
+        assert found is not None
+        assert found.data == data
+    assert publish().num_uploaded == 0
+    assert placed == sorted(contents)
+
+
+def test_a_stored_file_of_other_bytes_is_not_published(store: ObjectStore, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    stored = {"model.safetensors": StoredFile(4, digest_bytes(b"good"), lambda path: void(path.write_bytes(b"evil")))}
+    names = {"config.json"}
+    with pytest.raises(StorageError, match="SHA-256"):
+        publish_release(store, folder, *ADDRESS, {}, file_names=names, stored=stored, verdict_passed=True)
+    assert list_releases(store) == ()
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+
+
+def void(result: object) -> None:
+    """Drop a result."""
