@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from pipeline.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
-    from pipeline.graph.forecast import Forecast
+    from pipeline.graph.forecast import Forecast, StageRow
 
 NUM_WAITS = 4
 """Things waited for that are listed."""
@@ -18,10 +20,8 @@ NUM_WAITS = 4
 def render_forecast(forecast: Forecast, console: Console) -> None:
     """Print one forecast."""
     prediction, cluster = forecast.prediction, forecast.prediction.cluster
-    console.print(
-        f"\n[bold]{cluster.nodes} x {cluster.workers} workers[/bold] ({prediction.hardware}), "
-        f"{forecast.tokens:,} calibration tokens: simulated"
-    )
+    where = f"{forecast.address}: {cluster.words}" if forecast.address else cluster.words
+    console.print(f"\n[bold]{where}[/bold] ({prediction.hardware}), {forecast.tokens:,} calibration tokens: simulated")
     console.print(
         f"  {format_duration(prediction.seconds)}, one worker {format_duration(forecast.one_worker_s)}: "
         f"efficiency {forecast.efficiency:.2f}; {prediction.num_units:,} work units, "
@@ -41,10 +41,29 @@ def render_forecast(forecast: Forecast, console: Console) -> None:
     if forecast.price is not None:
         parts = ", ".join(f"{name} {price:,.2f}" for name, price in forecast.prices.items())
         console.print(f"  price: {forecast.price:,.2f} ({parts})")
+    render_stages(forecast.stages, console)
+
+
+def render_stages(rows: Sequence[StageRow], console: Console) -> None:
+    """Print what each stage takes and moves: a line for each kind of unit, in the order in which they begin."""
     from rich.table import Table
 
-    routes = list(dict.fromkeys(route for moved in prediction.moved_bytes.values() for route in moved))
-    table = Table("moved by", *routes, box=None, pad_edge=False)
-    for kind, moved in prediction.moved_bytes.items():
-        table.add_row(f"  {kind}", *(format_bytes(moved[route]) if route in moved else "-" for route in routes))
+    routes = list(dict.fromkeys(route for row in rows for route in row.stage.moved_bytes))
+    is_priced = any(row.price is not None for row in rows)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("stage")
+    titles = ["units", "compute", "from - to", "memory", *routes, *(["price"] if is_priced else [])]
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold")
+    for row in rows:
+        stage = row.stage
+        table.add_row(
+            f"  {stage.kind.value}",
+            f"{stage.num_units:,}",
+            f"{stage.compute_s:,.1f} s",
+            f"{stage.begin_s:,.1f} - {stage.end_s:,.1f} s",
+            format_bytes(row.worker_bytes) if row.worker_bytes else "-",
+            *(format_bytes(stage.moved_bytes[route]) if route in stage.moved_bytes else "-" for route in routes),
+            *([f"{row.price:,.2f}"] if row.price is not None else []),
+        )
     console.print(table)

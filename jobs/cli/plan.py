@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from jobs.cli.flags import HELP_NAMES, default_workers, spec_from_flags, with_spec_flags
-from jobs.cli.forecast import render_forecast
+from jobs.cli.forecast import render_forecast, render_stages
 from pipeline.errors import SpecError
 from pipeline.units import format_bytes, format_count, format_duration, parse_bytes
 
@@ -45,10 +45,23 @@ UNLIMITED_COLUMNS = 100_000
     "other calibration sequences than the spec's. Repeatable.",
 )
 @click.option(
+    "--address",
+    envvar="RAY_ADDRESS",
+    metavar="HOST:PORT",
+    help="Also predict the conversion on the Ray cluster there, with as many workers as it has room for, or K. "
+    "Nothing is started on it.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="What workers of that cluster compute on; auto takes its GPUs where it has some.  [default: auto]",
+)
+@click.option(
     "--shape",
     metavar="NAME",
     help="Instead of SOURCE, a well-known model of which nothing is read: llama-3.1-8b, llama-3.1-70b, "
-    "llama-3.1-405b or deepseek-v3. Needs --simulate.",
+    "llama-3.1-405b or deepseek-v3. Needs --simulate or --address.",
 )
 @click.option("--matrices", is_flag=True, help="Also list every matrix of every block.")
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
@@ -56,6 +69,8 @@ def plan_command(
     workers: int | None,
     max_memory: str | None,
     clusters: tuple[str, ...],
+    address: str | None,
+    device: str,
     shape: str | None,
     matrices: bool,
     as_json: bool,
@@ -72,9 +87,9 @@ def plan_command(
     from pipeline.graph.plan import plan_conversion
     from pipeline.settings import load_settings
 
-    if shape and (source or not clusters):
+    if shape and (source or not (clusters or address)):
         raise SpecError(
-            "--shape stands for a SOURCE of which nothing is read, and needs --simulate",
+            "--shape stands for a SOURCE of which nothing is read, and needs --simulate or --address",
             code="spec.shape",
             hint="for example: bitmill plan --shape llama-3.1-8b --variant gptq-w4-g128 --simulate nodes=1,gpus=8",
         )
@@ -82,6 +97,10 @@ def plan_command(
     requests = [parse_cluster(text) for text in clusters]
     max_bytes = parse_bytes(max_memory) if max_memory else None
     report = None
+    if address:
+        from pipeline.graph.cluster import look_at
+
+        requests.append(look_at(address, device, workers, max_bytes))
     if shape:
         forecasts = forecast_shape(shape, spec, requests, max_bytes)
     else:
@@ -125,6 +144,9 @@ def _render(report: PlanReport, console: Console, matrices: bool) -> None:
         f"  about {format_duration(report.seconds)} with {report.workers} workers (each {report.hardware}); "
         f"longest waited for: {report.bottleneck}"
     )
+    if report.price is not None:
+        console.print(f"  price: {report.price:,.2f}")
+    render_stages(report.stages, console)
     for variant in report.variants:
         _render_variant(report, variant, console)
         if matrices:

@@ -29,6 +29,8 @@ from pipeline import heap
 from pipeline.errors import GraphError
 from pipeline.graph.dag import WorkUnit
 from pipeline.graph.executor import Event, Finished, WorkerId, WorkerJoined, WorkerLost
+from pipeline.graph.forecast import ClusterRequest
+from pipeline.graph.prediction import Cluster
 from pipeline.graph.shelf import Tensors
 from pipeline.graph.stages.call import JobContext
 from pipeline.graph.stopping import Stopping, cancelled
@@ -386,6 +388,48 @@ class RayExecutor:
             self._ray.kill(seat.actor, no_restart=True)
         self._seats.clear()
         self._ray.shutdown()
+
+
+def look_at(address: str, device: str, workers: int | None, max_memory_bytes: int | None) -> ClusterRequest:
+    """Return what a conversion would find at ``address``: the machines, and the workers that each has room for. Nothing
+    is started there.
+
+    Args:
+        address: Of the cluster.
+        device: ``cpu``, ``cuda``, or ``auto`` for GPUs where there are some.
+        workers: How many; None for as many as there is room for, with GPUs one for each.
+        max_memory_bytes: Memory that each may use; None when nobody has said how much.
+
+    Raises:
+        GraphError: when the cluster cannot be reached, or has not what workers need.
+    """
+    quiet_ray(on_loopback=False)
+    import ray
+
+    _connect(ray, 0, address)
+    try:
+        resources, nodes = _resources(ray), _nodes(ray)
+    finally:
+        ray.shutdown()
+    found = "cuda" if device == "auto" and resources.get("GPU", 0.0) >= 1 else device.replace("auto", "cpu")
+    gpus = _gpu_share(resources, workers or int(resources.get("GPU", 0.0))) if found == "cuda" else 0.0
+    share = _Share(gpus, max_memory_bytes or 0)
+    _require_cpus(resources)
+    _require_memory(nodes, share)
+    by_node = [0] * len(nodes)
+    slots = [share.slots(node) for node in nodes]
+    if workers is None:
+        by_node = slots
+    for _ in range(min(workers or 0, sum(slots))):
+        emptiest = max(range(len(nodes)), key=lambda number: slots[number] - by_node[number])
+        by_node[emptiest] += 1
+    if not any(by_node):
+        raise GraphError(
+            f"no node at {address} has room for a worker ({_describe(resources)})",
+            code="graph.infeasible",
+            hint="a worker takes a CPU, a share of a GPU on GPUs, and what --max-memory says",
+        )
+    return ClusterRequest(Cluster.of(by_node), found, {}, address)
 
 
 def _connect(ray: Any, workers: int, address: str | None) -> None:

@@ -14,7 +14,7 @@ from pipeline.fingerprint import fingerprint
 from pipeline.graph.build import UnitInputs, make_variant_plan
 from pipeline.graph.cost import cost_model
 from pipeline.graph.memory import WorkerMemory, plan_memory
-from pipeline.graph.prediction import Cluster, Prediction
+from pipeline.graph.prediction import Cluster, Prediction, Stage
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.shapes import named_shape
 from pipeline.graph.simulate import simulate
@@ -52,11 +52,47 @@ class ClusterRequest:
         cluster: The machines.
         device: ``cpu`` or ``cuda``.
         calibration: Keys of the spec's ``calibration`` that are other than there.
+        address: Where it is, if it is a real one.
     """
 
     cluster: Cluster
     device: str
     calibration: Mapping[str, int]
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """What one stage of a conversion takes.
+
+    Attributes:
+        stage: Its time, and what it moves.
+        worker_bytes: Memory of a worker while it runs the largest unit of the stage; 0 where it needs next to none.
+        price: What its compute time and its bytes cost; None when it is not known. Workers that wait are paid too: the
+            conversion costs more than its stages together.
+    """
+
+    stage: Stage
+    worker_bytes: int
+    price: float | None
+
+
+def stage_rows(prediction: Prediction, memory: WorkerMemory, prices: PriceSpec, device: str) -> tuple[StageRow, ...]:
+    """Return a conversion stage by stage."""
+    hourly = _hourly(prices, device)
+
+    def price(stage: Stage) -> float | None:
+        if hourly is None:
+            return None
+        moved = sum(getattr(prices, name) * stage.moved_bytes.get(route, 0.0) for name, route in PRICED_ROUTES.items())
+        return hourly * stage.compute_s / 3600 + float(moved) / GIGABYTE
+
+    return tuple(StageRow(stage, memory.of(stage.kind), price(stage)) for stage in prediction.stages)
+
+
+def _hourly(prices: PriceSpec, device: str) -> float | None:
+    """Return the price of a worker for an hour, or None when there is none."""
+    return prices.gpu_hour if device == "cuda" else prices.cpu_hour
 
 
 @dataclass(frozen=True)
@@ -70,6 +106,8 @@ class Forecast:
         memory: What a worker needs.
         prices: What the conversion would cost, by entry of the spec's ``cluster.prices``; empty when the table has no
             price of such a worker.
+        stages: The same stage by stage.
+        address: Of the cluster, if it is a real one.
     """
 
     prediction: Prediction
@@ -77,6 +115,8 @@ class Forecast:
     one_worker_s: float
     memory: WorkerMemory
     prices: Mapping[str, float]
+    stages: tuple[StageRow, ...]
+    address: str = ""
 
     @property
     def price(self) -> float | None:
@@ -91,7 +131,9 @@ class Forecast:
     def as_dict(self) -> dict[str, Any]:
         """Return the forecast as JSON values."""
         own = {"efficiency": self.efficiency, "price": self.price, "worker_bytes": self.memory.total}
-        return {**asdict(self), **own}
+        found = asdict(self)
+        del found["prediction"]["stages"]  # they are among the rows
+        return {**found, **own}
 
 
 def parse_cluster(text: str) -> ClusterRequest:
@@ -161,23 +203,23 @@ def forecast(
                 tokens=calibration.samples * calibration.length,
                 one_worker_s=alone[key],
                 memory=memory.needed,
-                prices=_prices(spec.cluster.prices, prediction, request),
+                prices=prices_of(spec.cluster.prices, prediction, request.device),
+                stages=stage_rows(prediction, memory.needed, spec.cluster.prices, request.device),
+                address=request.address,
             )
         )
     return tuple(found)
 
 
-def _prices(table: PriceSpec, prediction: Prediction, request: ClusterRequest) -> dict[str, float]:
+def prices_of(table: PriceSpec, prediction: Prediction, device: str) -> dict[str, float]:
     """Return what a conversion costs by entry of the table; nothing where it has no price of such a worker."""
-    hour = "gpu_hour" if request.device == "cuda" else "cpu_hour"
-    hourly: float | None = getattr(table, hour)
+    hour, hourly = "gpu_hour" if device == "cuda" else "cpu_hour", _hourly(table, device)
     if hourly is None:
         return {}
-    found = {hour: hourly * prediction.seconds * request.cluster.num_workers / 3600}
+    found = {hour: hourly * prediction.seconds * prediction.cluster.num_workers / 3600}
     for name, route in PRICED_ROUTES.items():
         price: float = getattr(table, name)
-        num_bytes = sum(moved.get(route.value, 0.0) for moved in prediction.moved_bytes.values())
-        found[name] = price * num_bytes / GIGABYTE
+        found[name] = price * prediction.moved_bytes(route) / GIGABYTE
     return {name: price for name, price in found.items() if price or name == hour}
 
 

@@ -15,6 +15,7 @@ from pipeline.calibrate.forward import MICRO_BATCH_TOKENS
 from pipeline.errors import PlanError
 from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, cut
 from pipeline.graph.cost import CostModel
+from pipeline.graph.dag import Kind
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.tuning import Tuning, make_tuning
 from pipeline.heap import FREED_BYTES
@@ -35,6 +36,22 @@ SHELF_BYTES = 500_000_000
 
 FLOAT, DOUBLE = 4, 8
 
+UNITS_OF: dict[Kind, str] = {
+    Kind.EMBED: "embed tokens",
+    Kind.CALIBRATE: "calibrate on a block",
+    Kind.FORWARD: "pass held-out text",
+    Kind.ADD: "add up statistics",
+    Kind.MERGE: "add up statistics",
+    Kind.FACTOR: "factor statistics",
+    Kind.SCALES: "search scales",
+    Kind.SOLVE: "solve a linear group",
+    Kind.PACK: "pack a block",
+    Kind.SCORE: "score held-out text",
+    Kind.CONTINUE: "continue prompts",
+    Kind.GENERATE: "continue prompts",
+}
+"""What units of a kind do, as ``WorkerMemory.units`` and messages call it; the others stream what they handle."""
+
 
 @dataclass(frozen=True)
 class WorkerMemory:
@@ -54,6 +71,11 @@ class WorkerMemory:
     def total(self) -> int:
         """What it needs when its shelf is empty."""
         return self.process + self.handing_over + max(self.units.values())
+
+    def of(self, kind: Kind) -> int:
+        """Return what it needs while it runs units of a kind; 0 for those that need next to nothing."""
+        own = self.units.get(UNITS_OF.get(kind, ""))
+        return self.process + self.handing_over + own if own is not None else 0
 
     @property
     def largest(self) -> str:

@@ -21,7 +21,15 @@ from pipeline.formats.loaders import Contents, Limit, Loader, limits
 from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan
 from pipeline.graph.chains import shape_of
-from pipeline.graph.forecast import ClusterRequest, Forecast, forecast, planned_inputs
+from pipeline.graph.forecast import (
+    ClusterRequest,
+    Forecast,
+    StageRow,
+    forecast,
+    planned_inputs,
+    prices_of,
+    stage_rows,
+)
 from pipeline.graph.memory import MemoryPlan, plan_memory
 from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
@@ -113,6 +121,8 @@ class PlanReport:
         hardware: What one worker is taken to be.
         seconds: Estimate of the whole conversion with ``workers`` workers.
         bottleneck: What its end waits for longest.
+        stages: Time, memory, bytes and price stage by stage.
+        price: What the whole conversion would cost; None when the spec has no price of such a worker.
     """
 
     source: str
@@ -133,6 +143,8 @@ class PlanReport:
     hardware: str
     seconds: float
     bottleneck: str
+    stages: tuple[StageRow, ...]
+    price: float | None
     variants: tuple[VariantReport, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -232,6 +244,8 @@ def report_plan(
     head = max(outline.tensor_elements(name) for name in outline.skeleton.outer_tensors().values())
     forward = 2.0 * sum(blocks)
     moments = 2.0 * sum(group.in_features**2 for block in outline.groups for group in block)
+    table = spec.cluster.prices
+    prices = prices_of(table, predicted, "cpu")
     cache_tokens, cache_bytes = kv_cache(outline.skeleton, KV_CACHE_TOKENS)
     evaluate = heldout * (forward + 4.0 * head)
     variants = tuple(
@@ -257,6 +271,8 @@ def report_plan(
         hardware=predicted.hardware,
         seconds=predicted.seconds,
         bottleneck=predicted.bottleneck,
+        stages=stage_rows(predicted, memory.needed, table, "cpu"),
+        price=sum(prices.values()) if prices else None,
         variants=variants,
     )
 

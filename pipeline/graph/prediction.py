@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.executor import WorkerId
+from pipeline.graph.traffic import Route
 
 
 class Limit(StrEnum):
@@ -47,16 +48,36 @@ class Cluster:
 
     Attributes:
         nodes: Machines.
-        workers: Workers of each.
+        workers: Workers of each; where they differ, of the one that has most.
+        uneven: Workers of each machine where they differ; empty where they do not.
     """
 
     nodes: int
     workers: int
+    uneven: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, by_node: Sequence[int]) -> Cluster:
+        """Return machines with these numbers of workers; those without any do not count."""
+        found = tuple(sorted(filter(None, by_node), reverse=True))
+        return cls(len(found), found[0], found if found[-1] != found[0] else ())
+
+    @property
+    def by_node(self) -> tuple[int, ...]:
+        """Workers of each machine."""
+        return self.uneven or (self.workers,) * self.nodes
 
     @property
     def num_workers(self) -> int:
         """Workers of all nodes."""
-        return self.nodes * self.workers
+        return sum(self.by_node)
+
+    @property
+    def words(self) -> str:
+        """The machines and their workers in words."""
+        if not self.uneven:
+            return f"{self.nodes} x {self.workers} workers"
+        return f"{self.nodes} machines with {', '.join(map(str, self.uneven))} workers"
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,27 @@ class Ran:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """How all units of a kind would go.
+
+    Attributes:
+        kind: Of the units.
+        num_units: How many.
+        compute_s: Seconds for which workers compute them, over all workers.
+        begin_s: When the first one has its turn.
+        end_s: When the output of the last one is there.
+        moved_bytes: Bytes by how they went.
+    """
+
+    kind: Kind
+    num_units: int
+    compute_s: float
+    begin_s: float
+    end_s: float
+    moved_bytes: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Prediction:
     """How a conversion would go.
 
@@ -98,7 +140,7 @@ class Prediction:
         waits: Seconds that the end waited for each thing, along the chain of units that led to it; they add up to
             ``seconds``.
         tail_s: Seconds at the end in which fewer than half of the workers had something to do.
-        moved_bytes: Bytes by kind of unit and how they went.
+        stages: What each kind of unit takes and moves, in the order in which they begin.
         held_bytes: Most bytes of passing outputs that one worker held.
         busy_links: Share of the time for which the busiest node's link was busy: to the store, and into the node.
     """
@@ -111,7 +153,7 @@ class Prediction:
     bottleneck: str
     waits: Mapping[str, float]
     tail_s: float
-    moved_bytes: Mapping[str, Mapping[str, float]]
+    stages: tuple[Stage, ...]
     held_bytes: float
     busy_links: Mapping[str, float]
 
@@ -119,6 +161,34 @@ class Prediction:
     def busy_share(self) -> float:
         """The workers' mean share of busy time."""
         return sum(self.busy_shares) / len(self.busy_shares)
+
+    def moved_bytes(self, route: str) -> float:
+        """Return the bytes that all stages move one way."""
+        return sum(stage.moved_bytes.get(route, 0.0) for stage in self.stages)
+
+
+def stages_of(ran: Iterable[Ran], moved: Mapping[tuple[Kind, Route], float]) -> tuple[Stage, ...]:
+    """Return what each kind of unit took, in the order in which they begin.
+
+    Args:
+        ran: Units that ran.
+        moved: Bytes by kind and how they went.
+    """
+    by_kind: dict[Kind, list[Ran]] = {}
+    for one in ran:
+        by_kind.setdefault(one.unit.kind, []).append(one)
+    stages = [
+        Stage(
+            kind=kind,
+            num_units=len(own),
+            compute_s=sum(one.unit.cost for one in own),
+            begin_s=min(one.begin_s for one in own),
+            end_s=max(one.end_s for one in own),
+            moved_bytes={route.value: num_bytes for (other, route), num_bytes in moved.items() if other is kind},
+        )
+        for kind, own in by_kind.items()
+    ]
+    return tuple(sorted(stages, key=lambda stage: (stage.begin_s, stage.kind)))
 
 
 def critical_waits(ran: Mapping[str, Ran]) -> dict[Limit, float]:

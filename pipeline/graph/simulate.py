@@ -28,7 +28,7 @@ from pipeline.graph.cost import CostModel, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import Event, Finished, WorkerId
-from pipeline.graph.prediction import Cluster, Limit, Prediction, Ran, critical_waits, tail_seconds
+from pipeline.graph.prediction import Cluster, Limit, Prediction, Ran, critical_waits, stages_of, tail_seconds
 from pipeline.graph.traffic import Read, Route, Traffic
 from pipeline.graph.tuning import Tuning, make_tuning
 from pipeline.graph.worker import Outcome
@@ -118,7 +118,9 @@ class SimulatedExecutor:
         self._model, self._traffic = model, traffic
         self._nodes = [_Node(f"node-{number}", model) for number in range(cluster.nodes)]
         self._seats = {
-            f"{node.name}-worker-{place}": _Seat(node) for node in self._nodes for place in range(cluster.workers)
+            f"{node.name}-worker-{place}": _Seat(node)
+            for node, workers in zip(self._nodes, cluster.by_node, strict=True)
+            for place in range(workers)
         }
         self._names = tuple(self._seats)
         self._ends: list[tuple[float, int, WorkerId, Ran]] = []
@@ -250,9 +252,6 @@ class SimulatedExecutor:
         """Return how everything went that ran so far."""
         seconds = self.now_s
         waits = critical_waits(self.ran)
-        moved: dict[str, dict[str, float]] = {}
-        for (kind, route), num_bytes in self.moved.items():
-            moved.setdefault(kind.value, {})[route.value] = num_bytes
         links = {
             "store": max(node.store.busy_s for node in self._nodes),
             "into a node": max(node.inward.busy_s for node in self._nodes),
@@ -267,7 +266,7 @@ class SimulatedExecutor:
             bottleneck=max(waits, key=lambda limit: waits[limit]).value,
             waits={limit.value: waits[limit] for limit in sorted(waits, key=lambda limit: -waits[limit])},
             tail_s=tail_seconds(self.ran.values(), cluster.num_workers, seconds),
-            moved_bytes=moved,
+            stages=stages_of(self.ran.values(), self.moved),
             held_bytes=max(seat.peak_bytes for seat in self._seats.values()),
             busy_links={name: busy_s / seconds for name, busy_s in links.items()},
         )

@@ -25,7 +25,7 @@ import torch
 from pipeline import heap
 from pipeline.errors import GraphError
 from pipeline.graph import assemble, chains, cluster, tuning
-from pipeline.graph.cluster import RayExecutor
+from pipeline.graph.cluster import RayExecutor, look_at
 from pipeline.graph.convert import RunOptions, convert
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.executor import WorkerJoined, WorkerLost
@@ -222,6 +222,27 @@ def test_nodes_that_leave_and_join_change_no_byte(
         (executor,) = executors
         assert executor.workers == [], "closed"
         assert executor._number >= 4, "the node that joined was given a worker"
+
+
+def test_a_plan_looks_at_a_cluster_and_starts_nothing_there() -> None:
+    with nodes({"num_cpus": 3, "num_gpus": 2}, {"num_cpus": 1}, {"num_cpus": 0}) as made:
+
+        def found(
+            device: str, workers: int | None = None, max_memory: int | None = None
+        ) -> tuple[str, tuple[int, ...]]:
+            request = look_at(made.address, device, workers, max_memory)
+            assert request.address == made.address
+            return request.device, request.cluster.by_node
+
+        assert found("cpu") == ("cpu", (3, 1))
+        assert found("cpu", 2) == ("cpu", (2,))
+        assert found("cpu", 9) == ("cpu", (3, 1))
+        assert found("auto") == ("cuda", (2,))
+        with pytest.raises(GraphError, match="no node that could run one has") as caught:
+            found("cpu", None, 1 << 60)
+        assert caught.value.code == "graph.infeasible"
+    with pytest.raises(GraphError, match="no Ray cluster answers at 127.0.0.1"):
+        look_at("127.0.0.1:9", "auto", None, None)
 
 
 def test_a_cluster_that_loses_all_its_nodes_ends_the_job_in_bounded_time(

@@ -30,6 +30,7 @@ def test_a_shape_on_clusters_is_printed_with_bottleneck_and_bytes() -> None:
     assert "bottleneck: " in text
     assert "memory per worker up to " in text
     assert "never measured" in text
+    assert "stage units compute from - to memory" in text
     assert "calibrate" in text
     assert "price" not in text
 
@@ -39,10 +40,26 @@ def test_a_shape_on_clusters_as_json() -> None:
     assert found["source"] == "llama-3.1-8b"
     (simulated,) = found["simulated"]
     prediction = simulated["prediction"]
-    assert prediction["cluster"] == {"nodes": 1, "workers": 4}
+    assert prediction["cluster"] == {"nodes": 1, "workers": 4, "uneven": []}
     assert len(prediction["busy_shares"]) == 4
     assert simulated["efficiency"] == pytest.approx(simulated["one_worker_s"] / 4 / prediction["seconds"])
     assert sum(prediction["waits"].values()) == pytest.approx(prediction["seconds"])
+    rows = simulated["stages"]
+    assert {row["stage"]["kind"] for row in rows} >= {
+        "embed",
+        "calibrate",
+        "merge",
+        "factor",
+        "solve",
+        "pack",
+        "forward",
+    }
+    assert sum(row["stage"]["num_units"] for row in rows) == prediction["num_units"]
+    computed_s = sum(row["stage"]["compute_s"] for row in rows)
+    assert computed_s == pytest.approx(sum(prediction["busy_shares"]) * prediction["seconds"])
+    assert max(row["stage"]["end_s"] for row in rows) == pytest.approx(prediction["seconds"])
+    assert max(row["worker_bytes"] for row in rows) == simulated["worker_bytes"]
+    assert {row["price"] for row in rows} == {None}
 
 
 @pytest.mark.parametrize("words", [SHAPE, [*SHAPE, "org/model", "--simulate", "gpus=8"]])

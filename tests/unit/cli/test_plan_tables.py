@@ -10,10 +10,23 @@ import pytest
 from rich.console import Console
 
 from jobs.cli.plan import _render, console_for
+from pipeline.graph.dag import Kind
+from pipeline.graph.forecast import StageRow
 from pipeline.graph.plan import MatrixRow, PlanReport, VariantReport
+from pipeline.graph.prediction import Stage
 
 NAME = "model.language_model.layers.17.self_attn.a_rather_long_projection_name"
 NOTE = "group size 128 does not divide 576: 64 is taken for the whole checkpoint instead"
+
+
+STAGE = Stage(
+    Kind.CALIBRATE,
+    12_345,
+    98_765.4,
+    0.0,
+    9_876.5,
+    {"weights": 16.1e9, "store, read": 1e9, "store, written": 1e9, "within a node": 1e9, "between nodes": 1e9},
+)
 
 
 class Terminal(io.StringIO):
@@ -60,6 +73,8 @@ def report() -> PlanReport:
         hardware="one thread",
         seconds=9000.0,
         bottleneck="solves",
+        stages=(StageRow(STAGE, 6_000_000_000, 1.5),),
+        price=12.0,
         variants=(variant,),
     )
 

@@ -60,9 +60,13 @@ def test_the_price_is_that_of_the_kind_of_worker_and_of_the_bytes_that_moved(lla
     many, one = forecast(outline, make_spec(cluster={"prices": table}), requests)
     assert many.prices["cpu_hour"] == pytest.approx(3.0 * 4 * many.prediction.seconds / 3600)
     for name, route in PRICED_ROUTES.items():
-        moved = sum(kinds.get(route.value, 0.0) for kinds in many.prediction.moved_bytes.values())
+        moved = many.prediction.moved_bytes(route)
         assert moved > 0, name
         assert many.prices[name] == pytest.approx(table[name] * moved / 1e9)
+    # By stage only what works is paid for; all together, who waits is paid for too.
+    waited_s = many.prediction.seconds * (1 - many.prediction.busy_share) * 4
+    by_stage = sum(row.price or 0.0 for row in many.stages)
+    assert many.price == pytest.approx(by_stage + 3.0 * waited_s / 3600)
     assert many.price == pytest.approx(sum(many.prices.values()))
     assert one.prices["gpu_hour"] == pytest.approx(9.0 * one.prediction.seconds / 3600)
     assert "network_gb" not in one.prices
@@ -119,3 +123,13 @@ def test_a_shape_is_forecast_without_a_source(make_spec: MakeSpec) -> None:
     (found,) = forecast_shape("llama-3.1-8b", spec, [parse_cluster("gpus=8")])
     assert found.prediction.seconds < found.one_worker_s
     assert "never measured" in found.prediction.hardware
+
+
+def test_machines_with_different_numbers_of_workers(llama: Path, make_spec: MakeSpec) -> None:
+    cluster = Cluster.of([0, 1, 3])
+    assert (cluster.nodes, cluster.workers, cluster.by_node, cluster.num_workers) == (2, 3, (3, 1), 4)
+    assert Cluster.of([2, 2]) == Cluster(2, 2)
+    inputs = planned_inputs(open_folder(llama).outline, make_spec(calibration={"samples": 64}), "cpu")
+    found = simulate(inputs, cluster)
+    assert len(found.busy_shares) == 4
+    assert all(found.busy_shares)
