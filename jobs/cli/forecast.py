@@ -51,7 +51,7 @@ def render_stages(rows: Sequence[StageRow], console: Console) -> None:
     routes = list(dict.fromkeys(route for row in rows for route in row.stage.moved_bytes))
     is_priced = any(row.price is not None for row in rows)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("stage")
+    table.add_column("stage", no_wrap=True, min_width=11)
     titles = ["units", "compute", "from - to", "memory", *routes, *(["price"] if is_priced else [])]
     for title in titles:
         table.add_column(title, justify="right", overflow="fold")

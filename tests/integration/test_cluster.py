@@ -241,7 +241,7 @@ def test_a_plan_looks_at_a_cluster_and_starts_nothing_there() -> None:
         with pytest.raises(GraphError, match="no node that could run one has") as caught:
             found("cpu", None, 1 << 60)
         assert caught.value.code == "graph.infeasible"
-    with pytest.raises(GraphError, match="no Ray cluster answers at 127.0.0.1"):
+    with pytest.raises(GraphError, match=r"no Ray cluster answers at 127\.0\.0\.1"):
         look_at("127.0.0.1:9", "auto", None, None)
 
 

@@ -49,7 +49,6 @@ def test_a_shape_on_clusters_as_json() -> None:
         "embed",
         "calibrate",
         "merge",
-        "factor",
         "solve",
         "pack",
         "forward",
