@@ -33,7 +33,7 @@ from pipeline.hub.source import Source, range_reader, read_bytes
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
 from pipeline.skeleton.limits import kv_cache, position_limit
-from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, Method, VariantSpec
+from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, ExpertStatistics, Method, VariantSpec
 from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
@@ -164,14 +164,14 @@ def plan_conversion(
     """
     source = pin(spec.source, settings)
     names = name_releases(spec, source)
-    outline = remote_outline(source, settings)
+    outline = remote_outline(source, settings, spec.calibration.experts)
     require_positions(spec, outline)
     memory = plan_memory(outline, spec, workers, cost.cost_model("cpu"), max_memory_bytes)
     report = report_plan(source, names, outline, spec, workers, memory)
     return report, forecast(outline, spec, requests, max_memory_bytes)
 
 
-def remote_outline(source: Source, settings: Settings) -> Outline:
+def remote_outline(source: Source, settings: Settings, experts: ExpertStatistics) -> Outline:
     """Return the outline of a source of which only config.json and headers are read."""
     index = read_index(source.file_sizes, range_reader(source, settings))
     with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as temporary:
@@ -179,7 +179,7 @@ def remote_outline(source: Source, settings: Settings) -> Outline:
         folder = Path(temporary, source.name.rpartition("/")[2] or "source")
         folder.mkdir()
         (folder / "config.json").write_bytes(read_bytes(source, settings, "config.json"))
-        return make_outline(folder, index)
+        return make_outline(folder, index, experts=experts)
 
 
 def require_positions(spec: ConversionSpec, outline: Outline, count: Callable[[str], int] | None = None) -> None:

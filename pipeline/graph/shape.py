@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from pipeline.skeleton.groups import LinearGroup
+from pipeline.spec import ExpertStatistics
 from pipeline.tensors.index import WeightIndex
 
 
@@ -69,6 +70,11 @@ class ModelShape(Protocol):
     @property
     def groups(self) -> Sequence[Sequence[LinearGroup]]:
         """The linear groups of each block."""
+        ...
+
+    @property
+    def experts(self) -> ExpertStatistics:
+        """Which tokens the statistics of experts are of."""
         ...
 
     @property

@@ -93,13 +93,6 @@ def test_tensors_the_model_has_no_use_for_are_extra(llama_folder: Path) -> None:
     assert open_folder(llama_folder).outline.skeleton.extra_names == ("vision.patch.weight",)
 
 
-def test_mixture_of_experts_is_refused_with_the_tensor_and_the_reason(tmp_path: Path) -> None:
-    folder = make_model("mixtral", tmp_path / "mixtral")
-    with pytest.raises(UnsupportedArchitectureError, match=r"experts.* not stored as .*mixtures of experts") as caught:
-        open_folder(folder)
-    assert "dense decoder models" in caught.value.hint
-
-
 def test_quantized_source_is_refused(llama_folder: Path) -> None:
     change_config(llama_folder, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(SourceError, match=r"already quantized \(gptq\)") as caught:
