@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.spec import Budgets, VariantSpec
+from pipeline.spec import Budgets, ExpertStatistics, VariantSpec
 
 FACTS_FILE = "bitmill.json"
 
@@ -77,6 +77,12 @@ class CalibrationFacts(Facts):
     """Sequences in a token slice, the unit of summation."""
     tokens_digest: str
     """SHA-256 of the token ids (int32, little-endian, row after row)."""
+    experts: ExpertStatistics | None = None
+    """Which tokens the statistics of experts are of; None for a model without experts."""
+    expert_shrinkage: float | None = None
+    """With `shrinkage`, the weight of all tokens, that of an expert's own being 1."""
+    min_expert_tokens: int | None = None
+    """Tokens below which an expert counts as degraded; None where the statistics are of all tokens."""
 
 
 class ModuleFacts(Facts):
@@ -106,6 +112,9 @@ class ModuleFacts(Facts):
     """Exponent of the activation-aware scaling; None where none was made."""
     degradations: tuple[str, ...]
     """What the solver did otherwise than asked."""
+    expert_tokens: int | None = None
+    """For a linear of an expert, the calibration tokens that the router sent there; None for others, and for what was
+    left unquantized."""
 
 
 class Check(Facts):

@@ -77,13 +77,13 @@ class CalibrationSpec(Strict):
     slice_sequences: Annotated[int, Field(ge=1)] = 8
     """Sequences in a token slice, the unit of work and of summation: part of the result, not of the machine."""
     experts: ExpertStatistics = ExpertStatistics.ALL
-    """Mixtures of experts, the tokens that an expert's statistics are of: `all`, `routed` (those that the router sent to
-    it, each counted once), or `shrinkage` (the mean over its own plus `expert_shrinkage` times the mean over all)."""
+    """Mixtures of experts, the tokens that an expert's statistics are of: `all`, `routed` (those that the router sent
+    to it, each counted once), or `shrinkage` (the mean over its own plus `expert_shrinkage` times that over all)."""
     expert_shrinkage: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     """For `shrinkage`: the weight of all tokens, that of an expert's own being 1."""
     min_expert_tokens: Annotated[int, Field(ge=1)] = 128
-    """For `routed` and `shrinkage`: the linears of an expert that the router sent fewer tokens to count as degraded (see
-    `gates.max_degradations`)."""
+    """For `routed` and `shrinkage`: the linears of an expert that the router sent fewer tokens to count as degraded
+    (see `gates.max_degradations`). With fewer tokens than a group has columns, not even these are told apart."""
 
 
 def _not_blank(text: str) -> str:

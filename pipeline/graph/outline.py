@@ -22,8 +22,8 @@ from pipeline.hub.fetch import fetch
 from pipeline.hub.source import Source as HubSource
 from pipeline.hub.source import range_reader
 from pipeline.settings import Settings
-from pipeline.skeleton.groups import LinearGroup, is_linear, linear_groups
 from pipeline.skeleton.experts import find_routers
+from pipeline.skeleton.groups import LinearGroup, is_linear, linear_groups
 from pipeline.skeleton.limits import vocabulary_size
 from pipeline.skeleton.model import Skeleton
 from pipeline.spec import ExpertStatistics

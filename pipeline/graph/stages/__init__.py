@@ -14,7 +14,12 @@ from pipeline.graph.stages.pack import outer, pack
 from pipeline.graph.stages.solve import factor_group, scales, solve_range
 from pipeline.graph.stages.verify import verify
 
-ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {Kind.FACTOR: 3, Kind.SCORE: 3, Kind.GENERATE: 4}
+ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
+    Kind.FACTOR: 3,
+    Kind.SCALES: 3,
+    Kind.SCORE: 3,
+    Kind.GENERATE: 4,
+}
 """Part of every key: raised when a stage's code changes its output, so that stale outputs are not found."""
 
 STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {

@@ -104,7 +104,7 @@ def test_gate_and_up_of_all_experts_are_one_group_where_they_see_all_tokens(name
     assert leaves[:num_attention] == ATTENTION[name]
     together, *downs = groups[num_attention:]
     owners = [f"mlp.experts.{number}" for number in range(EXPERTS[name])]
-    owners = owners + [SHARED[name]] if name in SHARED else owners
+    owners = [*owners, SHARED[name]] if name in SHARED else owners
     # Qwen 2 asks its shared expert first.
     owners = owners[-1:] + owners[:-1] if name == "qwen2_moe" else owners
     assert [linear.local_name for linear in together.linears] == [

@@ -16,7 +16,6 @@ from pipeline.errors import CorruptWeightsError, SourceError, UnsupportedArchite
 from pipeline.graph.outline import open_folder
 from pipeline.skeleton.model import Skeleton
 from pipeline.skeleton.tokenizer import TextTokenizer
-from tests.architectures import make_model
 
 
 def change_config(folder: Path, **changes: Any) -> None:
