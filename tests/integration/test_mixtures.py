@@ -185,3 +185,99 @@ def test_activation_aware_scales_cancel(name: str, dtype: torch.dtype, bound: fl
     net = net_of(tensors, folder, tmp_path / "changed")
     errors_T = (logits_of(net) - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(errors_T.max() if dtype is torch.float32 else errors_T.median()) < bound
+
+
+UNSEEN = (2, 3)
+"""The experts, a whole group, that the routers of `with_unseen_expert` send no token to."""
+
+
+@pytest.fixture(scope="module")
+def with_unseen_expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_model("deepseek_v3", tmp_path_factory.mktemp("unseen") / "unseen")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor[list(UNSEEN)] = -100.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def is_unseen(module_name: str) -> bool:
+    return any(f".experts.{number}." in module_name for number in UNSEEN)
+
+
+def published_codes(found: Converted, variant: str, expert: int) -> dict[str, Tensor]:
+    folder = found.folder(variant)
+    index = read_folder_index(folder)
+    names = [name for name in index.entries if f".experts.{expert}." in name and name.endswith("qweight")]
+    return read_tensors(folder, index, names)
+
+
+def test_an_expert_that_saw_no_token_is_rounded_and_counted_never_silently(
+    with_unseen_expert: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "strict").mkdir()
+    asked = {"experts": "routed", "min_expert_tokens": 16}
+    strict = convert_folder(with_unseen_expert, tmp_path / "strict" / "out", ["gptq-w4-g64"], asked)
+    (refused,) = strict.outcomes.values()
+    assert refused.locations == ()
+    assert [check.name for check in refused.facts.verdict.failures] == ["degradations"]
+    open_gates = {"max_degradations": None}
+    variants = ["gptq-w4-g64", "rtn-w4-g64-gptq"]
+    found = convert_folder(with_unseen_expert, tmp_path / "out", variants, asked, open_gates)
+    facts = found.outcomes["gptq-w4-g64"].facts
+    assert facts.calibration.experts == "routed"
+    assert facts.calibration.min_expert_tokens == 16
+    for module in facts.modules:
+        assert (module.expert_tokens == 0) == is_unseen(module.name)
+        few = module.expert_tokens is not None and module.expert_tokens < 16
+        assert bool(module.degradations) == few, module
+        assert any("rounded to nearest" in text for text in module.degradations) == is_unseen(module.name)
+    # What the report says is what was done: the codes are those of plain rounding, and only there.
+    gptq, rtn = (published_codes(found, variant, UNSEEN[0]) for variant in variants)
+    assert len(gptq) == 6
+    assert all(torch.equal(codes, rtn[name]) for name, codes in gptq.items())
+    gptq, rtn = (published_codes(found, variant, UNSEEN[0] - 1) for variant in variants)
+    assert not any(torch.equal(codes, rtn[name]) for name, codes in gptq.items())
+    card = (found.folder("gptq-w4-g64") / "README.md").read_text()
+    assert "the router sent no calibration token to this expert: it was rounded to nearest" in card
+
+
+@pytest.mark.parametrize("mode", ["all", "shrinkage"])
+def test_an_unseen_expert_has_statistics_of_all_tokens_in_the_other_modes(
+    mode: str, with_unseen_expert: Path, tmp_path: Path
+) -> None:
+    variants = ["gptq-w4-g64", "rtn-w4-g64-gptq"]
+    asked = {"experts": mode, "min_expert_tokens": 1}
+    found = convert_folder(with_unseen_expert, tmp_path / "out", variants, asked, {"max_degradations": None})
+    facts = found.outcomes["gptq-w4-g64"].facts
+    assert [m.name for m in facts.modules if m.expert_tokens == 0] == [
+        m.name for m in facts.modules if is_unseen(m.name)
+    ]
+    texts = {text for module in facts.modules for text in module.degradations}
+    said = {"the router sent no calibration token to this expert: its statistics are those of all tokens"}
+    assert texts == (said if mode == "shrinkage" else set())
+    gptq, rtn = (published_codes(found, variant, UNSEEN[0]) for variant in variants)
+    assert not any(torch.equal(codes, rtn[name]) for name, codes in gptq.items())
+
+
+@pytest.mark.parametrize("mode", ["routed", "shrinkage"])
+def test_experts_with_statistics_of_their_own_compute_what_the_report_states(mode: str, tmp_path: Path) -> None:
+    source = make_model("qwen3_moe", tmp_path / "qwen3_moe")
+    asked = {"experts": mode, "min_expert_tokens": 16}
+    found = convert_folder(source, tmp_path / "out", ["gptq-w4-g64", "awq-w4-g64"], asked)
+    net, routing = source_net(source), list[tuple[Tensor, ...]]()
+    with routed_as(net, routing):
+        expected = logits_of(net)
+    for variant, outcome in found.outcomes.items():
+        stated = math.sqrt(sum(module.relative_error**2 for module in outcome.facts.modules))
+        net = dense_net(found.folder(variant), source, tmp_path / variant)
+        with routed_as(net, routing):
+            assert 0 < relative_error(logits_of(net), expected) < ERROR_FACTOR * stated, variant
+    # The norm is before all experts and cannot take up a scale of each: said, not hidden.
+    facts = found.outcomes["awq-w4-g64"].facts
+    unscaled = [m for m in facts.modules if m.awq_exponent is None]
+    assert {m.name.rpartition(".")[2] for m in unscaled} == {"gate_proj", "up_proj"}
+    assert any(
+        caution.startswith(f"{len(unscaled)} of {len(facts.modules)} linears have no") for caution in facts.cautions
+    )
