@@ -20,7 +20,7 @@ from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, Chain, ChainBuilder, 
 from pipeline.graph.continuations import ContinuationBuilder
 from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
-from pipeline.graph.folds import scope_of
+from pipeline.graph.folds import MAX_SEARCHED_ROWS, scope_of
 from pipeline.graph.identity import Keyring
 from pipeline.graph.outline import Outline
 from pipeline.graph.schemes import (
@@ -274,7 +274,7 @@ class UnitBuilder:
             {"group": position, "scheme": scheme, "options": options},
             (merged,),
             rank=group.block,
-            cost=self.costs.scales_s(shape_of(group)),
+            cost=self.costs.scales_s(_searched(group)),
             out_bytes=4.0 * group.in_features,
             block=group.block,
             variant=plan.spec.name,
@@ -402,6 +402,12 @@ def _concerns(scales: WorkUnit, groups: Sequence[LinearGroup], group: LinearGrou
     not known before they are searched."""
     expert = groups[scales.params["group"]].expert
     return not expert or any(linear.expert == expert for linear in group.linears)
+
+
+def _searched(group: LinearGroup) -> GroupShape:
+    """Return a group as far as the search for its scales costs anything."""
+    shape = shape_of(group)
+    return GroupShape(min(shape.rows, MAX_SEARCHED_ROWS), shape.width)
 
 
 def _names(group: LinearGroup) -> list[str]:

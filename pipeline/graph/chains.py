@@ -25,6 +25,7 @@ from pipeline.fingerprint import fingerprint
 from pipeline.graph.cost import CostModel, GroupShape, sum_bytes
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import Keyring
+from pipeline.graph.shape import active_elements
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.spec import ExpertStatistics
@@ -312,7 +313,10 @@ class ChainBuilder:
         return 4.0 * count * self._hidden / self.costs.rates.touched_bytes if places else 0.0
 
     def _cost(self, count: int, block: int, kind: Kind) -> float:
-        return self.costs.forward_s(self.keys.block_parameters(block), count, self._summed(block, kind))
+        sees_all = kind is Kind.CALIBRATE and self._experts is not ExpertStatistics.ROUTED
+        outline = self.keys.outline
+        parameters = self.keys.block_parameters(block) if sees_all else active_elements(outline, block)
+        return self.costs.forward_s(parameters, count, self._summed(block, kind))
 
     def _out_bytes(self, count: int, block: int, kind: Kind) -> float:
         return 4.0 * count * self._hidden + sum_bytes(self._summed(block, kind))

@@ -22,6 +22,10 @@ from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import Skeleton
 from pipeline.skeleton.smoothing import Fold, Producer, divide_norm, find_producers
 
+MAX_SEARCHED_ROWS = 1 << 16
+"""Rows of a group that its scale is searched on: of more, which all experts of a block together have, every second,
+third and so on, so that memory stays bounded."""
+
 
 @dataclass(frozen=True)
 class ScaleResult:
@@ -103,7 +107,10 @@ def search_group_scales(
     rows = torch.tensor(producer.row_of_I, device=statistics.abs_sum_I.device)
     # Channels fed by one row must share a scale: give them their mean magnitude, and the search does the rest.
     shared = replace(statistics, abs_sum_I=_mean_by_row(statistics.abs_sum_I, rows)[rows])
-    stack_OI = torch.cat([linear.to_rows(weights[linear.local_name + ".weight"]).float() for linear in group.linears])
+    stride = -(-sum(linear.out_features for linear in group.linears) // MAX_SEARCHED_ROWS)
+    stack_OI = torch.cat(
+        [linear.to_rows(weights[linear.local_name + ".weight"])[::stride].float() for linear in group.linears]
+    )
     found = search_scales(stack_OI.to(rows.device), shared, scheme, options)
     scale_I = _mean_by_row(found.scale_I, rows)[rows]
     if producer.fold is Fold.ROWS:

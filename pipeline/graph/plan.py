@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.calibrate.collections import plan_collections
 from pipeline.errors import PlanError
 from pipeline.formats.codec import codec_for
 from pipeline.formats.loaders import Contents, Limit, Loader, limits
@@ -27,6 +28,7 @@ from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
 from pipeline.graph.prediction import Cluster
 from pipeline.graph.schemes import quantized_part
+from pipeline.graph.shape import active_elements
 from pipeline.graph.simulate import simulate
 from pipeline.graph.sources import pin
 from pipeline.hub.source import Source, range_reader, read_bytes
@@ -230,14 +232,17 @@ def report_plan(
     heldout = spec.gates.heldout_samples * spec.gates.heldout_length
     blocks = [_block_elements(outline, block) for block in range(outline.skeleton.num_blocks)]
     head = max(outline.tensor_elements(name) for name in outline.skeleton.outer_tensors().values())
-    forward = 2.0 * sum(blocks)
-    moments = 2.0 * sum(group.in_features**2 for block in outline.groups for group in block)
+    active = sum(active_elements(outline, block) for block in range(outline.skeleton.num_blocks))
+    passed = active if outline.experts is ExpertStatistics.ROUTED else sum(blocks)
+    moments = 2.0 * sum(
+        width**2 for block in outline.groups for width in plan_collections(block, outline.experts).widths
+    )
     cache_tokens, cache_bytes = kv_cache(outline.skeleton, KV_CACHE_TOKENS)
-    evaluate = heldout * (forward + 4.0 * head)
+    evaluate = heldout * (2.0 * active + 4.0 * head)
     variants = tuple(
         _report_variant(outline, plan, names, spec.calibration, evaluate, cache_bytes) for plan in inputs.variants
     )
-    calibrate = tokens * (forward + moments) + heldout * forward
+    calibrate = tokens * (2.0 * passed + moments) + heldout * 2.0 * active
     return PlanReport(
         source=source.name,
         commit=source.commit or "",

@@ -159,7 +159,9 @@ def _alike(variant: VariantSpec, plans: Mapping[str, MatrixPlan]) -> dict[str, M
             layers.setdefault((plan.block, plan.linear.experts), []).append(plan)
     found = {}
     for members in layers.values():
-        kept = next((plan for plan in members if plan.scheme is None), None)
+        # The one that was left on its own account, not with another: the shortest reason.
+        left = [plan for plan in members if plan.scheme is None]
+        kept = min(left, key=lambda plan: len(plan.note)) if left else None
         sizes = [plan.scheme.group_size for plan in members if plan.scheme is not None]
         for plan in members:
             alike = _kept_with(kept, plan)
