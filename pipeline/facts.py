@@ -11,7 +11,7 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.precision import Precision
-from pipeline.spec import Budgets, VariantSpec
+from pipeline.spec import Budgets, ExpertStatistics, VariantSpec
 
 FACTS_FILE = "bitmill.json"
 
@@ -81,6 +81,12 @@ class CalibrationFacts(Facts):
     precision: Precision = Precision.FLOAT32
     """Of matrix products in decoder blocks while these and the held-out tokens passed; releases from before there was
     a choice do not say it."""
+    experts: ExpertStatistics | None = None
+    """Which tokens the statistics of experts are of; None for a model without experts."""
+    expert_shrinkage: float | None = None
+    """With `shrinkage`, the weight of all tokens, that of an expert's own being 1."""
+    min_expert_tokens: int | None = None
+    """Tokens below which an expert counts as degraded; None where the statistics are of all tokens."""
 
 
 class ModuleFacts(Facts):
@@ -110,6 +116,9 @@ class ModuleFacts(Facts):
     """Exponent of the activation-aware scaling; None where none was made."""
     degradations: tuple[str, ...]
     """What the solver did otherwise than asked."""
+    expert_tokens: int | None = None
+    """For a linear of an expert, the calibration tokens that the router sent there; None for others, and for what was
+    left unquantized."""
 
 
 class Check(Facts):

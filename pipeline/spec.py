@@ -6,6 +6,7 @@ every byte of the releases. All of its vocabulary can be imported from here.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,7 @@ __all__ = [
     "CalibrationSpec",
     "ClusterSpec",
     "ConversionSpec",
+    "ExpertStatistics",
     "Format",
     "GateSpec",
     "GroupFallback",
@@ -48,6 +50,17 @@ __all__ = [
     "parse_variant",
     "resolve_budgets",
 ]
+
+
+class ExpertStatistics(StrEnum):
+    """Which tokens the statistics of an expert's linears are of."""
+
+    ALL = "all"
+    """All tokens, whatever the router says."""
+    ROUTED = "routed"
+    """The tokens that the router sent to the expert, each counted once."""
+    SHRINKAGE = "shrinkage"
+    """Those of the routed tokens, drawn towards those of all tokens."""
 
 
 class CalibrationSpec(Strict):
@@ -64,6 +77,14 @@ class CalibrationSpec(Strict):
     """Order in which the documents of a .jsonl or .parquet file are drawn; plain text is taken from its start."""
     slice_sequences: Annotated[int, Field(ge=1)] = 8
     """Sequences in a token slice, the unit of work and of summation: part of the result, not of the machine."""
+    experts: ExpertStatistics = ExpertStatistics.ALL
+    """Mixtures of experts, the tokens that an expert's statistics are of: `all`, `routed` (those that the router sent
+    to it, each counted once), or `shrinkage` (the mean over its own plus `expert_shrinkage` times that over all)."""
+    expert_shrinkage: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    """For `shrinkage`: the weight of all tokens, that of an expert's own being 1."""
+    min_expert_tokens: Annotated[int, Field(ge=1)] = 128
+    """For `routed` and `shrinkage`: the linears of an expert that the router sent fewer tokens to count as degraded
+    (see `gates.max_degradations`). With fewer tokens than a group has columns, not even these are told apart."""
 
 
 def _not_blank(text: str) -> str:

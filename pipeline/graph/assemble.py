@@ -31,6 +31,7 @@ from pipeline.facts import (
 from pipeline.fingerprint import fingerprint
 from pipeline.graph.build import Inputs, JobUnits, VariantPlan, VariantUnits
 from pipeline.graph.dag import WorkUnit
+from pipeline.graph.expert_facts import expert_cautions, expert_degradations, scaling_cautions
 from pipeline.graph.identity import COMPUTE_PACKAGES
 from pipeline.graph.stages.call import OUTPUT
 from pipeline.graph.stopping import Stopping
@@ -39,7 +40,8 @@ from pipeline.hub.fetch import FetchedSource
 from pipeline.publish.card import render_card
 from pipeline.publish.plots import plot_layer_error, plot_size_quality
 from pipeline.publish.report import facts_as_json
-from pipeline.spec import PER_CHANNEL, VariantSpec, resolve_budgets
+from pipeline.skeleton.experts import find_routers
+from pipeline.spec import PER_CHANNEL, CalibrationSpec, ExpertStatistics, VariantSpec, resolve_budgets
 from pipeline.storage.release import StoredFile
 from pipeline.storage.work import StageRecord, WorkStore
 from pipeline.tensors.writer import write_index
@@ -84,7 +86,8 @@ class Measured:
 def measure_variant(inputs: Inputs, plan: VariantPlan, units: JobUnits, records: Records) -> Measured:
     """Return figures and Verdict of one variant, from its units' records."""
     own = units.variants[plan.spec.name]
-    modules, kept = _modules(plan, own, records), _kept(inputs, plan, own, units, records)
+    modules = _modules(plan, own, records, inputs.spec.calibration)
+    kept = _kept(inputs, plan, own, units, records)
     quality = _quality(inputs, own, records)
     budgets = resolve_budgets(inputs.spec.gates, plan.spec)
     packs = [records[unit.key].summary for unit in own.packs]
@@ -107,18 +110,23 @@ def measure_variant(inputs: Inputs, plan: VariantPlan, units: JobUnits, records:
     return Measured(plan, modules, kept, quality, make_verdict(checks, budgets, prompts, variant), size)
 
 
-def _modules(plan: VariantPlan, own: VariantUnits, records: Records) -> tuple[ModuleFacts, ...]:
+def _modules(
+    plan: VariantPlan, own: VariantUnits, records: Records, calibration: CalibrationSpec
+) -> tuple[ModuleFacts, ...]:
     reports: dict[str, dict[str, Any]] = {}
     for unit in own.packs:
         reports |= records[unit.key].summary["reports"]
-    return tuple(_module(plan, name, reports.get(name)) for name in plan.matrices)
+    return tuple(_module(plan, name, reports.get(name), calibration) for name in plan.matrices)
 
 
-def _module(plan: VariantPlan, name: str, report: Mapping[str, Any] | None) -> ModuleFacts:
+def _module(
+    plan: VariantPlan, name: str, report: Mapping[str, Any] | None, calibration: CalibrationSpec
+) -> ModuleFacts:
     matrix = plan.matrices[name]
     scheme, linear = matrix.scheme, matrix.linear
     size = 0 if scheme is None else PER_CHANNEL if plan.spec.group_size == PER_CHANNEL else scheme.group_size
     report = report or {}
+    tokens = report.get("expert_tokens")
     return ModuleFacts(
         name=name,
         block=matrix.block,
@@ -132,7 +140,8 @@ def _module(plan: VariantPlan, name: str, report: Mapping[str, Any] | None) -> M
         weight_error=report.get("weight_error", 0.0),
         damping=report.get("damping", 0.0),
         awq_exponent=report.get("awq_exponent"),
-        degradations=tuple(report.get("degradations", ())),
+        degradations=(*report.get("degradations", ()), *expert_degradations(tokens, calibration)),
+        expert_tokens=tokens,
     )
 
 
@@ -147,15 +156,26 @@ def _kept(inputs: Inputs, plan: VariantPlan, own: VariantUnits, units: JobUnits,
         summary = records[unit.key].summary
         present = set(summary["tensors"]) & set(inputs.outline.index.entries)
         folded = set(summary["folded"])
+        routers = _router_tensors(inputs, unit.block)
         for name in sorted(present):
             linear = plan.matrices.get(name.removesuffix(".weight"))
-            if name in folded:
+            if name in routers:
+                scaled = ", follows activation-aware scales" if name in folded else ""
+                reasons[name] = f"router of experts{scaled}"
+            elif name in folded:
                 reasons[name] = "takes up activation-aware scales"
             elif linear is not None and name.endswith(".weight"):
                 reasons[name] = linear.note
             else:
                 reasons[name] = "bias" if name.endswith(".bias") else "norm or other parameter of a block"
     return reasons
+
+
+def _router_tensors(inputs: Inputs, block: int) -> set[str]:
+    """Return the tensors of a block's routers."""
+    skeleton = inputs.outline.skeleton
+    prefixes = tuple(f"{router}." for router in find_routers(skeleton.block(block)))
+    return {name for local, name in skeleton.block_tensors(block).items() if local.startswith(prefixes)}
 
 
 def _outer_reason(inputs: Inputs, model_name: str) -> str:
@@ -237,11 +257,16 @@ def make_facts(
             slice_sequences=calibration.slice_sequences,
             tokens_digest=inputs.calibration.digest,
             precision=inputs.spec.precision,
+            **_expert_calibration(own, calibration),
         ),
         modules=own.modules,
         kept=own.kept,
         dropped={},
-        cautions=own.plan.cautions(calibration),
+        cautions=(
+            *own.plan.cautions(calibration),
+            *expert_cautions(own.modules, calibration),
+            *scaling_cautions(own.modules, own.plan.spec),
+        ),
         quality=own.quality,
         verdict=own.verdict,
         generated_tokens=inputs.spec.gates.generated_tokens,
@@ -251,6 +276,18 @@ def make_facts(
         compute=f"{inputs.device} float32",
         spec_fingerprint=weights_fingerprint(fetched, own.plan.spec, units),
     )
+
+
+def _expert_calibration(own: Measured, calibration: CalibrationSpec) -> dict[str, Any]:
+    """Return what is said of the calibration of a model that has experts."""
+    if not any(matrix.linear.expert for matrix in own.plan.matrices.values()):
+        return {}
+    is_blended = calibration.experts is ExpertStatistics.SHRINKAGE
+    return {
+        "experts": calibration.experts,
+        "expert_shrinkage": calibration.expert_shrinkage if is_blended else None,
+        "min_expert_tokens": None if calibration.experts is ExpertStatistics.ALL else calibration.min_expert_tokens,
+    }
 
 
 def _source_facts(inputs: Inputs, fetched: FetchedSource) -> SourceFacts:

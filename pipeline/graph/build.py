@@ -20,6 +20,7 @@ from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, Chain, ChainBuilder, 
 from pipeline.graph.continuations import ContinuationBuilder
 from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
+from pipeline.graph.folds import MAX_SEARCHED_ROWS, scope_of
 from pipeline.graph.identity import Keyring
 from pipeline.graph.outline import Outline
 from pipeline.graph.schemes import (
@@ -171,7 +172,7 @@ class UnitBuilder:
         self.inputs, self.tuning, self.costs = inputs, tuning, costs
         self.outline = inputs.outline
         self.keys = Keyring(inputs.outline, inputs.digests, inputs.device, inputs.spec.precision)
-        self.chains = ChainBuilder(self.keys, costs)
+        self.chains = ChainBuilder(self.keys, costs, inputs.spec.calibration.expert_shrinkage)
         self.continuations = ContinuationBuilder(self.keys, costs, tuning.workers)
         self.num_blocks = inputs.outline.skeleton.num_blocks
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
@@ -196,11 +197,12 @@ class UnitBuilder:
         """Return for each linear group of a block the unit that adds up its statistics."""
         units, parts = [], self.chains.sums(chain, block)
         for position, group in enumerate(self.outline.groups[block]):
+            blended = self.chains.blended(group)
             units.append(
                 WorkUnit(
                     Kind.MERGE,
                     self.chains.merge_key(chain.identities[block], group),
-                    {"group": position},
+                    {"group": position, **blended},
                     parts,
                     rank=block - 0.5,
                     cost=self.costs.merge_s(shape_of(group), len(parts)),
@@ -233,10 +235,13 @@ class UnitBuilder:
             for position, group, scheme in quantized
             if spec.method is Method.AWQ
         ]
+        groups = self.outline.groups[block]
         solves = [
             part
             for position, group, scheme in quantized
-            for part in self._solves(plan, group, position, scheme, merged[position], scales)
+            for part in self._solves(
+                plan, group, position, scheme, merged[position], [s for s in scales if _concerns(s, groups, group)]
+            )
         ]
         identity = {
             "weights": self.keys.places(self.keys.block_names(block)),
@@ -260,7 +265,8 @@ class UnitBuilder:
         self, plan: VariantPlan, group: LinearGroup, position: int, scheme: dict[str, Any], merged: WorkUnit
     ) -> WorkUnit:
         options = plan.solver_options
-        weights = self.keys.places(self.keys.block_names(group.block))
+        local = self.outline.skeleton.block_tensors(group.block)
+        weights = self.keys.places(local[name] for name in scope_of(group, local))
         identity = {"weights": weights, "names": _names(group), "scheme": scheme, "options": options}
         return WorkUnit(
             Kind.SCALES,
@@ -268,7 +274,7 @@ class UnitBuilder:
             {"group": position, "scheme": scheme, "options": options},
             (merged,),
             rank=group.block,
-            cost=self.costs.scales_s(shape_of(group)),
+            cost=self.costs.scales_s(_searched(group)),
             out_bytes=4.0 * group.in_features,
             block=group.block,
             variant=plan.spec.name,
@@ -389,6 +395,19 @@ def build_units(inputs: UnitInputs, tuning: Tuning, costs: CostModel | None = No
     """Return every unit of a conversion, cut as ``tuning`` says, at ``costs`` (default: those of the job's device).
     Nothing is read but the outline."""
     return UnitBuilder(inputs, tuning, costs or cost_model(inputs.device)).build()
+
+
+def _concerns(scales: WorkUnit, groups: Sequence[LinearGroup], group: LinearGroup) -> bool:
+    """Return whether a group's weights may be changed by scales: those inside an expert stay there, and of others it is
+    not known before they are searched."""
+    expert = groups[scales.params["group"]].expert
+    return not expert or any(linear.expert == expert for linear in group.linears)
+
+
+def _searched(group: LinearGroup) -> GroupShape:
+    """Return a group as far as the search for its scales costs anything."""
+    shape = shape_of(group)
+    return GroupShape(min(shape.rows, MAX_SEARCHED_ROWS), shape.width)
 
 
 def _names(group: LinearGroup) -> list[str]:

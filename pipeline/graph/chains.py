@@ -19,13 +19,16 @@ from typing import Any
 
 import torch
 
+from pipeline.calibrate.collections import plan_collections
 from pipeline.calibrate.tokens import TokenBatch
 from pipeline.fingerprint import fingerprint
 from pipeline.graph.cost import CostModel, GroupShape, sum_bytes
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import Keyring
+from pipeline.graph.shape import active_elements
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.skeleton.groups import LinearGroup
+from pipeline.spec import ExpertStatistics
 
 SAVE_EVERY = 1
 """Blocks between two places at which hidden states are saved, at least: a killed job does again what it had not
@@ -109,8 +112,10 @@ class Chain:
 class ChainBuilder:
     """Makes the chains of one source."""
 
-    def __init__(self, keys: Keyring, costs: CostModel) -> None:
-        self.keys, self.costs = keys, costs
+    def __init__(self, keys: Keyring, costs: CostModel, expert_shrinkage: float) -> None:
+        self.keys, self.costs, self._shrinkage = keys, costs, expert_shrinkage
+        self._experts = keys.outline.experts
+        self._widths = [plan_collections(groups, self._experts).widths for groups in keys.outline.groups]
         self.num_blocks = keys.outline.skeleton.num_blocks
         # What enters the linears that a block calls first is as wide as what enters the block.
         self._hidden = next(group.in_features for block in keys.outline.groups for group in block)
@@ -136,7 +141,7 @@ class ChainBuilder:
         if len(parts) == 1:
             return parts[0]
         span = parts[0].params["low"], parts[-1].params["high"]
-        shapes = [shape_of(group) for group in self.keys.outline.groups[block]]
+        shapes = self._summed(block, Kind.CALIBRATE)
         return WorkUnit(
             Kind.ADD,
             self._add_key(chain.identities[block], span),
@@ -156,7 +161,13 @@ class ChainBuilder:
 
     def merge_key(self, identity: str, group: LinearGroup) -> str:
         """Return the key of a group's statistics over all tokens, where the chain is ``identity`` after the block."""
-        return self.keys.key(Kind.MERGE, {"chain": identity, "names": [linear.name for linear in group.linears]})
+        names = [linear.name for linear in group.linears]
+        return self.keys.key(Kind.MERGE, {"chain": identity, "names": names, **self.blended(group)})
+
+    def blended(self, group: LinearGroup) -> dict[str, float]:
+        """Return what a group's statistics depend on besides the sums: how much they are drawn towards shared ones."""
+        is_blended = self._experts is ExpertStatistics.SHRINKAGE and group.expert
+        return {"shrinkage": self._shrinkage} if is_blended else {}
 
     def _after(
         self, spans: Sequence[Span], number: int, block: int, identities: Sequence[str], held_blocks: int
@@ -192,7 +203,10 @@ class ChainBuilder:
         identities = []
         for block in range(self.num_blocks):
             weights = self.keys.places(self.keys.block_names(block))
-            identity = fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], weights, self.keys.precision])
+            # What experts are run on rounds what they give another way, and decides what is added up.
+            has_experts = any(linear.expert for group in self.keys.outline.groups[block] for linear in group.linears)
+            seen = [self._experts] if has_experts and kind is Kind.CALIBRATE else []
+            identity = fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], weights, self.keys.precision, *seen])
             identities.append(identity)
         embeds = tuple(self._embed(tokens, span, start) for span in spans)
         return self._through(tokens, spans, start, embeds, kind, identities)
@@ -305,12 +319,17 @@ class ChainBuilder:
         return 4.0 * count * self._hidden / self.costs.rates.touched_bytes if places else 0.0
 
     def _cost(self, count: int, block: int, kind: Kind) -> float:
-        groups = self.keys.outline.groups[block] if kind is Kind.CALIBRATE else ()
-        return self.costs.forward_s(self.keys.block_parameters(block), count, map(shape_of, groups))
+        sees_all = kind is Kind.CALIBRATE and self._experts is not ExpertStatistics.ROUTED
+        outline = self.keys.outline
+        parameters = self.keys.block_parameters(block) if sees_all else active_elements(outline, block)
+        return self.costs.forward_s(parameters, count, self._summed(block, kind))
 
     def _out_bytes(self, count: int, block: int, kind: Kind) -> float:
-        groups = self.keys.outline.groups[block] if kind is Kind.CALIBRATE else ()
-        return 4.0 * count * self._hidden + sum_bytes(map(shape_of, groups))
+        return 4.0 * count * self._hidden + sum_bytes(self._summed(block, kind))
+
+    def _summed(self, block: int, kind: Kind) -> list[GroupShape]:
+        """Return the inputs whose moments are added up at a block; of rows, which cost nothing here, none."""
+        return [GroupShape(0, width) for width in self._widths[block]] if kind is Kind.CALIBRATE else []
 
 
 def _is_save(block: int, every: int) -> bool:

@@ -128,7 +128,7 @@ def _convert(
     """Do what ``convert`` says, on stores that are there."""
     source = pin(spec.source, settings, sleep=stopping.sleep)
     names = name_releases(spec, source)
-    outline = remote_outline(source, settings)
+    outline = remote_outline(source, settings, spec.calibration.experts)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
     costs = cost_model(options.device)
@@ -157,6 +157,7 @@ def _convert(
         shelf_bytes=memory.shelf_bytes if options.shelf_bytes is None else options.shelf_bytes,
         streamed=source if is_streamed else None,
         max_memory_bytes=options.max_memory_bytes,
+        experts=spec.calibration.experts,
     )
     stopping.check()
     try:
@@ -303,7 +304,8 @@ def gather_inputs(
         PlanError: when a variant cannot be made from it.
         CalibrationError: when a text is too short.
     """
-    outline = make_outline(fetched.folder, index or read_folder_index(fetched.folder))
+    index = index or read_folder_index(fetched.folder)
+    outline = make_outline(fetched.folder, index, experts=spec.calibration.experts)
     variants = [make_variant_plan(variant, outline) for variant in spec.variants]
     encode = TextTokenizer(fetched.folder).encode
     require_positions(spec, outline, lambda prompt: len(encode(prompt, with_special=True)))

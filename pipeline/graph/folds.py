@@ -2,7 +2,8 @@
 
 A group's columns are multiplied by ``scale_I`` and the layer that produces its input takes up the inverse: a norm by
 its weight, a linear by its rows. For a norm the stored weight is rounded first and the scale derived from what was
-stored, so the two cancel exactly whatever the dtype.
+stored, so the two cancel exactly whatever the dtype. What else reads the input and stays unquantized, as routers do,
+follows by its columns, which are rounded to the stored dtype once more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import Skeleton
 from pipeline.skeleton.smoothing import Fold, Producer, divide_norm, find_producers
 
+MAX_SEARCHED_ROWS = 1 << 16
+"""Rows of a group that its scale is searched on: of more, which all experts of a block together have, every second,
+third and so on, so that memory stays bounded."""
+
 
 @dataclass(frozen=True)
 class ScaleResult:
@@ -29,13 +34,14 @@ class ScaleResult:
     Attributes:
         scale_I: float32 [I]; the group's columns are multiplied by it. All ones when there is no producer.
         producer: The layer that takes up the inverse, or None when none was found.
-        exponent: Exponent of the activation magnitude that won the search; 0 leaves the weights as they are.
+        exponent: Exponent of the activation magnitude that won the search; 0 leaves the weights as they are. None where
+            there is no producer, and nothing to search.
         norm: New weight (and bias) of a norm, in the stored dtype, by parameter name; empty for a linear.
     """
 
     scale_I: Tensor
     producer: Producer | None
-    exponent: float
+    exponent: float | None
     norm: Mapping[str, Tensor]
 
     @property
@@ -47,13 +53,14 @@ class ScaleResult:
     def summary(self) -> dict[str, Any]:
         """The rest of the result, as JSON."""
         if self.producer is None:
-            return {"producer": None, "exponent": 0.0}
+            return {"producer": None, "exponent": None}
         producer = {
             "local_name": self.producer.local_name,
             "fold": self.producer.fold.value,
             "first_row": self.producer.first_row,
             "row_of_I": list(self.producer.row_of_I),
             "is_transposed": self.producer.is_transposed,
+            "followers": list(self.producer.followers),
         }
         return {"producer": producer, "exponent": self.exponent}
 
@@ -65,9 +72,15 @@ class ScaleResult:
         if stored is not None:
             rows = tuple(stored["row_of_I"])
             fold, first, transposed = Fold(stored["fold"]), stored["first_row"], stored["is_transposed"]
-            producer = Producer(stored["local_name"], fold, first, rows, transposed)
+            followers = tuple(stored["followers"])
+            producer = Producer(stored["local_name"], fold, first, rows, transposed, followers)
         norm = {name.removeprefix("norm."): t for name, t in tensors.items() if name.startswith("norm.")}
         return cls(tensors["scale"], producer, summary["exponent"], norm)
+
+
+def scope_of(group: LinearGroup, local_names: Iterable[str]) -> list[str]:
+    """Return which of a block's tensors a group's scale follows from: those of its expert where it is inside one."""
+    return [name for name in local_names if name.startswith(f"{group.expert}." if group.expert else "")]
 
 
 def search_group_scales(
@@ -78,23 +91,26 @@ def search_group_scales(
     scheme: Scheme,
     options: SolveOptions,
 ) -> ScaleResult:
-    """Return the group's scale. The block's weights must be attached to the skeleton.
+    """Return the group's scale. The weights must be attached to the skeleton.
 
     Args:
         skeleton: The model.
         group: The linear group.
-        weights: The block's checkpoint tensors by local name.
+        weights: The block's checkpoint tensors by local name; those of its expert where the group is inside one.
         statistics: Of the group's input.
         scheme: The grid that the group will be rounded to.
         options: Of the search.
     """
     (producer,) = find_producers(skeleton, [group])
     if producer is None:
-        return ScaleResult(torch.ones_like(statistics.abs_sum_I), None, 0.0, {})
+        return ScaleResult(torch.ones_like(statistics.abs_sum_I), None, None, {})
     rows = torch.tensor(producer.row_of_I, device=statistics.abs_sum_I.device)
     # Channels fed by one row must share a scale: give them their mean magnitude, and the search does the rest.
     shared = replace(statistics, abs_sum_I=_mean_by_row(statistics.abs_sum_I, rows)[rows])
-    stack_OI = torch.cat([linear.to_rows(weights[linear.local_name + ".weight"]).float() for linear in group.linears])
+    stride = -(-sum(linear.out_features for linear in group.linears) // MAX_SEARCHED_ROWS)
+    stack_OI = torch.cat(
+        [linear.to_rows(weights[linear.local_name + ".weight"])[::stride].float() for linear in group.linears]
+    )
     found = search_scales(stack_OI.to(rows.device), shared, scheme, options)
     scale_I = _mean_by_row(found.scale_I, rows)[rows]
     if producer.fold is Fold.ROWS:
@@ -142,6 +158,9 @@ def fold_block(weights: Mapping[str, Tensor], results: Iterable[ScaleResult]) ->
             name = f"{producer.local_name}.{parameter}"
             if name in folded:
                 folded[name] = _divide_rows(folded[name], producer, result.scale_I)
+        for name in (f"{follower}.weight" for follower in producer.followers):
+            if name in folded:
+                folded[name] = folded[name].float() * result.scale_I.to(folded[name].device)
     return folded
 
 

@@ -168,7 +168,7 @@ def forecast_shape(
     Raises:
         PlanError: when there is no such shape, a variant cannot be made from it, or a worker cannot do with its memory.
     """
-    return forecast(named_shape(name), spec, requests, max_memory_bytes)
+    return forecast(named_shape(name, spec.calibration.experts), spec, requests, max_memory_bytes)
 
 
 def forecast(

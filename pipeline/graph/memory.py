@@ -11,15 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from pipeline.calibrate.collections import plan_collections
 from pipeline.calibrate.forward import MICRO_BATCH_TOKENS
 from pipeline.errors import PlanError
 from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, cut
 from pipeline.graph.cost import CostModel
 from pipeline.graph.dag import Kind
+from pipeline.graph.folds import MAX_SEARCHED_ROWS
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.tuning import Tuning, make_tuning
 from pipeline.heap import FREED_BYTES
 from pipeline.quantize.solve import TILE_ROWS
+from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import HEAD_PART_ELEMENTS, TABLE_ELEMENTS
 from pipeline.spec import ConversionSpec, Method
 from pipeline.units import format_bytes
@@ -188,22 +191,25 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
     outer = [(outline.tensor_elements(n), outline.tensor_bytes(n)) for n in outline.skeleton.outer_tensors().values()]
     groups = [(g.in_features, sum(ln.out_features for ln in g.linears)) for block in outline.groups for g in block]
     widest = max(columns for columns, _ in groups)
+    # Experts and what else shares an input with others is computed one module after the other.
+    at_once = max(max(g.in_features, _widest_module(g)) for block in outline.groups for g in block)
     moment = FLOAT * widest**2
-    moments = max(FLOAT * sum(group.in_features**2 for group in block) for block in outline.groups)
+    collections = [plan_collections(block, outline.experts) for block in outline.groups]
+    moments = max(FLOAT * sum(width**2 for width in items.widths) for items in collections)
     hidden = FLOAT * next(group.in_features for block in outline.groups for group in block)
 
     def passing(text: _Passed) -> int:
         """What passes a block needs: the widest activations of a few are there at a time (inputs, outputs, and what an
         activation function makes), what has left the block, what has yet to enter it, and a slice on its way, whole and
         in parts."""
-        activations = 4 * FLOAT * max(map(max, groups)) * text.batch_tokens
+        activations = 4 * FLOAT * at_once * text.batch_tokens
         return activations + hidden * (text.span_tokens + 2 * text.slice_tokens)
 
     embedding = sum(size + (FLOAT * count if count <= TABLE_ELEMENTS else 0) for count, size in outer)
     embedding += FLOAT * HEAD_PART_ELEMENTS
     # Statistics and factor, the rows of the group, and what is made of a tile of them.
     solve = max(FLOAT * n * (2 * n + rows + 8 * TILE_ROWS["cpu"]) for n, rows in groups)
-    search = max(FLOAT * n * (2 * n + 6 * rows) for n, rows in groups)
+    search = max(FLOAT * n * (2 * n + 6 * min(rows, MAX_SEARCHED_ROWS)) for n, rows in groups)
     units = {
         "embed tokens": embedding
         + hidden * max(text.span_tokens + text.slice_tokens for text in (calibration, heldout)),
@@ -221,3 +227,12 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
     if Method.AWQ in methods:
         units["search scales"] = dense + stored + search
     return WorkerMemory(PROCESS_BYTES + KEPT_BYTES, 2 * moment if tuning.workers > 1 else 0, units)
+
+
+def _widest_module(group: LinearGroup) -> int:
+    """Return the most rows that the members of one module have together."""
+    rows: dict[str, int] = {}
+    for linear in group.linears:
+        owner = linear.local_name.rpartition(".")[0]
+        rows[owner] = rows.get(owner, 0) + linear.out_features
+    return max(rows.values())

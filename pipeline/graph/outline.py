@@ -22,9 +22,11 @@ from pipeline.hub.fetch import fetch
 from pipeline.hub.source import Source as HubSource
 from pipeline.hub.source import range_reader
 from pipeline.settings import Settings
+from pipeline.skeleton.experts import find_routers
 from pipeline.skeleton.groups import LinearGroup, linear_groups
 from pipeline.skeleton.limits import vocabulary_size
 from pipeline.skeleton.model import Skeleton, is_linear
+from pipeline.spec import ExpertStatistics
 from pipeline.storage.file_cache import FileCache
 from pipeline.storage.work import NONDETERMINISTIC, WorkStore
 from pipeline.strict_json import parse_json_object
@@ -58,12 +60,14 @@ class Outline:
         index: Where every tensor lies.
         skeleton: The model without weights, bound to the index's names.
         groups: The linear groups of each block.
+        experts: Which tokens the statistics of experts are of, which decides what they share.
     """
 
     config: Mapping[str, Any]
     index: WeightIndex
     skeleton: Skeleton
     groups: tuple[tuple[LinearGroup, ...], ...]
+    experts: ExpertStatistics = ExpertStatistics.ALL
 
     @property
     def linear_names(self) -> frozenset[str]:
@@ -72,14 +76,19 @@ class Outline:
 
     @property
     def other_linears(self) -> tuple[str, ...]:
-        """Names of linears that no variant quantizes: those outside the blocks and those that no block calls, under
-        the model's name and the checkpoint's where they differ."""
+        """Names of linears that no variant quantizes: those outside the blocks, those that no block calls, and routers
+        of experts, under the model's name and the checkpoint's where they differ."""
         known = self.linear_names
         names = self.skeleton.names
         found = []
+        routers = {
+            f"{path}.{router}"
+            for block, path in enumerate(self.skeleton.block_names)
+            for router in find_routers(self.skeleton.block(block))
+        }
         for name, module in self.skeleton.net.named_modules():
             stored = names.get(name + ".weight", name + ".weight").removesuffix(".weight")
-            if is_linear(module) and stored not in known:
+            if (is_linear(module) or name in routers) and stored not in known:
                 found += [name, stored]
         return tuple(dict.fromkeys(found))
 
@@ -97,8 +106,16 @@ class Outline:
         return self.index.entries[name][1].num_elements
 
 
-def make_outline(folder: Path, index: WeightIndex, device: str = "cpu") -> Outline:
+def make_outline(
+    folder: Path, index: WeightIndex, device: str = "cpu", experts: ExpertStatistics = ExpertStatistics.ALL
+) -> Outline:
     """Return the outline of the model whose config.json is in ``folder``.
+
+    Args:
+        folder: Of the source.
+        index: Where its tensors are.
+        device: ``cpu`` or ``cuda``.
+        experts: Which tokens the statistics of experts are of.
 
     Raises:
         SourceError: when config.json cannot be read, the source is quantized already, or its names or shapes do not
@@ -121,10 +138,10 @@ def make_outline(folder: Path, index: WeightIndex, device: str = "cpu") -> Outli
         )
     skeleton = Skeleton(folder, device)
     skeleton.bind({name: entry.shape for name, (_, entry) in index.entries.items()})
-    groups = tuple(linear_groups(skeleton, block) for block in range(skeleton.num_blocks))
+    groups = tuple(linear_groups(skeleton, block, experts) for block in range(skeleton.num_blocks))
     if not any(groups):
         raise UnsupportedArchitectureError(f"no block of {skeleton.architecture} has a linear layer")
-    return Outline(config, index, skeleton, groups)
+    return Outline(config, index, skeleton, groups, experts)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -200,7 +217,12 @@ class Source:
         return {key: tensors[name] for key, name in names.items()}
 
 
-def open_folder(folder: Path, device: str = "cpu", stamps: Mapping[str, FileStamp] | None = None) -> Source:
+def open_folder(
+    folder: Path,
+    device: str = "cpu",
+    stamps: Mapping[str, FileStamp] | None = None,
+    experts: ExpertStatistics = ExpertStatistics.ALL,
+) -> Source:
     """Return the source in a local folder, whose weights must be what ``stamps`` say (default: what they are now).
 
     Raises:
@@ -208,10 +230,16 @@ def open_folder(folder: Path, device: str = "cpu", stamps: Mapping[str, FileStam
     """
     index = read_folder_index(folder)
     weights = LocalTensors(folder, index, stamps or stamp_files(folder, index.files))
-    return Source(folder, make_outline(folder, index, device), weights)
+    return Source(folder, make_outline(folder, index, device, experts), weights)
 
 
-def open_streamed(source: HubSource, settings: Settings, work: WorkStore, device: str = "cpu") -> Source:
+def open_streamed(
+    source: HubSource,
+    settings: Settings,
+    work: WorkStore,
+    device: str = "cpu",
+    experts: ExpertStatistics = ExpertStatistics.ALL,
+) -> Source:
     """Return a source on a hub or in a bucket whose weights stay there: they are read by range, through a cache on this
     machine. The SHA-256 of the weights files are known.
 
@@ -221,7 +249,7 @@ def open_streamed(source: HubSource, settings: Settings, work: WorkStore, device
     fetched = fetch(source, settings, with_weights=False)
     read_range, sizes = range_reader(source, settings), source.file_sizes
     index = read_index({path: sizes[path] for path in sizes if path in fetched.digests}, read_range)
-    outline = make_outline(fetched.folder, index, device)
+    outline = make_outline(fetched.folder, index, device, experts)
     cache = FileCache(settings.cache_dir / RANGES_FOLDER, RANGES_BYTES, grace_s=0)
     groups, book = weight_groups(outline), WorkDigests(work, index, fetched.digests)
     weights = StreamedTensors(index, sizes, fetched.digests, read_range, cache, book, groups)

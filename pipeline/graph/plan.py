@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.calibrate.collections import plan_collections
 from pipeline.errors import PlanError
 from pipeline.formats.codec import codec_for
 from pipeline.formats.loaders import Contents, Limit, Loader, limits
@@ -35,13 +36,14 @@ from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
 from pipeline.graph.prediction import Cluster
 from pipeline.graph.schemes import quantized_part
+from pipeline.graph.shape import active_elements
 from pipeline.graph.simulate import simulate
 from pipeline.graph.sources import pin
 from pipeline.hub.source import Source, range_reader, read_bytes
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
 from pipeline.skeleton.limits import kv_cache, position_limit
-from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, Method, VariantSpec
+from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, ExpertStatistics, Method, VariantSpec
 from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
@@ -176,14 +178,14 @@ def plan_conversion(
     """
     source = pin(spec.source, settings)
     names = name_releases(spec, source)
-    outline = remote_outline(source, settings)
+    outline = remote_outline(source, settings, spec.calibration.experts)
     require_positions(spec, outline)
     memory = plan_memory(outline, spec, workers, cost.cost_model("cpu"), max_memory_bytes)
     report = report_plan(source, names, outline, spec, workers, memory)
     return report, forecast(outline, spec, requests, max_memory_bytes)
 
 
-def remote_outline(source: Source, settings: Settings) -> Outline:
+def remote_outline(source: Source, settings: Settings, experts: ExpertStatistics) -> Outline:
     """Return the outline of a source of which only config.json and headers are read."""
     index = read_index(source.file_sizes, range_reader(source, settings))
     with tempfile.TemporaryDirectory(prefix="bitmill-plan-") as temporary:
@@ -191,7 +193,7 @@ def remote_outline(source: Source, settings: Settings) -> Outline:
         folder = Path(temporary, source.name.rpartition("/")[2] or "source")
         folder.mkdir()
         (folder / "config.json").write_bytes(read_bytes(source, settings, "config.json"))
-        return make_outline(folder, index)
+        return make_outline(folder, index, experts=experts)
 
 
 def require_positions(spec: ConversionSpec, outline: Outline, count: Callable[[str], int] | None = None) -> None:
@@ -242,16 +244,19 @@ def report_plan(
     heldout = spec.gates.heldout_samples * spec.gates.heldout_length
     blocks = [_block_elements(outline, block) for block in range(outline.skeleton.num_blocks)]
     head = max(outline.tensor_elements(name) for name in outline.skeleton.outer_tensors().values())
-    forward = 2.0 * sum(blocks)
-    moments = 2.0 * sum(group.in_features**2 for block in outline.groups for group in block)
     table = spec.cluster.prices
     prices = prices_of(table, predicted, "cpu")
+    active = sum(active_elements(outline, block) for block in range(outline.skeleton.num_blocks))
+    passed = active if outline.experts is ExpertStatistics.ROUTED else sum(blocks)
+    moments = 2.0 * sum(
+        width**2 for block in outline.groups for width in plan_collections(block, outline.experts).widths
+    )
     cache_tokens, cache_bytes = kv_cache(outline.skeleton, KV_CACHE_TOKENS)
-    evaluate = heldout * (forward + 4.0 * head)
+    evaluate = heldout * (2.0 * active + 4.0 * head)
     variants = tuple(
         _report_variant(outline, plan, names, spec.calibration, evaluate, cache_bytes) for plan in inputs.variants
     )
-    calibrate = tokens * (forward + moments) + heldout * forward
+    calibrate = tokens * (2.0 * passed + moments) + heldout * 2.0 * active
     return PlanReport(
         source=source.name,
         commit=source.commit or "",

@@ -2,8 +2,8 @@
 
 Rules, in order: the spec's ignore patterns; what engines can load of the format; the group size, where it does not
 divide in_features, by the variant's fallback; the format's own limits; and engines load q/k/v or gate/up as one matrix,
-so linears of one module that share an input share one scheme or stay unquantized together. Nothing is decided while
-saving.
+so linears of one module that share an input share one scheme or stay unquantized together. So do all experts of a
+block, with gate, up and down, which engines load as one. Nothing is decided while saving.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def plan_matrices(variant: VariantSpec, blocks: Sequence[Sequence[LinearGroup]])
     groups = [group for block in blocks for group in block]
     size = _checkpoint_group_size(variant, groups)
     plans = {plan.linear.name: plan for group in groups for plan in _plan_group(variant, group, size)}
+    plans |= _alike(variant, plans)
     _refuse_useless(variant, plans)
     return plans
 
@@ -134,16 +135,42 @@ def _checkpoint_group_size(variant: VariantSpec, groups: Iterable[LinearGroup]) 
 
 
 def _plan_group(variant: VariantSpec, group: LinearGroup, size: int) -> list[MatrixPlan]:
-    decided = {linear: _plan_linear(variant, linear, size) for linear in group.linears}
-    plans = []
-    for linear, (scheme, note) in decided.items():
-        fused = [partner for partner in group.linears if _module(partner) == _module(linear)]
-        kept = next((partner for partner in fused if decided[partner][0] is None), None)
-        if scheme is not None and kept is not None:
-            why = decided[kept][1]
-            scheme, note = None, f"left unquantized with {kept.local_name}, which engines fuse it with ({why})"
-        plans.append(MatrixPlan(linear, group.block, scheme, note))
-    return plans
+    decided = [MatrixPlan(linear, group.block, *_plan_linear(variant, linear, size)) for linear in group.linears]
+    kept: dict[str, MatrixPlan] = {}
+    for plan in decided:
+        if plan.scheme is None:
+            kept.setdefault(_module(plan.linear), plan)
+    return [_kept_with(kept.get(_module(plan.linear)), plan) for plan in decided]
+
+
+def _kept_with(kept: MatrixPlan | None, plan: MatrixPlan) -> MatrixPlan:
+    """Return the plan of a linear of which engines want that it is left unquantized with another, if there is one."""
+    if kept is None or plan.scheme is None:
+        return plan
+    why = f"left unquantized with {kept.linear.local_name}, which engines fuse it with ({kept.note})"
+    return replace(plan, scheme=None, note=why)
+
+
+def _alike(variant: VariantSpec, plans: Mapping[str, MatrixPlan]) -> dict[str, MatrixPlan]:
+    """Return the plans of experts, those of one block alike: the least group size of any, or none quantized."""
+    layers: dict[tuple[int, str], list[MatrixPlan]] = {}
+    for plan in plans.values():
+        if plan.linear.expert:
+            layers.setdefault((plan.block, plan.linear.experts), []).append(plan)
+    found = {}
+    for members in layers.values():
+        # The one that was left on its own account, not with another: the shortest reason.
+        left = [plan for plan in members if plan.scheme is None]
+        kept = min(left, key=lambda plan: len(plan.note)) if left else None
+        sizes = [plan.scheme.group_size for plan in members if plan.scheme is not None]
+        for plan in members:
+            alike = _kept_with(kept, plan)
+            if alike.scheme is not None and variant.group_size != PER_CHANNEL and min(sizes) < alike.scheme.group_size:
+                # Sizes are halved where they do not divide, so the least one divides what the others do.
+                why = f"group size {min(sizes)}: engines load all experts of a block with one"
+                alike = replace(alike, scheme=replace(alike.scheme, group_size=min(sizes)), note=why)
+            found[plan.linear.name] = alike
+    return found
 
 
 def _module(linear: LinearRef) -> str:

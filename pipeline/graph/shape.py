@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from pipeline.skeleton.groups import LinearGroup
+from pipeline.spec import ExpertStatistics
 from pipeline.tensors.index import WeightIndex
 
 
@@ -72,6 +73,11 @@ class ModelShape(Protocol):
         ...
 
     @property
+    def experts(self) -> ExpertStatistics:
+        """Which tokens the statistics of experts are of."""
+        ...
+
+    @property
     def other_linears(self) -> Sequence[str]:
         """Names of linears that no variant quantizes."""
         ...
@@ -88,3 +94,20 @@ class ModelShape(Protocol):
     def tensor_elements(self, name: str) -> int:
         """Return the number of elements of one tensor."""
         ...
+
+
+EXPERTS_PER_TOKEN = "num_experts_per_tok"
+"""Key of config.json that says how many experts a token is sent to."""
+
+
+def active_elements(outline: ModelShape, block: int) -> float:
+    """Return the elements of a block's tensors that a token passes: of experts, those that it is sent to."""
+    num_all = sum(outline.tensor_elements(name) for name in outline.skeleton.block_tensors(block).values())
+    linears = [linear for group in outline.groups[block] for linear in group.linears if linear.expert]
+    num_experts = len({linear.expert for linear in linears})
+    config = outline.config
+    per_token = config.get(EXPERTS_PER_TOKEN) or (config.get("text_config") or {}).get(EXPERTS_PER_TOKEN)
+    if not num_experts or not per_token:
+        return num_all
+    left = 1 - min(int(per_token), num_experts) / num_experts
+    return num_all - left * sum(linear.out_features * linear.in_features for linear in linears)

@@ -2,8 +2,7 @@
 
 The sizes are those of the published config.json files. Linears that are called on one input are one group, as
 ``skeleton.groups`` would find them: q/k/v; gate/up; in a mixture of experts gate and up of all experts, the shared ones
-included, while every expert's down has an input of its own. All tokens pass through all experts, so that each has
-statistics.
+included, where all tokens pass through all experts, else those of each. Every expert's down has an input of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from math import prod
 
 from pipeline.errors import PlanError
 from pipeline.skeleton.groups import LinearGroup, LinearRef
+from pipeline.spec import ExpertStatistics
 from pipeline.tensors.header import TensorEntry
 from pipeline.tensors.index import WeightIndex
 
@@ -58,6 +58,7 @@ CONFIGS: dict[str, dict[str, int]] = {
         "first_k_dense_replace": 3,
         "moe_intermediate_size": 2048,
         "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
         "n_shared_experts": 1,
         "vocab_size": 129_280,
     },
@@ -66,12 +67,13 @@ CONFIGS: dict[str, dict[str, int]] = {
 
 _BFLOAT16_BYTES = 2
 _EMBEDDING = "model.embed_tokens.weight"
+_EXPERTS = "mlp.experts"
 
 Linears = list[tuple[str, int, int]]
 """Local name, out_features and in_features of linears that share an input."""
 
 
-def named_shape(name: str) -> ShapeOutline:
+def named_shape(name: str, experts: ExpertStatistics = ExpertStatistics.ALL) -> ShapeOutline:
     """Return a model by its name in ``CONFIGS``.
 
     Raises:
@@ -81,12 +83,15 @@ def named_shape(name: str) -> ShapeOutline:
         raise PlanError(
             f"there is no shape called {name!r}", code="plan.shape", hint=f"choose one of {', '.join(CONFIGS)}"
         )
-    return ShapeOutline(name, CONFIGS[name])
+    return ShapeOutline(name, CONFIGS[name], experts)
 
 
-def block_linears(config: Mapping[str, int], block: int) -> list[Linears]:
+def block_linears(
+    config: Mapping[str, int], block: int, experts: ExpertStatistics = ExpertStatistics.ALL
+) -> list[Linears]:
     """Return the linears of one block of a Llama or a DeepSeek V3, those that share an input together."""
-    return [*(_latent_attention(config) if "q_lora_rank" in config else _attention(config)), *_feed(config, block)]
+    attention = _latent_attention(config) if "q_lora_rank" in config else _attention(config)
+    return [*attention, *_feed(config, block, experts)]
 
 
 def _attention(config: Mapping[str, int]) -> list[Linears]:
@@ -113,16 +118,21 @@ def _latent_attention(config: Mapping[str, int]) -> list[Linears]:
     ]
 
 
-def _feed(config: Mapping[str, int], block: int) -> list[Linears]:
-    hidden, experts = config["hidden_size"], config.get("n_routed_experts", 0)
-    if block < config.get("first_k_dense_replace", 0) or not experts:
+def _feed(config: Mapping[str, int], block: int, experts: ExpertStatistics) -> list[Linears]:
+    hidden, num_experts = config["hidden_size"], config.get("n_routed_experts", 0)
+    if block < config.get("first_k_dense_replace", 0) or not num_experts:
         owners = {"mlp": config["intermediate_size"]}
     else:
         width = config["moe_intermediate_size"]
-        owners = {f"mlp.experts.{number}": width for number in range(experts)}
+        owners = {f"{_EXPERTS}.{number}": width for number in range(num_experts)}
         owners["mlp.shared_experts"] = config["n_shared_experts"] * width
-    entering = [(f"{owner}.{part}_proj", width, hidden) for owner, width in owners.items() for part in ("gate", "up")]
-    return [entering, *([(f"{owner}.down_proj", hidden, width)] for owner, width in owners.items())]
+    entering = {
+        owner: [(f"{owner}.{part}_proj", width, hidden) for part in ("gate", "up")] for owner, width in owners.items()
+    }
+    leaving = {owner: [(f"{owner}.down_proj", hidden, width)] for owner, width in owners.items()}
+    if experts is ExpertStatistics.ALL:
+        return [[linear for linears in entering.values() for linear in linears], *leaving.values()]
+    return [linears for owner in owners for linears in (entering[owner], leaving[owner])]
 
 
 @dataclass(frozen=True)
@@ -132,10 +142,12 @@ class ShapeOutline:
     Attributes:
         name: Of the model.
         config: What sizes follow from.
+        experts: Which tokens the statistics of experts are of.
     """
 
     name: str
     config: Mapping[str, int]
+    experts: ExpertStatistics = ExpertStatistics.ALL
 
     @cached_property
     def groups(self) -> tuple[tuple[LinearGroup, ...], ...]:
@@ -143,11 +155,11 @@ class ShapeOutline:
         return tuple(tuple(self._block_groups(block)) for block in range(self.config["num_hidden_layers"]))
 
     def _block_groups(self, block: int) -> Iterator[LinearGroup]:
-        for linears in block_linears(self.config, block):
+        for linears in block_linears(self.config, block, self.experts):
             yield LinearGroup(
                 block,
                 tuple(
-                    LinearRef(local, f"{_block_name(block)}.{local}", rows, columns, is_transposed=False)
+                    LinearRef(local, f"{_block_name(block)}.{local}", rows, columns, False, _expert(local))
                     for local, rows, columns in linears
                 ),
             )
@@ -182,7 +194,12 @@ class ShapeOutline:
     @property
     def other_linears(self) -> tuple[str, ...]:
         """Names of linears that no variant quantizes."""
-        return ("lm_head",)
+        routers = (
+            f"{_block_name(block)}.mlp.gate"
+            for block in range(self.config["num_hidden_layers"])
+            if "mlp.gate.weight" in self.skeleton.block_tensors(block)
+        )
+        return (*routers, "lm_head")
 
     @property
     def vocabulary_size(self) -> int:
@@ -258,6 +275,11 @@ class ShapeSkeleton:
     def embedding_tensors(self) -> Mapping[str, str]:
         """Return those of them that the hidden states entering the first block follow from."""
         return {_EMBEDDING: self.outer[_EMBEDDING]}
+
+
+def _expert(local_name: str) -> str:
+    owner = local_name.rpartition(".")[0]
+    return owner if owner.startswith(f"{_EXPERTS}.") else ""
 
 
 def _block_name(block: int) -> str:

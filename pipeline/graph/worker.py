@@ -24,6 +24,7 @@ from pipeline.graph.stages import STAGES
 from pipeline.graph.stages.call import KEPT_COPIES, LOST, Call, FetchFrom, JobContext
 from pipeline.settings import load_settings
 from pipeline.skeleton.products import prefer_onednn
+from pipeline.spec import ExpertStatistics
 from pipeline.storage.work import DamagedStage, StageRecord, open_work_store
 from pipeline.tensors.reader import FileStamp
 
@@ -60,9 +61,11 @@ class Outcome:
 
 
 @lru_cache(maxsize=2)
-def open_source(folder: str, commit: str, stamps: tuple[tuple[str, FileStamp], ...], device: str) -> Source:
+def open_source(
+    folder: str, commit: str, stamps: tuple[tuple[str, FileStamp], ...], device: str, experts: ExpertStatistics
+) -> Source:
     """Return the source in ``folder`` at ``commit``; headers and config are read once per process and commit."""
-    return open_folder(Path(folder), device, dict(stamps))
+    return open_folder(Path(folder), device, dict(stamps), experts)
 
 
 class Worker:
@@ -135,9 +138,11 @@ class Worker:
         """Return the source; one that is streamed is this worker's own, as it writes to its work store."""
         context = self._context
         if context.streamed is None:
-            return open_source(context.source_folder, context.source_commit, context.stamps, context.device)
+            place = context.source_folder, context.source_commit, context.stamps
+            return open_source(*place, context.device, context.experts)
         if self._streamed is None:
-            self._streamed = open_streamed(context.streamed, load_settings(), self._work, context.device)
+            settings, experts = load_settings(), context.experts
+            self._streamed = open_streamed(context.streamed, settings, self._work, context.device, experts)
             self._stack.callback(self._streamed.weights.close)
         return self._streamed
 

@@ -86,6 +86,7 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
 def _values(facts: ReleaseFacts) -> dict[str, Any]:
     answers = tp_answers(facts.modules, facts.variant)
     runs_half_only = answers[0].loading is Loading.GENERAL
+    expert_layers = figures.expert_layers(facts)
     return {
         "facts": facts,
         "front_matter": yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True).rstrip(),
@@ -107,6 +108,8 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
         "dropped": figures.fold_names(sorted(facts.dropped.items())),
         "degradations": figures.list_degradations(facts),
         "worst": figures.worst_modules(facts, NUM_WORST_MODULES),
+        "expert_layers": expert_layers,
+        "experts": figures.describe_experts(facts, expert_layers) if expert_layers else "",
         "max_listed": MAX_LISTED,
         "overlap_tokens": OVERLAP_TOKENS,
         "samples": [_sample_text(sample.prompt, sample.continuation) for sample in facts.verdict.samples],

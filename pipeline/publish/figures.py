@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from pipeline.facts import ModuleFacts, ReleaseFacts
-from pipeline.spec import PER_CHANNEL, Format, Method, VariantSpec
+from pipeline.spec import PER_CHANNEL, ExpertStatistics, Format, Method, VariantSpec
 
 UNQUANTIZED_BITS = 16
 """What facts state as the bits of a linear that was left unquantized."""
@@ -61,6 +62,20 @@ class FamilyMember:
     is_this: bool
 
 
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The experts of one block: their common name, and the calibration tokens that the router sent to each."""
+
+    block: int
+    name: str
+    tokens: tuple[int, ...]
+
+    @property
+    def median(self) -> float:
+        """The median of the tokens."""
+        return median(self.tokens)
+
+
 def family(facts: ReleaseFacts) -> tuple[FamilyMember, ...]:
     """Return this variant and its siblings, smallest first."""
     quality = facts.quality
@@ -82,6 +97,37 @@ def quantized_modules(facts: ReleaseFacts) -> tuple[ModuleFacts, ...]:
 def worst_modules(facts: ReleaseFacts, limit: int) -> tuple[ModuleFacts, ...]:
     """Return the quantized linears with the largest relative error, worst first; equal ones in order of name."""
     return tuple(sorted(quantized_modules(facts), key=lambda module: (-module.relative_error, module.name))[:limit])
+
+
+def expert_layers(facts: ReleaseFacts) -> tuple[ExpertLayer, ...]:
+    """Return for each block with quantized experts how many tokens each of these was calibrated on, in order."""
+    tokens: dict[tuple[int, str], dict[str, int]] = {}
+    for module in facts.modules:
+        if module.expert_tokens is not None:
+            expert = module.name.rpartition(".")[0]
+            key = module.block, expert.rpartition(".")[0]
+            tokens.setdefault(key, {})[expert] = module.expert_tokens
+    return tuple(ExpertLayer(block, name, tuple(by.values())) for (block, name), by in tokens.items())
+
+
+def describe_experts(facts: ReleaseFacts, layers: Sequence[ExpertLayer]) -> str:
+    """Return for example ``8 in each of 27 blocks; statistics of all tokens; the router sent 120 to 9011 tokens``."""
+    sizes = sorted({len(layer.tokens) for layer in layers})
+    counts = [count for layer in layers for count in layer.tokens]
+    lowest, highest, unseen = min(counts), max(counts), counts.count(0)
+    told = f", and none to {unseen} of {len(counts)}" if unseen else ""
+    calibration = facts.calibration
+    match calibration.experts:
+        case ExpertStatistics.ROUTED:
+            of = "the tokens that the router sent to each"
+        case ExpertStatistics.SHRINKAGE:
+            of = f"the tokens sent to each, drawn towards all with weight {calibration.expert_shrinkage:g}"
+        case ExpertStatistics.ALL | None:
+            of = "all tokens"
+    return (
+        f"{' or '.join(map(str, sizes))} in each of {len(layers)} blocks, statistics of {of}; the router sent "
+        f"{lowest} to {highest} calibration tokens to an expert{told}"
+    )
 
 
 def kind_of(module_name: str) -> str:

@@ -25,6 +25,8 @@ from pipeline.units import format_bytes, format_count
 NARROW_COLUMNS = 120
 """Below this width the table of modules shows the first of its figures only."""
 _MODULE_FIGURES = ("rel. error", "weight error", "loss", "damping", "exponent")
+_TOKENS = "tokens"
+"""Column of the calibration tokens that the router sent to an expert; there for models that have some."""
 MAX_LISTED = 20
 """Lines of one list in the summary; the rest is counted."""
 
@@ -52,11 +54,13 @@ def render_modules(facts: ReleaseFacts, console: Console) -> None:
     num_figures = 1 if console.width < NARROW_COLUMNS else len(_MODULE_FIGURES)
     table = _table()
     table.add_column("linear", overflow="fold")
-    for title in ("shape", "bits", "group", *_MODULE_FIGURES[:num_figures]):
+    has_experts = bool(figures.expert_layers(facts))
+    for title in ("shape", "bits", "group", *((_TOKENS,) if has_experts else ()), *_MODULE_FIGURES[:num_figures]):
         table.add_column(title, justify="right", no_wrap=True)
     budget = facts.verdict.budgets.max_relative_error
     for module in facts.modules:
-        table.add_row(*_module_cells(module), *_module_figures(module, budget)[:num_figures])
+        tokens = ["-" if module.expert_tokens is None else f"{module.expert_tokens}"] if has_experts else []
+        table.add_row(*_module_cells(module), *tokens, *_module_figures(module, budget)[:num_figures])
     console.print(table)
     notes = [(module.name, text) for module in facts.modules for text in (module.note, *module.degradations) if text]
     _print_list(console, "Notes", "bold", _fold_lines(figures.fold_names(notes)), limit=len(notes))
@@ -97,6 +101,8 @@ def _identity(facts: ReleaseFacts) -> Table:
         f"perplexity {quality.perplexity:.4g} (source {quality.source_perplexity:.4g}), KL {quality.kl:.4g}, "
         f"top-1 agreement {100 * quality.top1_agreement:.2f} %",
     }
+    if layers := figures.expert_layers(facts):
+        rows["experts"] = figures.describe_experts(facts, layers)
     if quality.heldout_overlap:
         rows["held-out"] += f"; calibration has seen {100 * quality.heldout_overlap:.2f} % of it"
     table = Table.grid(padding=(0, 2, 0, 0))

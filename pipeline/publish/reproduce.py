@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import SpecError
-from pipeline.facts import ReleaseFacts, SourceFacts, SourcePlace
+from pipeline.facts import CalibrationFacts, ReleaseFacts, SourceFacts, SourcePlace
 from pipeline.precision import Precision
 from pipeline.spec import Budgets, CalibrationSpec, GateSpec, PromptSpec, VariantSpec, parse_variant, resolve_budgets
 
@@ -20,8 +20,8 @@ def reproduce_spec(facts: ReleaseFacts) -> str | None:
     document: dict[str, Any] = {}
     if not _is_short_name(facts.variant):
         document["variants"] = [facts.variant.model_dump(mode="json", exclude_defaults=True)]
-    if facts.calibration.slice_sequences != CalibrationSpec().slice_sequences:
-        document["calibration"] = {"slice_sequences": facts.calibration.slice_sequences}
+    if calibration := _calibration(facts.calibration):
+        document["calibration"] = calibration
     if gates := _gates(facts):
         document["gates"] = gates
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True) if document else None
@@ -54,6 +54,15 @@ def _source_word(source: SourceFacts) -> str:
             return f"{source.name}@{source.commit}"
         case SourcePlace.BUCKET:
             return source.name
+
+
+def _calibration(calibration: CalibrationFacts) -> dict[str, Any]:
+    """Return what calibration was told otherwise than by default, besides what flags say."""
+    keys = ("slice_sequences", "experts", "expert_shrinkage", "min_expert_tokens")
+    told = {key: getattr(calibration, key) for key in keys}
+    default = CalibrationSpec()
+    other = {key: value for key, value in told.items() if value is not None and value != getattr(default, key)}
+    return CalibrationSpec(**other).model_dump(mode="json", include=set(other))
 
 
 def _gates(facts: ReleaseFacts) -> dict[str, Any]:

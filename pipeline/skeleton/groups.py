@@ -2,21 +2,26 @@
 
 A linear group is the set of linears that are called on the same tensor (q/k/v, gate/up). Its members share their
 input statistics and are solved as rows of one matrix. Linears that the forward pass never calls, and parameters that
-are no linears, stay unquantized and are named with the reason.
+are no linears, stay unquantized and are named with the reason. So do routers of experts.
+
+In a mixture of experts, gate and up of all experts of a block share one input where every expert sees all tokens, and
+are one group; where each sees its own, they are a group for each expert. Every expert's down has an input of its own.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.skeleton.experts import all_tokens, expert_of, find_routers
 from pipeline.skeleton.model import PROBE_TOKENS, Skeleton, is_linear
+from pipeline.spec import ExpertStatistics
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class LinearRef:
         out_features: Rows.
         in_features: Columns.
         is_transposed: Whether the checkpoint stores the weight as [in, out] (GPT-2's Conv1D).
+        expert: Name inside the block of the expert that it is a part of, for example ``mlp.experts.3``; or empty.
     """
 
     local_name: str
@@ -36,6 +42,12 @@ class LinearRef:
     out_features: int
     in_features: int
     is_transposed: bool
+    expert: str = ""
+
+    @property
+    def experts(self) -> str:
+        """Name inside the block of the experts that it is one's part of, for example ``mlp.experts``; or empty."""
+        return self.expert.rpartition(".")[0]
 
     def to_rows(self, stored: Tensor) -> Tensor:
         """Return the weight as [out_features, in_features] from what the checkpoint stores (its own inverse)."""
@@ -51,8 +63,17 @@ class LinearGroup:
 
     @property
     def label(self) -> str:
-        """Name for people and paths: the members' last name parts, for example ``q_proj+k_proj+v_proj``."""
-        return "+".join(linear.local_name.rpartition(".")[2] for linear in self.linears)
+        """Name for people and paths: the members' last name parts, for example ``q_proj+k_proj+v_proj``, those of
+        experts with their number, ``experts.3.down_proj``, or once for all, ``experts.gate_proj+experts.up_proj``."""
+        number = f"{self.expert.rpartition('.')[2]}." if self.expert else ""
+        parts = [(linear.local_name.rpartition(".")[2], linear.expert) for linear in self.linears]
+        return "+".join(dict.fromkeys(f"experts.{number}{leaf}" if expert else leaf for leaf, expert in parts))
+
+    @property
+    def expert(self) -> str:
+        """Name inside the block of the expert that all members are parts of; empty when they are not of one."""
+        owners = {linear.expert for linear in self.linears}
+        return owners.pop() if len(owners) == 1 else ""
 
     @property
     def in_features(self) -> int:
@@ -60,18 +81,36 @@ class LinearGroup:
         return self.linears[0].in_features
 
 
-def linear_groups(skeleton: Skeleton, index: int) -> tuple[LinearGroup, ...]:
-    """Return the linear groups of one block in the order in which the forward pass first calls them."""
+def linear_groups(
+    skeleton: Skeleton, index: int, experts: ExpertStatistics = ExpertStatistics.ALL
+) -> tuple[LinearGroup, ...]:
+    """Return the linear groups of one block in the order in which the forward pass first calls them.
+
+    Args:
+        skeleton: The model.
+        index: Of the block.
+        experts: Which tokens the statistics of experts are of: those that share all tokens are one group.
+    """
     block = copy.deepcopy(skeleton.block(index)).to("meta")
     call = skeleton.calls(1, PROBE_TOKENS)[index].to("meta")
     hidden_BLH = torch.empty(1, PROBE_TOKENS, hidden_size(skeleton), dtype=skeleton.dtype, device="meta")
-    with linear_inputs(block) as inputs, torch.no_grad():
+    seen_by_all = all_tokens(block) if experts is ExpertStatistics.ALL else nullcontext()
+    with linear_inputs(block) as inputs, torch.no_grad(), seen_by_all:
         call.run(block, hidden_BLH)
-    names = skeleton.block_tensors(index)
-    members: dict[int, list[LinearRef]] = {}
+    names, routers = skeleton.block_tensors(index), find_routers(block)
+    members: dict[tuple[Any, ...], list[LinearRef]] = {}
     for local_name, tensor in inputs:
-        members.setdefault(id(tensor), []).append(_reference(block, local_name, names))
+        if local_name not in routers:
+            members.setdefault(_content(tensor), []).append(_reference(block, local_name, names))
     return tuple(LinearGroup(index, tuple(linears)) for linears in members.values())
+
+
+def _content(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two tensors have in common that hold the same tokens, [..., features], in one memory: experts are
+    called on tokens in a row, [tokens, hidden], and shared experts on the sequences that they are of."""
+    if not tensor.is_contiguous():
+        return (id(tensor),)
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel(), tensor.shape[-1]
 
 
 def hidden_size(skeleton: Skeleton) -> int:
@@ -109,4 +148,4 @@ def _reference(block: nn.Module, local_name: str, names: dict[str, str]) -> Line
     shape = block.get_parameter(local_name + ".weight").shape
     rows, columns = (shape[1], shape[0]) if is_transposed else (shape[0], shape[1])
     stored = names[local_name + ".weight"].removesuffix(".weight")
-    return LinearRef(local_name, stored, rows, columns, is_transposed)
+    return LinearRef(local_name, stored, rows, columns, is_transposed, expert_of(local_name, block))

@@ -17,8 +17,10 @@ What the hidden states that enter the first block follow from is found by trying
 content, so whatever is computed while it is there does not depend on it. They are made with all others on the meta
 device, so one that was missed would be an error, never other numbers.
 
+Experts of a mixture become linears of their own (``experts.py``), under the names that checkpoints have for them.
+
 Refused: models whose block arguments depend on the tokens, checkpoints that transformers would convert tensor by
-tensor while loading (fused or split experts), and classes that need remote code.
+tensor while loading (but for experts that it merges), and classes that need remote code.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CorruptWeightsError, UnsupportedArchitectureError
 from pipeline.precision import Precision
+from pipeline.skeleton.experts import Experts, fused_names, per_expert_name, split_experts
 from pipeline.skeleton.products import DTYPES, products
 
 TABLE_ELEMENTS = 1 << 25
@@ -94,6 +97,7 @@ class Skeleton:
 
     Attributes:
         net: The transformers model; block parameters are on the meta device unless attached.
+        experts: The experts of blocks that have some, by their name in ``net``.
         block_names: Names of the decoder blocks in order, for example ``model.layers.0``.
         names: Checkpoint name of each parameter and persistent buffer that the checkpoint holds, by its name in
             ``net``; filled by ``bind``.
@@ -104,10 +108,12 @@ class Skeleton:
         """Build the skeleton from ``folder/config.json``.
 
         Raises:
-            UnsupportedArchitectureError: when transformers has no class for it, or no decoder blocks are found.
+            UnsupportedArchitectureError: when transformers has no class for it, no decoder blocks are found, or its
+                experts cannot be split.
         """
         self.device, self.dtype = device, dtype
         self.net = _meta_model(folder, dtype)
+        self.experts = split_experts(self.net)
         self.block_names = _find_blocks(self.net)
         self.names: dict[str, str] = {}
         self.extra_names: tuple[str, ...] = ()
@@ -145,7 +151,7 @@ class Skeleton:
             CorruptWeightsError: when a parameter is in no tensor, or has another shape.
         """
         wanted = {name: tuple(tensor.shape) for name, tensor in self.net.state_dict().items()}
-        renamed = _checkpoint_names(self.net, tuple(shapes))
+        renamed = _checkpoint_names(self.net, tuple(shapes), self.experts)
         self.names = {model_name: name for name, model_name in renamed.items() if model_name in wanted}
         self.extra_names = tuple(name for name, model_name in renamed.items() if model_name not in wanted)
         tied = self._tied_names()
@@ -558,28 +564,47 @@ def _find_blocks(net: Any) -> tuple[str, ...]:
     return tuple(f"{name}.{index}" for index in range(len(blocks)))
 
 
-def _checkpoint_names(net: Any, names: Iterable[str]) -> dict[str, str]:
-    """Return model names by checkpoint name, as transformers would load them.
+def _checkpoint_names(net: Any, names: Iterable[str], experts: Mapping[str, Experts]) -> dict[str, str]:
+    """Return model names by checkpoint name, as transformers would load them; experts keep tensors of their own.
 
     Raises:
         UnsupportedArchitectureError: when a tensor would be converted (merged, split, transposed) and not only renamed.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
 
     transforms = get_model_conversion_mapping(net)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = net.state_dict()
+    # Per pattern, the patterns of all tensors that are merged with those it means, where merging is all that is done.
+    merged = {
+        pattern: converter.source_patterns
+        for converter in converters
+        for pattern in converter.source_patterns
+        if {type(operation) for operation in converter.operations} <= {MergeModulelist, Concatenate}
+    }
+    state = {**net.state_dict(), **dict.fromkeys(fused_names(experts), True)}
     found = {}
     for name in names:
         model_name, converted = rename_source_key(name, renamings, converters, net.base_model_prefix, state)
         if converted is not None:
-            raise UnsupportedArchitectureError(
-                f"{name} of {type(net).__name__} is not stored as the model uses it ({converted}): "
-                "mixtures of experts and other converted layouts are not supported yet",
-                hint="dense decoder models are; see docs/reference/architectures.md",
-            )
+            renamed, _ = rename_source_key(name, renamings, [])
+            own_name = None
+            if model_name.rpartition(".")[0] in experts and converted in merged:
+                own_name = per_expert_name(renamed, model_name, merged[converted], converted)
+            if own_name is None:
+                raise UnsupportedArchitectureError(
+                    f"{name} of {type(net).__name__} is not stored as the model uses it ({converted}): converted "
+                    "layouts other than one tensor for each expert are not supported yet",
+                    hint="see docs/reference/architectures.md",
+                )
+            model_name = own_name
         found[name] = model_name
     return found
 

@@ -6,19 +6,24 @@ linear of the same block, whole, or its last rows where projections are fused, w
 of several query heads) are not believed but tried: the block is run with the change, and a candidate counts only when
 the output stays the same. So v -> o and up -> down are found in any architecture where they hold, and nothing is
 listed per model.
+
+A router reads what its experts read and stays unquantized: where it reads the group's input, its columns are multiplied
+by s as the group's are (it *follows*). All experts are run on all tokens, or a change could hide in one that no token
+was sent to; what is inside one expert is tried on that expert alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.skeleton.experts import all_tokens, find_routers
 from pipeline.skeleton.groups import LinearGroup, hidden_size
 from pipeline.skeleton.model import PROBE_TOKENS, Skeleton, is_linear
 
@@ -48,6 +53,7 @@ class Producer:
         first_row: First output channel that feeds the group.
         row_of_I: For each input channel of the group, the output channel (from ``first_row``) that it comes from.
         is_transposed: Whether a linear's weight is stored as [in, out].
+        followers: Local names of the layers beside the group that read its input, [rows, in], and stay unquantized.
     """
 
     local_name: str
@@ -55,6 +61,7 @@ class Producer:
     first_row: int
     row_of_I: tuple[int, ...]
     is_transposed: bool = False
+    followers: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -64,41 +71,49 @@ class Producer:
 
 @torch.no_grad()
 def find_producers(skeleton: Skeleton, groups: Sequence[LinearGroup]) -> list[Producer | None]:
-    """Return each group's producer, or None where rescaling is not possible. The block's weights must be attached."""
-    index = groups[0].block
-    block = skeleton.block(index)
-    call = skeleton.calls(1, PROBE_TOKENS)[index]
-    generator = torch.Generator().manual_seed(index)
-    hidden_BLH = torch.randn(1, PROBE_TOKENS, hidden_size(skeleton), generator=generator)
-    hidden_BLH = hidden_BLH.to(device=skeleton.device, dtype=skeleton.dtype)
+    """Return each group's producer, or None where rescaling is not possible. The weights of the block must be attached,
+    for groups inside one expert those of the expert."""
+    block = skeleton.block(groups[0].block)
+    with all_tokens(block):
+        return [_first_that_holds(skeleton, block, group) for group in groups]
 
-    def run(group: LinearGroup) -> Tensor:
-        # What the block adds to the residual stream, and what the group itself computes: a change may hide in neither.
+
+def _first_that_holds(skeleton: Skeleton, block: nn.Module, group: LinearGroup) -> Producer | None:
+    run_scope = _scope(skeleton, block, group)
+    with _inputs(block, (*find_routers(block), group.linears[0].local_name)) as inputs, _outputs(block) as outputs:
+        run_scope()
+    own_input = inputs.pop(group.linears[0].local_name)
+    followers = tuple(name for name, x in inputs.items() if x.shape == own_input.shape and torch.equal(x, own_input))
+
+    def run() -> Tensor:
+        # What the block adds to the residual stream, and what reads the input itself: a change may hide in neither.
         with _outputs(block) as outputs:
-            added = call.run(block, hidden_BLH) - hidden_BLH
-        own = [outputs[linear.local_name] for linear in group.linears]
+            added = run_scope()
+        own = [outputs[name] for name in (*(linear.local_name for linear in group.linears), *followers)]
         return torch.cat([part.flatten() / part.norm() for part in (added, *own)])
 
-    with _outputs(block) as outputs:
-        call.run(block, hidden_BLH)
-    return [_first_that_holds(skeleton, block, group, outputs, run) for group in groups]
-
-
-def _first_that_holds(
-    skeleton: Skeleton,
-    block: nn.Module,
-    group: LinearGroup,
-    outputs: dict[str, Tensor],
-    run: Callable[[LinearGroup], Tensor],
-) -> Producer | None:
-    baseline = run(group)
-    for producer in _candidates(skeleton, block, group, outputs):
+    baseline = run()
+    for found in _candidates(skeleton, block, group, outputs):
+        producer = replace(found, followers=followers)
         scale_R = _probe_scale(producer.num_rows).to(baseline)
         with _rescaled(block, group, producer, scale_R):
-            changed = run(group)
+            changed = run()
         if (changed - baseline).norm() <= TOLERANCE * baseline.norm():
             return producer
     return None
+
+
+def _scope(skeleton: Skeleton, block: nn.Module, group: LinearGroup) -> Callable[[], Tensor]:
+    """Return what runs the least that a group and its producer are in, and gives what comes out: the group's expert,
+    or the block, of which the residual stream is left out."""
+    generator = torch.Generator().manual_seed(group.block)
+    call = skeleton.calls(1, PROBE_TOKENS)[group.block]
+    hidden_BLH = torch.randn(1, PROBE_TOKENS, hidden_size(skeleton), generator=generator)
+    hidden_BLH = hidden_BLH.to(device=skeleton.device, dtype=skeleton.dtype)
+    if group.expert:
+        expert = block.get_submodule(group.expert)
+        return lambda: expert(hidden_BLH[0])
+    return lambda: call.run(block, hidden_BLH) - hidden_BLH
 
 
 def _candidates(
@@ -174,6 +189,7 @@ def _rescaled(block: nn.Module, group: LinearGroup, producer: Producer, scale_R:
     """Divide the producer's output rows by ``scale_R`` and multiply the group's inputs back."""
     rows = slice(producer.first_row, producer.first_row + producer.num_rows)
     scale_I = scale_R[list(producer.row_of_I)]
+    following = [block.get_submodule(name) for name in producer.followers]
 
     def divide(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         changed = output.clone()
@@ -189,6 +205,8 @@ def _rescaled(block: nn.Module, group: LinearGroup, producer: Producer, scale_R:
             handles.append(block.get_submodule(linear.local_name).register_forward_pre_hook(multiply))
         for handle in handles:
             stack.callback(handle.remove)
+        for module in following:
+            stack.enter_context(_weight_replaced(module, module.get_parameter("weight") * scale_I))
         yield
 
 
@@ -199,8 +217,9 @@ def _outputs(block: nn.Module) -> Iterator[dict[str, Tensor]]:
 
     def hook(name: str) -> Any:
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs.setdefault(name, output)
+            first = output[0] if isinstance(output, tuple) else output  # of a router's, the logits
+            if isinstance(first, Tensor):
+                outputs.setdefault(name, first)
 
         return record
 
@@ -208,6 +227,25 @@ def _outputs(block: nn.Module) -> Iterator[dict[str, Tensor]]:
     handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
     try:
         yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _inputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the context, what layers are first called on, [tokens, features], by local name."""
+    inputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs.setdefault(name, args[0].flatten(0, -2))
+
+        return record
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()

@@ -93,7 +93,13 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return convert_folder(make_model(name, root / name), root / "out", variants)
 
 
-def convert_folder(source: Path, target: Path, variants: Sequence[str | dict[str, Any]]) -> Converted:
+def convert_folder(
+    source: Path,
+    target: Path,
+    variants: Sequence[str | dict[str, Any]],
+    calibration: dict[str, Any] | None = None,
+    gates: dict[str, Any] | None = None,
+) -> Converted:
     target.mkdir()
     settings = Settings("http://127.0.0.1:9", None, target.parent / "cache", s3_endpoint=None, ray_address=None)
     text = target.parent / "text.txt"
@@ -103,8 +109,8 @@ def convert_folder(source: Path, target: Path, variants: Sequence[str | dict[str
             "source": str(source),
             "variants": list(variants),
             "targets": [str(target)],
-            "gates": {**OPEN_GATES, "heldout": str(text)},
-            "calibration": {"text": str(text), "samples": 16, "length": 64},
+            "gates": {**OPEN_GATES, "heldout": str(text), **(gates or {})},
+            "calibration": {"text": str(text), "samples": 16, "length": 64, **(calibration or {})},
         },
         "test",
     )

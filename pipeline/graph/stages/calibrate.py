@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pipeline.calibrate.collections import Collections, Sums, blend, plan_collections
 from pipeline.calibrate.forward import forward_block
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.variant import VariantReader
 from pipeline.precision import Precision
-from pipeline.quantize.statistics import add, from_tensors, merge, to_tensors
+from pipeline.quantize.statistics import from_tensors, to_tensors
 from pipeline.quantize.types import Statistics
 
 Node = TypeVar("Node")
@@ -71,68 +72,79 @@ def calibrate(call: Call) -> dict[str, Any]:
     """Make one block's output hidden states for a span of slices, and the sums over all its tokens."""
     low, high = call.params["low"], call.params["high"]
     skeleton, index = call.skeleton, call.unit.block
-    groups, is_last = call.source.outline.groups[index], index == skeleton.num_blocks - 1
+    collections, is_last = collections_of(call), index == skeleton.num_blocks - 1
     hidden = hidden_states(call)
 
-    def slice_sums(start: int, end: int) -> list[Statistics] | None:
+    def slice_sums(start: int, end: int) -> list[Sums] | None:
         if end - start > 1:
             return None
-        output, statistics = forward_block(skeleton, index, hidden.pop(start), groups)
+        output, sums = forward_block(skeleton, index, hidden.pop(start), collections)
         if not is_last:  # nobody calibrates on what leaves the last block
             call.put({hidden_name(start): output})
-        return statistics
+        return sums
 
     with _attached(call, call.source.block(index)):
         sums = add_up(low, high, slice_sums, _add_all)
     save_hidden(call)
-    for position, statistics in enumerate(sums):
-        call.put(_named(position, statistics))
+    for position, total in enumerate(sums):
+        call.put(_named(position, total))
     return {}
 
 
-def _named(position: int, statistics: Statistics) -> dict[str, Tensor]:
-    """Return a group's sums by their names among a unit's tensors."""
-    return {f"{sums_prefix(position)}{name}": tensor for name, tensor in to_tensors(statistics).items()}
+def collections_of(call: Call) -> Collections:
+    """Return what is added up at the unit's block."""
+    outline = call.source.outline
+    return plan_collections(outline.groups[call.unit.block], outline.experts)
+
+
+def _named(position: int, sums: Sums) -> dict[str, Tensor]:
+    """Return a collection's sums by their names among a unit's tensors."""
+    return {f"{sums_prefix(position)}{name}": tensor for name, tensor in sums.tensors().items()}
 
 
 def sums_prefix(position: int) -> str:
-    """Return what the names of a group's sums start with among a unit's tensors."""
+    """Return what the names of a collection's sums start with among a unit's tensors."""
     return f"sums.{position}."
 
 
-def _add_all(totals: list[Statistics], parts: list[Statistics]) -> list[Statistics]:
-    return [add(total, part) for total, part in zip(totals, parts, strict=True)]
+def _add_all(totals: list[Sums], parts: list[Sums]) -> list[Sums]:
+    return [total.add(part) for total, part in zip(totals, parts, strict=True)]
 
 
 def add_spans(call: Call) -> dict[str, Any]:
-    """Make the sums of every linear group over neighbouring spans that are together a node of the tree."""
-    for position in range(len(call.source.outline.groups[call.unit.block])):
+    """Make the sums of every collection over neighbouring spans that are together a node of the tree."""
+    for position in range(len(collections_of(call).items)):
         call.put(_named(position, _sum_of_needs(call, position, call.params["low"], call.params["high"])))
     return {}
 
 
 def merge_spans(call: Call) -> dict[str, Any]:
-    """Write the statistics of one linear group: the spans' sums, added as the tree over all slices says."""
-    end = max(need.params["high"] for need in call.unit.needs)
-    total = _sum_of_needs(call, call.params["group"], 0, end)
-    call.put(to_tensors(total))
-    return {"tokens": total.num_tokens}
+    """Write the statistics of one linear group: the spans' sums, added as the tree over all slices says, and drawn
+    towards those over all tokens where that is asked for."""
+    position, end = call.params["group"], max(need.params["high"] for need in call.unit.needs)
+    collections = collections_of(call)
+    own, place = _sum_of_needs(call, position, 0, end), collections.shared[position]
+    shared = _sum_of_needs(call, place, 0, end).statistics if place is not None else None
+    call.put(to_tensors(blend(own.statistics, shared, call.params.get("shrinkage", 0.0))))
+    counted = zip(collections.items[position].counted, own.routed_E.tolist(), strict=True)
+    routed = {f"{collections.items[position].experts}.{number}": count for number, count in counted}
+    return {"tokens": own.statistics.num_tokens} | ({"expert_tokens": routed} if routed else {})
 
 
-def _sum_of_needs(call: Call, position: int, low: int, high: int) -> Statistics:
-    """Return a group's sums over slices, added up from the spans that the unit's needs are of."""
+def _sum_of_needs(call: Call, position: int, low: int, high: int) -> Sums:
+    """Return a collection's sums over slices, added up from the spans that the unit's needs are of."""
     prefix = sums_prefix(position)
     spans = {(need.params["low"], need.params["high"]): need for need in call.unit.needs}
 
-    def span_sum(start: int, end: int) -> Statistics | None:
+    def span_sum(start: int, end: int) -> Sums | None:
         need = spans.get((start, end))
         if need is None:
             return None
         found = call.get(need, prefix)
-        return from_tensors({name.removeprefix(prefix): tensor for name, tensor in found.items()})
+        return Sums.of_tensors({name.removeprefix(prefix): tensor for name, tensor in found.items()})
 
     # Parts may lie on a shelf and be read again, so they are not added to in place.
-    return add_up(low, high, span_sum, lambda first, second: merge([first, second]))
+    return add_up(low, high, span_sum, Sums.plus)
 
 
 def forward(call: Call) -> dict[str, Any]:
@@ -141,7 +153,8 @@ def forward(call: Call) -> dict[str, Any]:
     hidden = hidden_states(call)
     with _attached(call, VariantReader(call)(index)):
         for number in list(hidden):
-            output, _ = forward_block(skeleton, index, hidden.pop(number), (), must_be_finite=not call.unit.variant)
+            is_judged = bool(call.unit.variant)
+            output, _ = forward_block(skeleton, index, hidden.pop(number), Collections(), must_be_finite=not is_judged)
             call.put({hidden_name(number): output})
     save_hidden(call)
     return {}

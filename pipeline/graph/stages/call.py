@@ -23,6 +23,7 @@ from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.hub.source import Source as HubSource
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import Skeleton
+from pipeline.spec import ExpertStatistics
 from pipeline.storage.work import StageWriter, WorkStore, missing_file
 from pipeline.tensors.local import read_file_tensors
 from pipeline.tensors.reader import FileStamp
@@ -52,6 +53,7 @@ class JobContext:
         device: ``cpu`` or ``cuda``.
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
         max_memory_bytes: Memory that a worker may use; None for what it takes.
+        experts: Which tokens the statistics of experts are of.
     """
 
     work_url: str
@@ -62,6 +64,7 @@ class JobContext:
     shelf_bytes: int
     streamed: HubSource | None = None
     max_memory_bytes: int | None = None
+    experts: ExpertStatistics = ExpertStatistics.ALL
 
 
 FetchFrom = Callable[[str, str], Tensors]

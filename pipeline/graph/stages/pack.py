@@ -15,7 +15,7 @@ from pipeline.formats.codec import codec_for, prove_round_trip
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.folds import fold_block
 from pipeline.graph.stages.call import Call
-from pipeline.graph.stages.solve import scale_results, solved_group
+from pipeline.graph.stages.solve import expert_tokens, scale_results, solved_group
 from pipeline.quantize.types import QuantizedLinear
 from pipeline.spec import Format
 from pipeline.tensors.local import copy_problems, read_file_index, read_file_tensors
@@ -33,7 +33,7 @@ def pack(call: Call) -> dict[str, Any]:
     weights = call.source.block(index)
     scale_dtype = _scale_dtype(weights)
     folded = fold_block(weights, scale_results(call).values())
-    quantized, exponents = _solved_linears(call)
+    quantized, exponents, routed = _solved_linears(call)
     kept = {name: local for local, name in names.items() if name.removesuffix(".weight") not in quantized}
     copied = {name: weights[local] for name, local in kept.items() if folded[local] is weights[local]}
     call.put({name: folded[local].to(weights[local].dtype) for name, local in kept.items()})
@@ -57,7 +57,12 @@ def pack(call: Call) -> dict[str, Any]:
         "scale_problems": bad_scales,
         "folded": sorted(kept.keys() - copied.keys()),
         "reports": {
-            name: {**asdict(linear.report), "awq_exponent": exponents[name]} for name, linear in quantized.items()
+            name: {
+                **asdict(linear.report),
+                "awq_exponent": exponents[name],
+                **({"expert_tokens": routed[name]} if name in routed else {}),
+            }
+            for name, linear in quantized.items()
         },
     }
 
@@ -86,16 +91,19 @@ def _scale_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     return torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
 
 
-def _solved_linears(call: Call) -> tuple[dict[str, QuantizedLinear], dict[str, float | None]]:
-    """Return the block's quantized linears by name, and the exponent of each one's activation-aware scale."""
+def _solved_linears(call: Call) -> tuple[dict[str, QuantizedLinear], dict[str, float | None], dict[str, int]]:
+    """Return the block's quantized linears by name, the exponent of each one's activation-aware scale, and for those of
+    experts the tokens that the router sent there."""
     exponents = {need.params["group"]: call.summary(need)["exponent"] for need in call.needs(Kind.SCALES)}
     by_group: dict[int, list[WorkUnit]] = {}
     for need in call.needs(Kind.SOLVE):
         by_group.setdefault(need.params["group"], []).append(need)
     linears: dict[str, QuantizedLinear] = {}
     exponent_of: dict[str, float | None] = {}
+    routed: dict[str, int] = {}
     for position, parts in by_group.items():
         solved = solved_group(call, sorted(parts, key=lambda part: part.params["rows"][0]))
         linears |= solved
         exponent_of |= dict.fromkeys(solved, exponents.get(position))
-    return linears, exponent_of
+        routed |= expert_tokens(call, parts[0])
+    return linears, exponent_of, routed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.graph.dag import Kind, WorkUnit
-from pipeline.graph.folds import ScaleResult, fold_block, search_group_scales
+from pipeline.graph.folds import ScaleResult, fold_block, scope_of, search_group_scales
 from pipeline.graph.stages.calibrate import statistics_of
 from pipeline.graph.stages.call import Call
 from pipeline.quantize.gptq import Factor
@@ -40,7 +40,7 @@ def options_of(params: Mapping[str, Any]) -> SolveOptions:
 def scales(call: Call) -> dict[str, Any]:
     """Write the activation-aware scale of one linear group and the layer that takes up its inverse."""
     skeleton, index = call.skeleton, call.unit.block
-    weights = call.source.block(index)
+    weights = call.source.block(index, scope_of(call.group, skeleton.block_tensors(index)))
     with skeleton.attached(index, weights):
         result = search_group_scales(
             skeleton, call.group, weights, statistics_of(call), scheme_of(call.params), options_of(call.params)
@@ -80,7 +80,9 @@ def solve_range(call: Call) -> dict[str, Any]:
     rows = solve_rows(method, weight_OI.contiguous(), statistics, scheme, options, factored)
     call.put(rows.tensors())
     loss, energy = float(rows.loss_O.sum()), float(rows.energy_O.sum())
+    routed = call.summary(call.need(Kind.MERGE)).get("expert_tokens")
     return {
+        **({"expert_tokens": routed} if routed else {}),
         "num_tokens": statistics.num_tokens,
         "num_dead_inputs": count_dead_inputs(statistics),
         "loss": loss / statistics.num_tokens,
@@ -108,6 +110,13 @@ def _members(call: Call, unit: WorkUnit) -> list[LinearRef]:
     """Return the linears of its group that a unit solves."""
     group = call.source.outline.groups[call.unit.block][unit.params["group"]]
     return [linear for linear in group.linears if linear.local_name in unit.params["members"]]
+
+
+def expert_tokens(call: Call, part: WorkUnit) -> dict[str, int]:
+    """Return for the members of a solved linear group that are parts of experts, by name, how many tokens the router
+    sent to the expert."""
+    routed = call.summary(part).get("expert_tokens", {})
+    return {linear.name: routed[linear.expert] for linear in _members(call, part) if linear.expert}
 
 
 def solved_group(call: Call, parts: Sequence[WorkUnit]) -> dict[str, QuantizedLinear]:

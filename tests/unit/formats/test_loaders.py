@@ -234,3 +234,30 @@ def test_the_contents_of_a_release_are_those_of_its_quantized_linears() -> None:
     )
     rows = Contents.of_release(make_facts("rtn-w4-channel", modules=modules))
     assert rows.group_sizes == frozenset({PER_CHANNEL})
+
+
+EXPERTS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("gptq-w4-g64", {(Loader.TRANSFORMERS, "its GPTQ loader passes over experts")}),
+        ("awq-w4-g64", {(Loader.TRANSFORMERS, "its AWQ loader passes over experts")}),
+        (
+            "awq-w4-g64-ct",
+            {(Loader.TRANSFORMERS, "experts without their zero points"), (Loader.VLLM, "no zero points of experts")},
+        ),
+        ("gptq-w4-g64-ct", set()),
+    ],
+)
+def test_experts_are_loaded_by_transformers_from_symmetric_compressed_tensors_alone(
+    variant: str, said: set[tuple[Loader, str]]
+) -> None:
+    spec = parse_variant(variant)
+    found = limits(Contents("MixtralForCausalLM", spec.format, 4, spec.symmetric, frozenset({64}), EXPERTS))
+    assert {limit.loader for limit in found if not limit.loads} == {loader for loader, _ in said}
+    for loader, text in said:
+        assert any(limit.loader is loader and text in limit.text for limit in found)
+    dense = Contents("MixtralForCausalLM", spec.format, 4, spec.symmetric, frozenset({64}), EXPERTS[:1])
+    assert limits(dense) == ()

@@ -146,7 +146,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest
     free = replace(CPU_RATES, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9, passing_s=1e-9)
     costs = replace(cost_model("cpu"), rates=free)
     monkeypatch_module.setattr(chains, "SAVE_EVERY", EVERY)
-    return ChainBuilder(Keyring(outline, digests, "cpu"), costs)
+    return ChainBuilder(Keyring(outline, digests, "cpu"), costs, expert_shrinkage=0.1)
 
 
 def tokens(name: str, slices: int = NUM_SLICES) -> Tokens:
@@ -284,6 +284,7 @@ def test_a_span_waits_for_what_reads_its_sums_some_blocks_before(
     bounded = ChainBuilder(
         builder.keys,
         replace(builder.costs, rates=replace(builder.costs.rates, held_bytes=1.0)),
+        expert_shrinkage=0.1,
     )
     for slices, reads in ((3, "merge"), (8, "add")):
         chain = bounded.calibration(tokens("calibration", slices), slices)

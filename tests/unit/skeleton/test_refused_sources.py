@@ -16,7 +16,6 @@ from pipeline.errors import CorruptWeightsError, SourceError, UnsupportedArchite
 from pipeline.graph.outline import open_folder
 from pipeline.skeleton.model import Skeleton
 from pipeline.skeleton.tokenizer import TextTokenizer
-from tests.architectures import make_model
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -91,13 +90,6 @@ def test_wrong_shape_is_named_with_both_shapes(llama_folder: Path) -> None:
 def test_tensors_the_model_has_no_use_for_are_extra(llama_folder: Path) -> None:
     change_weights(llama_folder, lambda tensors: tensors.update({"vision.patch.weight": torch.ones(2, 2)}))
     assert open_folder(llama_folder).outline.skeleton.extra_names == ("vision.patch.weight",)
-
-
-def test_mixture_of_experts_is_refused_with_the_tensor_and_the_reason(tmp_path: Path) -> None:
-    folder = make_model("mixtral", tmp_path / "mixtral")
-    with pytest.raises(UnsupportedArchitectureError, match=r"experts.* not stored as .*mixtures of experts") as caught:
-        open_folder(folder)
-    assert "dense decoder models" in caught.value.hint
 
 
 def test_quantized_source_is_refused(llama_folder: Path) -> None:

@@ -1,0 +1,201 @@
+"""What is added up while tokens pass a block: of which linear's input, over which tokens.
+
+A *collection* is one set of sums. Without experts there is one for each linear group. In a mixture of experts
+
+- ``all``: every expert sees all tokens. Gate and up of all experts share one input, hence one collection; every
+  expert's down has one of its own, over all tokens.
+- ``routed``: every expert sees the tokens that the router sent to it, each counted once, whatever its weight: the error
+  of an expert's output is what is to be small, and its weight is the router's business. A collection for each expert's
+  gate and up, and one for its down.
+- ``shrinkage``: both. The statistics of a group are, per token, (own + lambda * shared) / (1 + lambda): own over the
+  tokens of its expert, shared over all tokens. An expert that no token was sent to has the shared ones alone.
+
+For each group with experts, the tokens that the router sent to each of them are counted, whatever the collection is of.
+
+Sums stay sums over slices, so they add up in any fixed tree; blending is done once, on the totals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.quantize.statistics import accumulate, add, empty, from_tensors, merge, to_tensors
+from pipeline.quantize.types import Statistics
+from pipeline.skeleton.experts import Experts
+from pipeline.skeleton.groups import LinearGroup
+from pipeline.spec import ExpertStatistics
+
+COUNTS = "expert_tokens"
+"""Name of the counts among a collection's tensors."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What is known of one collection.
+
+    Attributes:
+        statistics: Sums over its tokens.
+        routed_E: int64 [E], for each expert of the group the tokens that the router sent to it; empty without experts.
+    """
+
+    statistics: Statistics
+    routed_E: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums as named tensors; ``of_tensors`` is the exact inverse."""
+        counts = {COUNTS: self.routed_E} if self.routed_E.numel() else {}
+        return to_tensors(self.statistics) | counts
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Sums:
+        """Return the sums stored by ``tensors``."""
+        return cls(from_tensors(tensors), tensors.get(COUNTS, torch.zeros(0, dtype=torch.int64)))
+
+    def add(self, part: Sums) -> Sums:
+        """Return the sums over the tokens of both, in the memory of the first: use the result, forget the first."""
+        return Sums(add(self.statistics, part.statistics), self.routed_E + part.routed_E)
+
+    def plus(self, part: Sums) -> Sums:
+        """Return the sums over the tokens of both; they stay as they are."""
+        return Sums(merge([self.statistics, part.statistics]), self.routed_E + part.routed_E)
+
+
+@dataclass(frozen=True)
+class Collection:
+    """One set of sums.
+
+    Attributes:
+        linear: Local name of the linear whose input is summed.
+        in_features: Channels of the input.
+        experts: Local name of the experts module that the linear belongs to; empty for others.
+        counted: Numbers of the experts whose tokens are counted.
+        of: Number of the expert whose own tokens alone are summed; None for all that the linear sees.
+    """
+
+    linear: str
+    in_features: int
+    experts: str = ""
+    counted: tuple[int, ...] = ()
+    of: int | None = None
+
+
+@dataclass(frozen=True)
+class Collections:
+    """What is added up at one block.
+
+    Attributes:
+        items: For each linear group its own collection, in order, and after them those that several share.
+        shared: For each linear group the position of the collection that its own is drawn towards, or None.
+        sees_all: Whether every expert is run on all tokens.
+    """
+
+    items: tuple[Collection, ...] = ()
+    shared: tuple[int | None, ...] = ()
+    sees_all: bool = False
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each collection."""
+        return [item.in_features for item in self.items]
+
+
+def plan_collections(groups: Sequence[LinearGroup], experts: ExpertStatistics) -> Collections:
+    """Return what is added up at a block with these linear groups, which were made for the same ``experts``."""
+    items = [_collection(group, is_own=experts is not ExpertStatistics.ALL) for group in groups]
+    shared: list[int | None] = [None] * len(groups)
+    if experts is ExpertStatistics.SHRINKAGE:
+        places: dict[str, int] = {}
+        for position, group in enumerate(groups):
+            if group.expert:
+                # What gate and up of one expert read is what those of all others read; for down there is no other.
+                reads = group.linears[0].local_name
+                is_common = reads.rpartition(".")[2] != "down_proj"
+                key = group.linears[0].experts if is_common else reads
+                if key not in places:
+                    places[key] = len(items)
+                    items.append(Collection(reads, group.in_features, group.linears[0].experts))
+                shared[position] = places[key]
+    return Collections(tuple(items), tuple(shared), sees_all=experts is not ExpertStatistics.ROUTED)
+
+
+def _collection(group: LinearGroup, *, is_own: bool) -> Collection:
+    members = [linear for linear in group.linears if linear.expert]
+    if not members:
+        return Collection(group.linears[0].local_name, group.in_features)
+    # Of an expert's linear, whatever else reads the same input: when it is called, the router has chosen.
+    counted = tuple(dict.fromkeys(int(linear.expert.rpartition(".")[2]) for linear in members))
+    of = counted[0] if is_own else None
+    return Collection(members[0].local_name, group.in_features, members[0].experts, counted, of)
+
+
+@contextmanager
+def collecting(block: nn.Module, collections: Collections, device: str) -> Iterator[list[Sums]]:
+    """Within the context, what the block's linears read is added to the sums given, one for each collection."""
+    sums = [
+        Sums(empty(item.in_features, device), torch.zeros(len(item.counted), dtype=torch.int64))
+        for item in collections.items
+    ]
+
+    def hook(position: int, item: Collection) -> Any:
+        experts = block.get_submodule(item.experts) if item.experts else None
+
+        def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x_TI, before = args[0].flatten(0, -2), sums[position]
+            if isinstance(experts, Experts):
+                rows = experts.rows
+                counts = torch.tensor([rows[number].numel() for number in item.counted], dtype=torch.int64)
+                before = replace(before, routed_E=before.routed_E + counts)
+                if item.of is not None and experts.sees_all:
+                    x_TI = x_TI[rows[item.of]]
+            sums[position] = replace(before, statistics=accumulate(before.statistics, x_TI))
+
+        return take
+
+    handles = [
+        block.get_submodule(item.linear).register_forward_pre_hook(hook(position, item))
+        for position, item in enumerate(collections.items)
+    ]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def blend(own: Statistics, shared: Statistics | None, shrinkage: float) -> Statistics:
+    """Return the statistics that a group is solved with.
+
+    With ``shared``: (own / n + shrinkage * shared / m) / (1 + shrinkage) for each sum, n and m the tokens of either,
+    times m, so that they stand for as many tokens as there are; ``shared`` alone where n is 0. Maxima are of both.
+
+    Without, ``own``; where no token was seen, those of uncorrelated inputs of one size, with which every solver rounds
+    to nearest: whoever reports the group says so.
+
+    Args:
+        own: Sums over the group's own tokens.
+        shared: Sums over the tokens that it is drawn towards, of which there are some; None where there is nothing.
+        shrinkage: Weight of the shared ones, that of the own being 1.
+    """
+    if shared is None:
+        return own if own.num_tokens else _uncorrelated(own)
+    if not own.num_tokens:
+        return shared
+    own_weight = shared.num_tokens / own.num_tokens / (1 + shrinkage)
+    shared_weight = shrinkage / (1 + shrinkage)
+    return Statistics(
+        second_moment_II=own.second_moment_II * own_weight + shared.second_moment_II * shared_weight,
+        abs_sum_I=own.abs_sum_I * own_weight + shared.abs_sum_I * shared_weight,
+        abs_max_I=torch.maximum(own.abs_max_I, shared.abs_max_I),
+        num_tokens=shared.num_tokens,
+    )
+
+
+def _uncorrelated(like: Statistics) -> Statistics:
+    ones_I = torch.ones_like(like.abs_sum_I)
+    return Statistics(torch.diag(ones_I), ones_I, ones_I.clone(), 1)
