@@ -12,6 +12,7 @@ from pipeline.errors import SourceError
 from pipeline.graph.plan import remote_outline
 from pipeline.hub.source import pin_source
 from pipeline.settings import Settings
+from pipeline.spec import ExpertStatistics
 
 
 @pytest.mark.parametrize("config", ["{", '{"model_type": "unheard_of", "architectures": ["X"]}'])
@@ -22,6 +23,6 @@ def test_a_config_that_cannot_be_used_is_named_after_its_source(
     shutil.copytree(llama, source)
     (source / "config.json").write_text(config)
     with pytest.raises(SourceError) as caught:
-        remote_outline(pin_source(str(source), settings), settings)
+        remote_outline(pin_source(str(source), settings), settings, ExpertStatistics.ALL)
     assert "my-model" in str(caught.value)
     assert "bitmill-plan" not in json.dumps([str(caught.value), caught.value.hint])
