@@ -36,6 +36,11 @@ def render_forecast(forecast: Forecast, console: Console) -> None:
         f"  memory per worker up to {format_bytes(forecast.memory.total)}, and {format_bytes(prediction.held_bytes)} "
         f"of passing outputs there or on its disk"
     )
+    if forecast.short_bytes:
+        console.print(
+            f"  [yellow]{format_bytes(forecast.short_bytes)} less than that are there for each worker: take fewer "
+            "--workers, or say what they may use with --max-memory[/yellow]"
+        )
     links = ", ".join(f"{name} {share:.0%}" for name, share in prediction.busy_links.items())
     console.print(f"  busiest links: {links}")
     if forecast.price is not None:

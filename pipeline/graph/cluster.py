@@ -429,7 +429,8 @@ def look_at(address: str, device: str, workers: int | None, max_memory_bytes: in
             code="graph.infeasible",
             hint="a worker takes a CPU, a share of a GPU on GPUs, and what --max-memory says",
         )
-    return ClusterRequest(Cluster.of(by_node), found, {}, address)
+    memory = [node.get("memory", 0.0) / used for node, used in zip(nodes, by_node, strict=True) if used]
+    return ClusterRequest(Cluster.of(by_node), found, {}, address, int(min(memory)))
 
 
 def _connect(ray: Any, workers: int, address: str | None) -> None:
@@ -456,7 +457,8 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}},
             **options,
         )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, SystemExit) as error:
+        # Ray ends the process when what listens at the address never answers, or is no Ray.
         raise GraphError(
             f"Ray {'at ' + address if address else 'on this machine'} cannot be used: {error}",
             code="graph.no_cluster",

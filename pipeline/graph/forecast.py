@@ -53,12 +53,14 @@ class ClusterRequest:
         device: ``cpu`` or ``cuda``.
         calibration: Keys of the spec's ``calibration`` that are other than there.
         address: Where it is, if it is a real one.
+        worker_bytes: Memory that a machine of it has for each of its workers at least; 0 when it is not known.
     """
 
     cluster: Cluster
     device: str
     calibration: Mapping[str, int]
     address: str = ""
+    worker_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Forecast:
             price of such a worker.
         stages: The same stage by stage.
         address: Of the cluster, if it is a real one.
+        short_bytes: Memory that workers lack where they are most crowded; 0 when it is not known that they lack any.
     """
 
     prediction: Prediction
@@ -117,6 +120,7 @@ class Forecast:
     prices: Mapping[str, float]
     stages: tuple[StageRow, ...]
     address: str = ""
+    short_bytes: int = 0
 
     @property
     def price(self) -> float | None:
@@ -206,6 +210,7 @@ def forecast(
                 prices=prices_of(spec.cluster.prices, prediction, request.device),
                 stages=stage_rows(prediction, memory.needed, spec.cluster.prices, request.device),
                 address=request.address,
+                short_bytes=max(0, memory.needed.total - request.worker_bytes) if request.worker_bytes else 0,
             )
         )
     return tuple(found)

@@ -9,7 +9,14 @@ import pytest
 
 from pipeline.errors import PlanError, SpecError
 from pipeline.graph.cost import cost_model
-from pipeline.graph.forecast import PRICED_ROUTES, forecast, forecast_shape, parse_cluster, planned_inputs
+from pipeline.graph.forecast import (
+    PRICED_ROUTES,
+    ClusterRequest,
+    forecast,
+    forecast_shape,
+    parse_cluster,
+    planned_inputs,
+)
 from pipeline.graph.memory import plan_memory
 from pipeline.graph.outline import open_folder
 from pipeline.graph.plan import plan_conversion
@@ -133,3 +140,11 @@ def test_machines_with_different_numbers_of_workers(llama: Path, make_spec: Make
     found = simulate(inputs, cluster)
     assert len(found.busy_shares) == 4
     assert all(found.busy_shares)
+
+
+def test_memory_that_workers_of_a_real_cluster_lack_is_said(llama: Path, make_spec: MakeSpec) -> None:
+    outline, spec = open_folder(llama).outline, make_spec()
+    real = [ClusterRequest(Cluster(1, 2), "cpu", {}, "head:6379", size) for size in (10**8, 10**12, 0)]
+    found = forecast(outline, spec, real)
+    assert [item.short_bytes for item in found] == [found[0].memory.total - 10**8, 0, 0]
+    assert {item.address for item in found} == {"head:6379"}
