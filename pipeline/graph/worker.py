@@ -5,7 +5,6 @@ Everything that a worker knows can be lost: durable outputs are in the work stor
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -19,6 +18,7 @@ from pipeline import heap
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.outline import Source, open_folder, open_streamed
+from pipeline.graph.parts import Part
 from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
 from pipeline.graph.stages.call import KEPT_COPIES, LOST, Call, FetchFrom, JobContext
@@ -84,10 +84,12 @@ class Worker:
         # Vanishes with this process, however it ends: the next run sweeps what dead ones left.
         spill = self._stack.enter_context(self._work.private_folder())
         budget = _shelf_bytes(context)
-        self.shelf = Shelf(budget, spill, context.device, int(COPY_SHARE[context.device] * budget))
+        copies = int(COPY_SHARE[context.device] * budget)
+        self.shelf = Shelf(budget, spill, context.device, copies, _spare_of_peak if context.device == "cpu" else None)
         with suppress(PipelineError):  # the first unit says it, as an outcome
             self._source()
-        self._own_bytes = heap.resident_bytes()
+        heap.drop_mapped()
+        self._own_bytes = heap.private_bytes()
 
     def run(self, unit: WorkUnit, fetch: FetchFrom) -> Outcome:
         """Run a unit and return what it came to; what other workers hold comes through ``fetch``.
@@ -105,22 +107,23 @@ class Worker:
             if not _is_lack_of_memory(caught):
                 raise
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
-        if heap.resident_bytes() > self._own_bytes + self.shelf.memory_bytes + heap.FREED_BYTES:
+        if heap.private_bytes() > self._own_bytes + self.shelf.memory_bytes + heap.FREED_BYTES:
             heap.give_back()
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        heap.drop_mapped(heap.MAPPED_BYTES)
         damaged = tuple(self._work.take_damaged())
-        return Outcome(record, error, self._clock() - start, peak_bytes, damaged)
+        return Outcome(record, error, self._clock() - start, heap.peak_bytes(), damaged)
 
-    def hand_over(self, key: str, prefix: str) -> Tensors:
-        """Return of a passing output that this worker holds the tensors whose names start so, in CPU memory.
+    def hand_over(self, key: str, prefix: str, number: int) -> Part:
+        """Return of an output on this worker's shelf a part of the tensors whose names start so.
 
         Raises:
-            GraphError: with the code ``LOST`` when it does not.
+            GraphError: with the code ``LOST`` when it is not there.
         """
-        found = self.shelf.get(key, prefix)
-        if found is None:
+        heap.drop_mapped(heap.MAPPED_BYTES)
+        part = self.shelf.part(key, prefix, number)
+        if part is None:
             raise lost_output(key)
-        return {name: tensor.cpu() for name, tensor in found.items()}
+        return part
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop passing outputs that nobody reads any more."""
@@ -161,6 +164,13 @@ class Worker:
         if unit.kind in KEPT_COPIES:
             self.shelf.put(unit.key, call.outputs, is_copy=True)
         return record
+
+
+def _spare_of_peak(wanted_bytes: int) -> int:
+    """Return how much of so many bytes this process can take in without taking more than it has had."""
+    if heap.peak_bytes() - heap.resident_bytes() < wanted_bytes:
+        heap.give_back()
+    return max(0, min(wanted_bytes, heap.peak_bytes() - heap.resident_bytes()))
 
 
 def _shelf_bytes(context: JobContext) -> int:
