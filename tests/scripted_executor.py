@@ -10,6 +10,7 @@ from dataclasses import replace
 from pipeline.errors import PipelineError
 from pipeline.graph.dag import WorkUnit
 from pipeline.graph.executor import Event, Finished, WorkerId, WorkerJoined, WorkerLost
+from pipeline.graph.parts import join_parts
 from pipeline.graph.shelf import Tensors
 from pipeline.graph.stages.call import JobContext
 from pipeline.graph.worker import Outcome, Worker, lost_output
@@ -122,7 +123,7 @@ class ScriptedExecutor:
             holder = self.alive.get(holders.get(key, ""))
             if holder is None or holders[key] in self.stalled:
                 raise lost_output(key)
-            return {name: tensor.clone() for name, tensor in holder.hand_over(key, prefix).items()}
+            return join_parts(lambda number: holder.hand_over(key, prefix, number))
 
         return self.alive[name].run(unit, fetch)
 

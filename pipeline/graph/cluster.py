@@ -23,13 +23,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from pipeline import heap
 from pipeline.errors import GraphError
 from pipeline.graph.dag import WorkUnit
 from pipeline.graph.executor import Event, Finished, WorkerId, WorkerJoined, WorkerLost
 from pipeline.graph.forecast import ClusterRequest
+from pipeline.graph.parts import PART_BYTES, Part, join_parts
 from pipeline.graph.prediction import Cluster
 from pipeline.graph.shelf import Tensors
 from pipeline.graph.stages.call import JobContext
@@ -38,8 +37,12 @@ from pipeline.graph.worker import Outcome, Worker, lost_output
 from pipeline.settings import quiet_ray
 from pipeline.units import format_bytes
 
-OBJECT_STORE_BYTES = 400_000_000
-"""Local object store: what workers hand to each other passes through it and does not stay."""
+OBJECT_STORE_BYTES = 100_000_000
+"""Local object store, besides what workers hand to each other: Ray wants so much at least."""
+
+PARTS_UNDER_WAY = 2
+"""Parts of outputs that are in the object store at a time for each worker: one that it has been asked for, and one that
+it has asked for."""
 
 LOCAL_RAY_BYTES = 400_000_000
 """Memory of a local Ray's own six processes (230 MB that they share with nobody, ray 2.60.0, Linux, from
@@ -100,21 +103,25 @@ class RemoteWorker:
             holder = holders.get(key)
             if holder is None:
                 raise lost_output(key)
+
+            def ask(number: int) -> Part:
+                heap.drop_mapped(heap.MAPPED_BYTES)
+                part: Part = ray.get(holder.hand_over.remote(key, prefix, number), timeout=self._hand_over_timeout_s)
+                return part
+
             try:
-                arrays = ray.get(holder.hand_over.remote(key, prefix), timeout=self._hand_over_timeout_s)
+                return join_parts(ask)
             except ray.exceptions.TaskCancelledError as error:
                 raise cancelled(f"{unit.title} was cancelled by Ray") from error
             except (ray.exceptions.RayError, GraphError) as error:
                 raise lost_output(key) from error
-            # Copied: the object store's memory is read-only and lent.
-            return {name: torch.tensor(array) for name, array in arrays.items()}
 
         return self._worker.run(unit, fetch)
 
-    def hand_over(self, key: str, prefix: str) -> dict[str, Any]:
-        """Return of a passing output that this worker holds the tensors whose names start so, as arrays, which Ray
+    def hand_over(self, key: str, prefix: str, number: int) -> Part:
+        """Return of an output that this worker holds a part of the tensors whose names start so, as arrays, which Ray
         moves without copies of its own."""
-        return {name: tensor.numpy() for name, tensor in self._worker.hand_over(key, prefix).items()}
+        return self._worker.hand_over(key, prefix, number)
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop passing outputs."""
@@ -442,9 +449,9 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
             "address": "local",
             "num_cpus": workers,
             "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
+            "object_store_memory": _object_store_bytes(workers),
             "_node_ip_address": "127.0.0.1",
-            **_local_memory(),
+            **_local_memory(workers),
         }
     )
     if address:
@@ -470,11 +477,15 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
             signal.signal(signal.SIGTERM, on_terminate)
 
 
-def _local_memory() -> dict[str, Any]:
+def _object_store_bytes(workers: int) -> int:
+    return OBJECT_STORE_BYTES + PARTS_UNDER_WAY * PART_BYTES * workers
+
+
+def _local_memory(workers: int) -> dict[str, Any]:
     """Return what Ray is told of this machine's memory: what is left of it, where that is known. Ray itself takes the
     memory of programs outside its own control group for free."""
     spare = heap.spare_bytes()
-    return {} if spare is None else {"_memory": max(spare - OBJECT_STORE_BYTES - LOCAL_RAY_BYTES, 0)}
+    return {} if spare is None else {"_memory": max(spare - _object_store_bytes(workers) - LOCAL_RAY_BYTES, 0)}
 
 
 def _require_reachable(address: str) -> None:

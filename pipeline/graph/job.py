@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from pipeline import heap
 from pipeline.errors import CorruptWeightsError, StorageError
 from pipeline.graph.build import Inputs, JobUnits, build_units
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
@@ -85,6 +86,7 @@ def run_job(
             sink.emit(WorkersStarting(num_workers))
             executor = _executor(context, options, stopping)
             observer.staffed(len(executor.workers))
+            heap.drop_mapped()
         with closing(executor):
             is_cancelled = stopping.is_cancelled
             return Driver(make_goals, tuning, work, executor, observer, is_cancelled=is_cancelled).run()

@@ -18,9 +18,10 @@ from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, cut
 from pipeline.graph.cost import CostModel
 from pipeline.graph.dag import Kind
 from pipeline.graph.folds import MAX_SEARCHED_ROWS
+from pipeline.graph.parts import PART_BYTES
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.tuning import Tuning, make_tuning
-from pipeline.heap import FREED_BYTES
+from pipeline.heap import FREED_BYTES, MAPPED_BYTES
 from pipeline.quantize.solve import TILE_ROWS
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import HEAD_PART_ELEMENTS, TABLE_ELEMENTS
@@ -28,8 +29,13 @@ from pipeline.spec import ConversionSpec, Method
 from pipeline.units import format_bytes
 from pipeline.validate.divergence import CHUNK_ELEMENTS
 
-PROCESS_BYTES = 480_000_000
-"""A worker process with torch, transformers and Ray imported and a model's skeleton (measured: VmHWM, torch 2.13.0)."""
+PROCESS_BYTES = 330_000_000 + MAPPED_BYTES
+"""A worker process with torch, transformers and Ray imported and a model's skeleton: what is its own (measured: 315 MB
+RssAnon before the first unit, torch 2.13.0, 2026-11-25), and the pages of files and of shared memory that it keeps."""
+
+PARTS_AT_ONCE = 3
+"""Parts of outputs in a worker's memory: one that it hands over, read back and in shared memory, and one that it is
+handed."""
 
 KEPT_BYTES = FREED_BYTES + 32_000_000
 """Memory that units have freed, and that the process keeps for the next ones, with what comes between two looks."""
@@ -62,7 +68,7 @@ class WorkerMemory:
 
     Attributes:
         process: Of itself.
-        handing_over: Of the largest sum that other workers get while a unit runs: read back, and in shared memory.
+        handing_over: Of what passes from one worker to another while a unit runs.
         units: Of the largest unit of each kind.
     """
 
@@ -226,7 +232,8 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4
     if Method.AWQ in methods:
         units["search scales"] = dense + stored + search
-    return WorkerMemory(PROCESS_BYTES + KEPT_BYTES, 2 * moment if tuning.workers > 1 else 0, units)
+    handing_over = PARTS_AT_ONCE * min(moment, PART_BYTES)
+    return WorkerMemory(PROCESS_BYTES + KEPT_BYTES, handing_over if tuning.workers > 1 else 0, units)
 
 
 def _widest_module(group: LinearGroup) -> int:

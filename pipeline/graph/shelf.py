@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.tensors.local import read_file_tensors
+from pipeline.graph.parts import PART_BYTES, Part, cut_rows, make_part, take_rows
+from pipeline.tensors.local import read_file_rows, read_file_tensors
 from pipeline.tensors.writer import write_safetensors
 
 Tensors = Mapping[str, Tensor]
@@ -24,6 +25,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass
 class _Entry:
+    outlines: Tensors
     tensors: Tensors | None
     num_bytes: int
     file: Path | None
@@ -38,10 +40,26 @@ class Shelf:
         num_spilled: Entries written to disk so far.
     """
 
-    def __init__(self, max_bytes: int, spill_folder: Path, device: str, max_copy_bytes: int | None = None) -> None:
-        """Keep up to ``max_bytes`` in memory, the rest under ``spill_folder``, tensors on ``device``; of copies up to
-        ``max_copy_bytes`` (default: as much as there is room)."""
+    def __init__(
+        self,
+        max_bytes: int,
+        spill_folder: Path,
+        device: str,
+        max_copy_bytes: int | None = None,
+        spare_bytes: Callable[[int], int] | None = None,
+    ) -> None:
+        """Keep outputs in memory up to a budget.
+
+        Args:
+            max_bytes: The budget.
+            spill_folder: Where the rest goes.
+            device: Where tensors are.
+            max_copy_bytes: Budget of copies within it; default: as much as there is room.
+            spare_bytes: How much of so many bytes may be taken for what is only kept to be read faster; default: as
+                much as there is room.
+        """
         self._max_bytes, self._folder, self._device = max_bytes, spill_folder, device
+        self._spare_bytes = spare_bytes or (lambda wanted_bytes: wanted_bytes)
         self._max_copy_bytes = max_bytes if max_copy_bytes is None else max_copy_bytes
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._in_memory = 0
@@ -67,7 +85,7 @@ class Shelf:
         with self._lock:
             self.drop((key,))
             num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-            self._entries[key] = _Entry(tensors, num_bytes, None, is_copy)
+            self._entries[key] = _Entry(_outlines(tensors), tensors, num_bytes, None, is_copy)
             self._in_memory += num_bytes
             self._make_room()
 
@@ -82,7 +100,7 @@ class Shelf:
         with self._lock:
             num_bytes = sum(tensor.nbytes for tensor in tensors.values())
             if self.make_room_for(num_bytes) == num_bytes:
-                self._entries[key] = _Entry(tensors, num_bytes, None, is_copy=True, is_kept=True)
+                self._entries[key] = _Entry(_outlines(tensors), tensors, num_bytes, None, is_copy=True, is_kept=True)
                 self._in_memory += num_bytes
 
     def get(self, key: str, prefix: str = "") -> Tensors | None:
@@ -99,6 +117,24 @@ class Shelf:
             found = read_file_tensors(entry.file, lambda name: name.startswith(prefix))
             return {name: tensor.to(self._device) for name, tensor in found.items()}
 
+    def part(self, key: str, prefix: str, number: int) -> Part | None:
+        """Return a part of those tensors of a unit's output whose names start with ``prefix``, in CPU memory, or None
+        when the output is not here; of what is on disk only the part is read."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return None
+            self._entries.move_to_end(key)
+            wanted = {name: outline for name, outline in entry.outlines.items() if name.startswith(prefix)}
+            parts = cut_rows(wanted, PART_BYTES)
+            ranges = parts[number]
+            if entry.tensors is not None:
+                found = {name: take_rows(entry.tensors[name], rows).cpu() for name, rows in ranges.items()}
+            else:
+                assert entry.file is not None, "an entry is in memory or in a file"
+                found = read_file_rows(entry.file, ranges)
+            return make_part(wanted, found, ranges, len(parts))
+
     def drop(self, keys: Iterable[str]) -> None:
         """Forget outputs; those that are not here are forgotten already."""
         with self._lock:
@@ -112,8 +148,10 @@ class Shelf:
                     entry.file.unlink(missing_ok=True)
 
     def make_room_for(self, num_bytes: int) -> int:
-        """Return how much of so many bytes of memory is free, after copies were dropped for it that are not kept."""
+        """Return how much of so many bytes of memory may be taken for what is read in turns, after copies were dropped
+        for it that are not kept."""
         with self._lock:
+            num_bytes = self._spare_bytes(num_bytes)
             for key in [key for key, entry in self._entries.items() if entry.is_copy and not entry.is_kept]:
                 if self._in_memory + num_bytes <= self._max_bytes:
                     break
@@ -147,3 +185,8 @@ class Shelf:
         entry.tensors = None
         self._in_memory -= entry.num_bytes
         self.num_spilled += 1
+
+
+def _outlines(tensors: Tensors) -> Tensors:
+    """Return tensors of the same shapes and dtypes without content."""
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}

@@ -5,7 +5,6 @@ Everything that a worker knows can be lost: durable outputs are in the work stor
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
@@ -19,14 +18,17 @@ from pipeline import heap
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.outline import Source, open_folder, open_streamed
+from pipeline.graph.parts import Part
 from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
 from pipeline.graph.stages.call import KEPT_COPIES, LOST, Call, FetchFrom, JobContext
+from pipeline.quantize import kernels as solver_loops
 from pipeline.settings import load_settings
 from pipeline.skeleton.products import prefer_onednn
 from pipeline.spec import ExpertStatistics
 from pipeline.storage.work import DamagedStage, StageRecord, open_work_store
 from pipeline.tensors.reader import FileStamp
+from pipeline.validate import kernels as score_loops
 
 THREADS_PER_UNIT = 1
 """Threads of one work unit. More would change the order of summation inside BLAS, hence the bytes."""
@@ -78,8 +80,8 @@ class Worker:
     def __init__(self, context: JobContext, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with nothing but the job's context; the source is opened before the first unit asks for it.
 
-        That loads the model's class and takes seconds, which are the start's and not a unit's: units are timed, and
-        whoever watches is told of workers once they can work.
+        That loads the model's class, and compiled loops, and takes seconds, which are the start's and not a unit's:
+        units are timed, and whoever watches is told of workers once they can work.
         """
         self._context, self._clock = context, clock
         self._work = open_work_store(context.work_url, load_settings())
@@ -88,10 +90,15 @@ class Worker:
         # Vanishes with this process, however it ends: the next run sweeps what dead ones left.
         spill = self._stack.enter_context(self._work.private_folder())
         budget = _shelf_bytes(context)
-        self.shelf = Shelf(budget, spill, context.device, int(COPY_SHARE[context.device] * budget))
+        copies = int(COPY_SHARE[context.device] * budget)
+        self.shelf = Shelf(budget, spill, context.device, copies, _spare_of_peak if context.device == "cpu" else None)
         with suppress(PipelineError):  # the first unit says it, as an outcome
             self._source()
-        self._own_bytes = heap.resident_bytes()
+        if context.device == "cpu":
+            solver_loops.load()
+            score_loops.load()
+        heap.drop_mapped()
+        self._own_bytes = heap.private_bytes()
 
     def run(self, unit: WorkUnit, fetch: FetchFrom) -> Outcome:
         """Run a unit and return what it came to; what other workers hold comes through ``fetch``.
@@ -109,22 +116,23 @@ class Worker:
             if not _is_lack_of_memory(caught):
                 raise
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
-        if heap.resident_bytes() > self._own_bytes + self.shelf.memory_bytes + heap.FREED_BYTES:
+        if heap.private_bytes() > self._own_bytes + self.shelf.memory_bytes + heap.FREED_BYTES:
             heap.give_back()
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        heap.drop_mapped(heap.MAPPED_BYTES)
         damaged = tuple(self._work.take_damaged())
-        return Outcome(record, error, self._clock() - start, peak_bytes, damaged)
+        return Outcome(record, error, self._clock() - start, heap.peak_bytes(), damaged)
 
-    def hand_over(self, key: str, prefix: str) -> Tensors:
-        """Return of a passing output that this worker holds the tensors whose names start so, in CPU memory.
+    def hand_over(self, key: str, prefix: str, number: int) -> Part:
+        """Return of an output on this worker's shelf a part of the tensors whose names start so.
 
         Raises:
-            GraphError: with the code ``LOST`` when it does not.
+            GraphError: with the code ``LOST`` when it is not there.
         """
-        found = self.shelf.get(key, prefix)
-        if found is None:
+        heap.drop_mapped(heap.MAPPED_BYTES)
+        part = self.shelf.part(key, prefix, number)
+        if part is None:
             raise lost_output(key)
-        return {name: tensor.cpu() for name, tensor in found.items()}
+        return part
 
     def forget(self, keys: Iterable[str]) -> None:
         """Drop passing outputs that nobody reads any more."""
@@ -168,6 +176,13 @@ class Worker:
         if unit.kind in KEPT_COPIES:
             self.shelf.put(unit.key, call.outputs, is_copy=True)
         return record
+
+
+def _spare_of_peak(wanted_bytes: int) -> int:
+    """Return how much of so many bytes this process can take in without taking more than it has had."""
+    if heap.peak_bytes() - heap.resident_bytes() < wanted_bytes:
+        heap.give_back()
+    return max(0, min(wanted_bytes, heap.peak_bytes() - heap.resident_bytes()))
 
 
 def _shelf_bytes(context: JobContext) -> int:

@@ -294,3 +294,16 @@ def solve_block(
                 error_BL[j, lane] = weight_L[lane] - step * scale_L[lane]
             step_BR[j, rows] = step_L[:count]
             error_BR[j, rows] = error_BL[j, :count]
+
+
+def load() -> None:
+    """Have the loops compiled, or loaded where they were compiled before: what comes first does not wait for it then."""
+    scale_OG, zero_OG = np.empty((1, 1), np.float32), np.empty((1, 1), np.uint8)
+    few = np.ones(1, np.float32)
+    one_BR = np.ones((1, 1), np.float32)
+    for importance in (np.ones((1, 1, 1), np.float32), np.ones((1, 2, 2), np.float32)):
+        fit_grid(
+            np.ones((1, importance.shape[1]), np.float32), importance, True, few[0], True, few, few, scale_OG, zero_OG
+        )
+    group_B = np.zeros(1, np.int64)
+    solve_block(one_BR.copy(), one_BR, one_BR, group_B, one_BR, one_BR, few[0], one_BR.copy(), one_BR.copy())

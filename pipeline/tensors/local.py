@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.tensors.dtypes import TORCH_DTYPES
-from pipeline.tensors.header import read_header
+from pipeline.tensors.header import TensorEntry, read_header
 from pipeline.tensors.index import WeightIndex, read_index
 from pipeline.tensors.reader import FileStamp, digest_tensors, expect_tensors, read_tensors
 
@@ -78,6 +78,28 @@ def read_file_tensors(path: Path, select: Callable[[str], bool] = lambda name: T
     """
     index = read_file_index(path)
     return read_tensors(path.parent, index, [name for name in index.entries if select(name)])
+
+
+def read_file_rows(path: Path, rows: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Return of the named tensors of one safetensors file the rows from a first one to before a last one, on the CPU;
+    only these are read. A tensor without dimensions is one row.
+
+    Raises:
+        CorruptWeightsError: when the file is damaged.
+    """
+    index = read_file_index(path)
+    entries = {name: (path.name, _rows_entry(index.entries[name][1], *ends)) for name, ends in rows.items()}
+    return read_tensors(path.parent, replace(index, entries=entries), rows)
+
+
+def _rows_entry(entry: TensorEntry, first: int, last: int) -> TensorEntry:
+    """Return a tensor's rows as if they were a tensor."""
+    if not entry.shape:
+        return entry
+    row_bytes = entry.num_bytes // max(entry.shape[0], 1)
+    start = entry.start_bytes + first * row_bytes
+    shape = (last - first, *entry.shape[1:])
+    return replace(entry, shape=shape, start_bytes=start, end_bytes=start + (last - first) * row_bytes)
 
 
 def read_file_index(path: Path) -> WeightIndex:

@@ -19,6 +19,9 @@ from pipeline.spec import PromptSpec
 RESIDENT_BYTES = 2 << 30
 """Dense blocks are kept between tokens up to this much; a larger model is read again for every token."""
 
+READ_SIZE = 3
+"""Memory that it takes to read one more block, counted in dense blocks: itself, and what it is made of."""
+
 RUN_LENGTH = 8
 """A token this many times in a row is degenerate."""
 
@@ -80,16 +83,25 @@ class Continuation:
 
 
 class BlockCache:
-    """Dense weights of blocks, read on demand, the most recently used dropped beyond a number of bytes."""
+    """Dense weights of blocks, read on demand, the most recently used dropped beyond a number of bytes, or when there
+    is room for no more."""
 
     def __init__(
         self,
         load: Callable[[int], dict[str, Tensor]],
         dense: Callable[[int, dict[str, Tensor]], Mapping[str, Tensor]],
         max_bytes: int = RESIDENT_BYTES,
+        room_for: Callable[[int], int] = lambda num_bytes: num_bytes,
     ) -> None:
-        """Read blocks with ``load`` and keep them as ``dense`` makes them for computing, so that it is done once."""
-        self._load, self._dense, self._max_bytes = load, dense, max_bytes
+        """Start without blocks.
+
+        Args:
+            load: Reads a block.
+            dense: Makes of it what is kept: what is computed with, so that it is made once.
+            max_bytes: Most bytes of blocks that are kept.
+            room_for: How much of so many more bytes there is room for.
+        """
+        self._load, self._dense, self._max_bytes, self._room_for = load, dense, max_bytes, room_for
         self._blocks: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
         self._bytes: dict[int, int] = {}
 
@@ -98,6 +110,9 @@ class BlockCache:
         if index not in self._blocks:
             # Room for another like the largest so far is made first: it must not be there besides what goes.
             largest = max(self._bytes.values(), default=0)
+            kept, needed = sum(self._bytes.values()), READ_SIZE * largest
+            if kept + largest <= self._max_bytes and self._room_for(needed) < needed:
+                self._max_bytes = kept
             while self._blocks and sum(self._bytes.values()) + largest > self._max_bytes:
                 # Blocks come round in order, so the one used last is the one needed last.
                 stale, _ = self._blocks.popitem()

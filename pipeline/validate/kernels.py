@@ -119,3 +119,9 @@ def compare_logits(
         out_L4[position, 1] = other_log_total - variant_V[target_L[position]] if is_sound else np.nan
         out_L4[position, 2] = divergence if is_sound else np.nan
         out_L4[position, 3] = 1.0 if _first(source_V, top) == _first(variant_V, other_top) else 0.0
+
+
+def load() -> None:
+    """Have the loop compiled, or loaded where it was compiled before."""
+    logits_LV = np.ones((1, 1), np.float32)
+    compare_logits(logits_LV, logits_LV, np.zeros(1, np.int64), np.empty((1, 4)))

@@ -94,3 +94,44 @@ def test_groups_of_the_first_version_limit_too(system: Path) -> None:
 def test_this_machine_has_something_left() -> None:
     spare = heap.spare_bytes()
     assert spare is None or spare > 0
+
+
+MAPPED_PROGRAM = """
+import ctypes, mmap, sys
+import torch
+from pipeline import heap
+torch.zeros(1)
+
+shared = mmap.mmap(-1, 32 << 20)
+shared.write(b"x" * len(shared))
+
+# What a loader does to a library: pages of a file that are changed, and cannot be written to afterwards.
+with open(sys.argv[1], "rb") as handle:
+    own = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+own[0:5] = b"moved"
+address = ctypes.addressof(ctypes.c_char.from_buffer(own))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), len(own), mmap.PROT_READ) == 0
+
+before, private = heap.mapped_bytes(), heap.private_bytes()
+heap.drop_mapped(before)
+kept = heap.mapped_bytes()
+heap.drop_mapped()
+print(before, kept, heap.mapped_bytes(), private - heap.private_bytes(), heap.peak_bytes() - heap.resident_bytes())
+assert shared[:] == b"x" * len(shared)
+assert own[:10] == b"moved" + b"y" * 5
+assert torch.linalg.cholesky(4 * torch.eye(300)).trace() == 600
+import sqlite3
+"""
+
+
+def test_pages_of_files_and_shared_memory_are_dropped_and_come_back(tmp_path: Path) -> None:
+    file = tmp_path / "library"
+    file.write_bytes(b"y" * (1 << 20))
+    program = [sys.executable, "-c", MAPPED_PROGRAM, str(file)]
+    printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    before, kept, after, lost, below_peak = map(int, printed.split())
+    assert before > (32 << 20) + 40_000_000
+    assert kept > 0.9 * before, "as many as they may be stay"
+    assert after < 20_000_000
+    assert lost < 5_000_000, "what is the process's own stays"
+    assert below_peak > (32 << 20)

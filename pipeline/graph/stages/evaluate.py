@@ -149,9 +149,10 @@ def generate(call: Call) -> dict[str, Any]:
         continued = [ids for need in call.needs(Kind.CONTINUE) for ids in _continuations(call.get(need))]
         return {"continuations": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in continued]}
     num_bytes = call.source.outline.index.num_parameters * skeleton.dtype.itemsize
-    load = BlockCache(VariantReader(call), skeleton.dense, call.shelf.make_room_for(num_bytes))
     found = []
     with skeleton.outer_attached(outer_weights(call)):
+        room_for = call.shelf.make_room_for
+        load = BlockCache(VariantReader(call), skeleton.dense, room_for(num_bytes), room_for)
         for prompt in call.params["prompts"]:
             prompt_ids = tokenizer.encode(prompt, with_special=True)
             ids = continue_greedily(skeleton, load, prompt_ids, call.params["max_tokens"], tokenizer.end_ids)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import StorageError
+from pipeline.graph import shelf as shelf_module
+from pipeline.graph.parts import Part, join_parts
 from pipeline.graph.shelf import Shelf, Tensors
 from tests.small_disk import small_disk
 
@@ -35,7 +37,7 @@ def same_bits(found: Tensors | None, expected: Tensors) -> bool:
     return all(
         found[name].dtype is tensor.dtype
         and found[name].shape == tensor.shape
-        and torch.equal(found[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+        and torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
         for name, tensor in expected.items()
     )
 
@@ -235,3 +237,46 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=r"large\.safetensors") as caught:
             shelf.put("large", tensors(0, 3 << 20))
     assert caught.value.code == "storage.full"
+
+
+@pytest.mark.parametrize("max_bytes", [10 * KILO, 0], ids=["in memory", "on disk"])
+def test_parts_of_an_output_are_its_tensors(tmp_path: Path, max_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf_module, "PART_BYTES", 100)
+    random = torch.Generator().manual_seed(0)
+    put = {
+        "sums.0.square": torch.randn(12, 12, generator=random),
+        "sums.0.count": torch.tensor(7),
+        "sums.1.square": torch.randn(3, 4, generator=random).bfloat16(),
+        "hidden.0": torch.randn(5, generator=random),
+    }
+    shelf = make(tmp_path, max_bytes)
+    shelf.put("a", put)
+    assert shelf.num_spilled == (max_bytes == 0)
+    for prefix in ("", "sums.0.", "hidden.", "none."):
+        parts: list[Part] = []
+
+        def ask(number: int, prefix: str = prefix, parts: list[Part] = parts) -> Part:
+            part = shelf.part("a", prefix, number)
+            assert part is not None
+            parts.append(part)
+            return part
+
+        joined = join_parts(ask)
+        assert same_bits(joined, {name: tensor for name, tensor in put.items() if name.startswith(prefix)})
+        assert all(sum(rows.data.nbytes for rows in part.rows) <= 100 for part in parts)
+    assert shelf.part("b", "", 0) is None
+
+
+def test_what_is_read_in_turns_takes_no_more_than_is_to_spare(tmp_path: Path) -> None:
+    spare = 2 * KILO
+    shelf = Shelf(10 * KILO, tmp_path / "spill", "cpu", spare_bytes=lambda wanted: min(wanted, spare))
+    shelf.put("copy", tensors(0), is_copy=True)
+    assert shelf.make_room_for(9 * KILO) == 2 * KILO
+    assert shelf.get("copy") is not None, "there was room for what could be spared"
+    shelf.keep("large", tensors(1, 3 * KILO))
+    shelf.keep("small", tensors(2))
+    assert shelf.get("large") is None
+    assert shelf.get("small") is not None
+    spare = 0
+    shelf.keep("another", tensors(3))
+    assert shelf.get("another") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import heap
 from pipeline.errors import PipelineError
 from pipeline.graph.dag import Kind, Stored, WorkUnit
+from pipeline.graph.parts import join_parts
 from pipeline.graph.stages import call as call_module
 from pipeline.graph.stages.call import LOST, Call, JobContext
-from pipeline.graph.worker import KEPT_COPIES, Worker, _shelf_bytes, nobody_holds
+from pipeline.graph.worker import KEPT_COPIES, Worker, _shelf_bytes, _spare_of_peak, nobody_holds
 from pipeline.storage.work_directory import DirectoryWorkStore
 from tests.unit.graph.toys import as_digest, as_tensors, combine, hidden, passing, run_toy, unit
 
@@ -56,7 +59,7 @@ def test_a_durable_output_goes_to_the_store_and_a_passing_one_to_the_shelf(
     assert outcome.record == work.lookup(*a.place)
     assert worker.shelf.get(a.key) is None
     assert worker.run(p, nobody_holds).record is None
-    assert as_digest(worker.hand_over(p.key, "")) == combine("p", [])
+    assert as_digest(join_parts(partial(worker.hand_over, p.key, ""))) == combine("p", [])
     assert work.lookup(*p.place) is None
     worker.forget([p.key])
     assert worker.shelf.get(p.key) is None
@@ -97,7 +100,7 @@ def test_what_nobody_holds_is_lost_by_name(worker: Worker) -> None:
     error = failure(worker, unit("reader", need))
     assert (error.code, error.context) == (LOST, {"key": need.key})
     with pytest.raises(PipelineError, match="held by no worker"):
-        worker.hand_over(need.key, "")
+        worker.hand_over(need.key, "", 0)
 
 
 def test_what_is_not_stored_any_more_is_missed_by_name(worker: Worker) -> None:
@@ -238,3 +241,13 @@ def test_an_accelerator_s_memory_is_for_the_shelf_too_unless_memory_is_limited(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
     context = JobContext("", "", "", (), device, shelf_bytes=1000, max_memory_bytes=max_memory_bytes)
     assert _shelf_bytes(context) == expected
+
+
+def test_what_is_to_spare_is_what_the_process_has_had_and_has_no_more() -> None:
+    held = torch.ones(100_000_000)
+    taken = 4 * held.numel()
+    assert _spare_of_peak(2 * taken) < taken // 2 or heap.peak_bytes() > heap.resident_bytes() + taken
+    del held
+    spare = _spare_of_peak(10**15)
+    assert taken * 0.9 < spare <= heap.peak_bytes()
+    assert _spare_of_peak(1000) == 1000

@@ -20,7 +20,7 @@ from pipeline.validate.gates import (
     check_scales,
     make_verdict,
 )
-from pipeline.validate.generation import BlockCache, Continuation, degeneracy
+from pipeline.validate.generation import READ_SIZE, BlockCache, Continuation, degeneracy
 from tests.factories import make_module
 
 BUDGETS = Budgets(max_relative_error=None, max_kl=None, max_perplexity_ratio=None, max_degradations=None)
@@ -187,3 +187,25 @@ def test_cache_keeps_what_is_needed_last_out_of_memory() -> None:
             assert float(cache(index)["w"][0]) == index
     # Two of three blocks fit: a cache that dropped the oldest would load all three again.
     assert loaded == [0, 1, 2, 1]
+
+
+def test_blocks_are_kept_only_while_there_is_room_to_read_another() -> None:
+    def loads(cache: BlockCache) -> list[int]:
+        loaded.clear()
+        for _ in range(3):
+            for index in range(5):
+                cache(index)
+        return list(loaded)
+
+    def load(index: int) -> dict[str, torch.Tensor]:
+        loaded.append(index)
+        return {"w": torch.zeros(100)}
+
+    def room_for(num_bytes: int) -> int:
+        asked.append(num_bytes)
+        return num_bytes if len(asked) < 3 else num_bytes - 1
+
+    loaded: list[int] = []
+    asked: list[int] = []
+    assert loads(BlockCache(load, dict, room_for=room_for)) == loads(BlockCache(load, dict, max_bytes=800))
+    assert asked == [0, READ_SIZE * 400, READ_SIZE * 400], "once there is none, two blocks are what is kept"
