@@ -25,11 +25,3 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def compiled(function: _Function) -> _Function:
     """Return the function compiled on its first call, and kept for other processes. Other threads may run meanwhile."""
     return cast("_Function", numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})(function))
-
-
-def inlined(function: _Function) -> _Function:
-    """Return the function as a part of the compiled ones that call it."""
-    return cast(
-        "_Function",
-        numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"}, inline="always")(function),
-    )

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.compiled import LANES, compiled, inlined
+from pipeline.compiled import LANES, compiled
 
 Floats = NDArray[np.float32]
 
@@ -33,7 +33,7 @@ def take(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype is torch.float32
 
 
-@inlined
+@compiled
 def _storable(scale_L: Floats, bits_L: NDArray[np.int32], round_up: bool) -> None:
     """Round scales in place to 8 significant bits within the storable range; ``bits_L`` is a view of the same memory.
 
@@ -51,7 +51,7 @@ def _storable(scale_L: Floats, bits_L: NDArray[np.int32], round_up: bool) -> Non
             bits_L[lane] = (bits_L[lane] + np.int32(0x7FFF) + odd) & np.int32(-65536)
 
 
-@inlined
+@compiled
 def _zeros_for(zero_L: Floats, low_L: Floats, fraction: np.float32, scale_L: Floats, max_code: np.float32) -> None:
     """Give the zero points that put ``fraction`` of the range's lower end at code 0."""
     for lane in range(LANES):
@@ -59,7 +59,7 @@ def _zeros_for(zero_L: Floats, low_L: Floats, fraction: np.float32, scale_L: Flo
         zero_L[lane] = (min(max(wished, _ZERO), max_code) + _PUSH) - _PUSH
 
 
-@inlined
+@compiled
 def _add_products(sum_L: Floats, factor_K: Floats, value_KL: Floats, count: int) -> None:
     """Add the first ``count`` rows of ``value_KL``, each times its factor, to ``sum_L``, in order."""
     whole = count - count % 8
@@ -83,7 +83,7 @@ def _add_products(sum_L: Floats, factor_K: Floats, value_KL: Floats, count: int)
             sum_L[lane] += factor_K[k] * value_KL[k, lane]
 
 
-@inlined
+@compiled
 def _losses(
     weight_gL: Floats,
     scale_L: Floats,
@@ -117,7 +117,7 @@ def _losses(
                 loss_L[lane] += _TWO * moved_L[lane] * delta_gL[i, lane]
 
 
-@inlined
+@compiled
 def _keep_better(
     loss_L: Floats, scale_L: Floats, zero_L: Floats, best_loss_L: Floats, best_scale_L: Floats, best_zero_L: Floats
 ) -> None:
@@ -297,7 +297,7 @@ def solve_block(
 
 
 def load() -> None:
-    """Have the loops compiled, or loaded where they were compiled before: what comes first does not wait for it then."""
+    """Have the loops compiled, or loaded where they were compiled before."""
     scale_OG, zero_OG = np.empty((1, 1), np.float32), np.empty((1, 1), np.uint8)
     few = np.ones(1, np.float32)
     one_BR = np.ones((1, 1), np.float32)

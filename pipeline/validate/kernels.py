@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.compiled import LANES, compiled, inlined
+from pipeline.compiled import LANES, compiled
 
 Floats = NDArray[np.float32]
 
@@ -25,7 +25,7 @@ _LEAST = np.float32(-87.0)
 _SERIES = tuple(np.float32(1.0 / k) for k in (5040, 720, 120, 24, 6, 2, 1, 1))
 
 
-@inlined
+@compiled
 def _exponentials(x_L: Floats, power_L: Floats, bits_L: NDArray[np.int32]) -> None:
     """Replace each of ``x_L`` (at most 0) by its exponential; ``bits_L`` is a view of ``power_L``, which is scratch."""
     for lane in range(LANES):
@@ -49,7 +49,7 @@ def _exponentials(x_L: Floats, power_L: Floats, bits_L: NDArray[np.int32]) -> No
         x_L[lane] *= power_L[lane]
 
 
-@inlined
+@compiled
 def _first(value_V: Floats, wanted: np.float32) -> int:
     """Return the place of the first value like ``wanted``; past the end when there is none (NaN)."""
     place = 0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.quantize import gptq, grid, kernels
 from pipeline.quantize.loss import row_losses
+from pipeline.quantize.statistics import accumulate, empty
 from pipeline.quantize.types import Scheme, dequantize
 
 SCHEMES = [Scheme(bits, size, symmetric) for bits in (2, 4, 8) for size in (16, 60) for symmetric in (True, False)]
@@ -116,3 +117,19 @@ def test_rows_that_overflow_are_said_to() -> None:
     assert factored is not None
     _, is_finite = gptq.solve_columns(weight, scale, zero, scheme, factored)
     assert is_finite.tolist() == [row != 9 for row in range(70)]
+
+
+@pytest.mark.parametrize("width", [1, 191, 192, 193, 400])
+def test_halves_of_symmetric_products_make_the_whole(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    parts = [torch.randn(size, width, generator=generator) for size in (7, 1, 40)]
+    statistics = empty(width)
+    for part in parts:
+        statistics = accumulate(statistics, part)
+    x = torch.cat(parts).double()
+    moment = statistics.second_moment_II
+    assert torch.allclose(moment.double(), x.t() @ x, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(moment, moment.t(), rtol=1e-6, atol=1e-6)
+    delta = torch.randn(9, width, generator=generator)
+    wanted = (delta.double() @ moment.double() * delta.double()).sum(-1)
+    assert torch.allclose(row_losses(delta, moment), wanted, rtol=1e-4)
