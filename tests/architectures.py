@@ -108,6 +108,8 @@ def _configs() -> dict[str, Callable[[], Any]]:
             num_experts=4,
             num_experts_per_tok=2,
         ),
+        # Experts that the checkpoint holds in one tensor.
+        "granitemoe": lambda: t.GraniteMoeConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
         "gpt_oss": lambda: t.GptOssConfig(
             **_GROUPED,
             head_dim=32,

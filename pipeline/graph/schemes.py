@@ -26,7 +26,7 @@ IGNORED = "left unquantized: the spec ignores it"
 """Note of a linear that ``ignore`` names."""
 
 NUM_CLOSE = 3
-"""Linears that an error offers for a name that is none."""
+"""Linears that an error names of many: for a name that is none, or that cannot stay unquantized alone."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def require_whole_groups(variant: VariantSpec, groups: Iterable[LinearGroup], pl
     for group in groups:
         part = quantized_part(group, plans)
         if part is not None and part != group:
-            kept = ", ".join(linear.name for linear in group.linears if linear not in part.linears)
+            names = [linear.name for linear in group.linears if linear not in part.linears]
+            more = f" and {len(names) - NUM_CLOSE} more" if len(names) > NUM_CLOSE else ""
+            kept = ", ".join(names[:NUM_CLOSE]) + more
             raise PlanError(
                 f"variant {variant.name}: {kept} cannot stay unquantized alone: {part.label} reads the same input, "
                 "which activation-aware scaling changes",

@@ -111,7 +111,7 @@ def split_experts(net: nn.Module) -> dict[str, Experts]:
     for name, module in found.items():
         _require_plain(type(net).__name__, name, module)
         gate_up, down = module.get_parameter(GATE_UP), module.get_parameter(DOWN)
-        activation = _activation(module)
+        activation = _activation_alone(module)
         number, hidden, width = down.shape
         experts = Experts([Expert(hidden, width, activation, gate_up.dtype) for _ in range(number)])
         net.set_submodule(name, experts.eval().requires_grad_(False))
@@ -153,9 +153,9 @@ def find_routers(block: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def fused_names(experts: Mapping[str, Experts]) -> list[str]:
+def fused_names(experts: Mapping[str, Experts]) -> set[str]:
     """Return the names that transformers has for the parameters that were split."""
-    return [f"{name}.{part}" for name in experts for part in PARTS]
+    return {f"{name}.{part}" for name in experts for part in PARTS}
 
 
 def per_expert_name(renamed: str, fused: str, sources: Sequence[str], pattern: str) -> str | None:
@@ -199,8 +199,8 @@ def _require_plain(architecture: str, name: str, module: Any) -> None:
         )
 
 
-def _activation(module: Any) -> Activation:
-    """Return the module's own activation. It must not hold the fused parameters, which are gone after the split."""
+def _activation_alone(module: Any) -> Activation:
+    """Return the module's own activation, and take the fused parameters from the module, which it holds."""
     for parameter in PARTS:
         del module._parameters[parameter]
     activation: Activation = module._apply_gate

@@ -99,13 +99,13 @@ def linear_groups(
         call.run(block, hidden_BLH)
     names, routers = skeleton.block_tensors(index), find_routers(block)
     members: dict[tuple[Any, ...], list[LinearRef]] = {}
-    for local_name, tensor in inputs:
+    for local_name, tensor, version in inputs:
         if local_name not in routers:
-            members.setdefault(_content(tensor), []).append(_reference(block, local_name, names))
+            members.setdefault((*_place(tensor), version), []).append(_reference(block, local_name, names))
     return tuple(LinearGroup(index, tuple(linears)) for linears in members.values())
 
 
-def _content(tensor: Tensor) -> tuple[Any, ...]:
+def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Return what two tensors have in common that hold the same tokens, [..., features], in one memory: experts are
     called on tokens in a row, [tokens, hidden], and shared experts on the sequences that they are of."""
     if not tensor.is_contiguous():
@@ -120,16 +120,17 @@ def hidden_size(skeleton: Skeleton) -> int:
 
 
 @contextmanager
-def linear_inputs(block: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """Within the context, every first call of a linear appends (local name, input tensor) to the list given."""
-    seen: list[tuple[str, Tensor]] = []
+def linear_inputs(block: nn.Module) -> Iterator[list[tuple[str, Tensor, int]]]:
+    """Within the context, every first call of a linear appends its local name, the input tensor, and how often that was
+    written to in place so far, to the list given."""
+    seen: list[tuple[str, Tensor, int]] = []
     called: set[str] = set()
 
     def hook(local_name: str) -> Any:
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if local_name not in called:
                 called.add(local_name)
-                seen.append((local_name, args[0]))
+                seen.append((local_name, args[0], args[0]._version))
 
         return record
 

@@ -589,11 +589,19 @@ def _checkpoint_names(net: Any, names: Iterable[str], experts: Mapping[str, Expe
         for pattern in converter.source_patterns
         if {type(operation) for operation in converter.operations} <= {MergeModulelist, Concatenate}
     }
-    state = {**net.state_dict(), **dict.fromkeys(fused_names(experts), True)}
+    fused = fused_names(experts)
+    state = {**net.state_dict(), **dict.fromkeys(fused, True)}
     found = {}
     for name in names:
         model_name, converted = rename_source_key(name, renamings, converters, net.base_model_prefix, state)
-        if converted is not None:
+        if converted is None and model_name in fused:
+            raise UnsupportedArchitectureError(
+                f"{name} of {type(net).__name__} holds all experts of a block in one tensor: only checkpoints with "
+                "tensors for each expert are supported yet",
+                hint="see docs/reference/architectures.md",
+            )
+        # Of what the model has no use for, as blocks that predict further tokens, nobody asks how it is converted.
+        if converted is not None and model_name in state:
             renamed, _ = rename_source_key(name, renamings, [])
             own_name = None
             if model_name.rpartition(".")[0] in experts and converted in merged:

@@ -257,7 +257,7 @@ def test_activation_aware_scales_cancel_exactly(name: str, dtype: torch.dtype, b
     scaled = 0
     for index in range(source.outline.skeleton.num_blocks):
         tensors, results = change_basis(source, index)
-        scaled += sum(result.exponent > 0 and not torch.equal(result.scale_I, torch.ones(())) for result in results)
+        scaled += sum(bool(result.exponent) and not torch.equal(result.scale_I, torch.ones(())) for result in results)
         net.load_state_dict({model_names[stored]: tensor.float() for stored, tensor in tensors.items()}, strict=False)
     changed = logits_of(net)
     assert scaled >= 4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +15,7 @@ from pipeline.errors import UnsupportedArchitectureError
 from pipeline.graph.outline import Source, open_folder
 from pipeline.graph.shapes import CONFIGS, ShapeOutline
 from pipeline.skeleton.experts import all_tokens, find_routers
+from pipeline.skeleton.groups import linear_inputs
 from pipeline.skeleton.model import dense_logits
 from pipeline.spec import ExpertStatistics
 from tests.architectures import MIXTURES, make_model
@@ -162,3 +163,38 @@ def test_experts_of_another_layout_are_refused_with_what_differs(tmp_path: Path)
     folder = make_model("gpt_oss", tmp_path / "gpt_oss")
     with pytest.raises(UnsupportedArchitectureError, match=r"not a plain gate, up and down.*has_bias"):
         open_folder(folder)
+
+
+def test_experts_that_the_checkpoint_holds_in_one_tensor_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make_model("granitemoe", tmp_path / "granitemoe")
+    with pytest.raises(UnsupportedArchitectureError, match=r"input_linear\.weight .*all experts of a block in one"):
+        open_folder(folder)
+
+
+def test_experts_of_a_block_that_the_model_has_no_use_for_are_extra(tmp_path: Path) -> None:
+    """DeepSeek V3 and GLM upload a block more, which predicts further tokens."""
+    folder = make_model("qwen3_moe", tmp_path / "qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    further = {n.replace(".1.", ".2.", 1): t.clone() for n, t in tensors.items() if n.startswith("model.layers.1.")}
+    save_file({**tensors, **further}, folder / "model.safetensors", {"format": "pt"})
+    skeleton = open_folder(folder).outline.skeleton
+    assert set(skeleton.extra_names) == set(further)
+    assert skeleton.num_blocks == 2
+
+
+def test_an_input_that_was_written_to_between_two_linears_is_not_one_input() -> None:
+    class Changing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.same, self.after = (torch.nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> None:
+            self.before(x)
+            self.same(x.view(-1, 4))
+            self.after(x.add_(1))
+
+    block = Changing()
+    with torch.no_grad(), linear_inputs(block) as inputs:
+        block(torch.zeros(1, 2, 4))
+    (_, _, first), (_, _, second), (_, _, third) = inputs
+    assert first == second < third
