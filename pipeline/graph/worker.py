@@ -88,7 +88,7 @@ class Worker:
         self.shelf = Shelf(budget, spill, context.device, copies, _spare_of_peak if context.device == "cpu" else None)
         with suppress(PipelineError):  # the first unit says it, as an outcome
             self._source()
-        heap.drop_mapped()
+        heap.drop_code()
         self._own_bytes = heap.private_bytes()
 
     def run(self, unit: WorkUnit, fetch: FetchFrom) -> Outcome:
@@ -109,7 +109,7 @@ class Worker:
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
         if heap.private_bytes() > self._own_bytes + self.shelf.memory_bytes + heap.FREED_BYTES:
             heap.give_back()
-        heap.drop_mapped(heap.MAPPED_BYTES)
+        heap.drop_shared(heap.SHARED_BYTES)
         damaged = tuple(self._work.take_damaged())
         return Outcome(record, error, self._clock() - start, heap.peak_bytes(), damaged)
 
@@ -119,7 +119,7 @@ class Worker:
         Raises:
             GraphError: with the code ``LOST`` when it is not there.
         """
-        heap.drop_mapped(heap.MAPPED_BYTES)
+        heap.drop_shared(heap.SHARED_BYTES)
         part = self.shelf.part(key, prefix, number)
         if part is None:
             raise lost_output(key)
