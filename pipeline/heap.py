@@ -14,13 +14,13 @@ import ctypes
 import os
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-FREED_BYTES = 96_000_000
+FREED_BYTES = 64_000_000
 """Freed memory that a process may keep. Giving all of it back after every unit of work costs a tenth of the time, as it
 has to be asked for again."""
 
@@ -28,9 +28,8 @@ LARGE_BYTES = 16 << 20
 """Blocks from this size on are always mapped on their own. Smaller ones are made too often: each time the system has to
 clear their pages."""
 
-MAPPED_BYTES = 96_000_000
-"""Pages of files and of shared memory that a worker keeps: its code takes nearly so much, and what it was handed in
-shared memory it has looked at once."""
+SHARED_BYTES = 16_000_000
+"""Pages of shared memory that a worker keeps: what it was handed there it has looked at once."""
 
 KEPT_BYTES = 64 << 20
 """Free memory at the heap's end that is kept."""
@@ -42,11 +41,12 @@ _DONT_NEED = 4
 """``MADV_DONTNEED`` as mman.h numbers it."""
 
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+)")
-"""A mapping's first line in smaps: where it begins and ends, its permissions, and the file's number, 0 for none."""
+"""A mapping's line in maps and its first one in smaps: where it begins and ends, its permissions, and the number of its
+file, 0 for none."""
 
 _STATM = Path("/proc/self/statm")
 _STATUS = Path("/proc/self/status")
-_SMAPS = Path("/proc/self/smaps")
+_MAPS, _SMAPS = Path("/proc/self/maps"), Path("/proc/self/smaps")
 _MEMINFO = Path("/proc/meminfo")
 _MEMBERSHIPS = Path("/proc/self/cgroup")
 _GROUPS = Path("/sys/fs/cgroup")
@@ -64,12 +64,6 @@ def resident_bytes() -> int:
     return _resident()[0]
 
 
-def mapped_bytes() -> int:
-    """Return how much of the resident memory is pages of files and of shared memory; 0 where the system does not
-    tell."""
-    return _resident()[1]
-
-
 def private_bytes() -> int:
     """Return how much of the resident memory no file and nobody else has; 0 where the system does not tell."""
     resident, mapped = _resident()
@@ -77,6 +71,7 @@ def private_bytes() -> int:
 
 
 def _resident() -> tuple[int, int]:
+    """Return the resident memory, and how much of it is pages of files and of shared memory."""
     try:
         resident, mapped = map(int, _STATM.read_text().split()[1:3])
     except OSError:
@@ -86,11 +81,12 @@ def _resident() -> tuple[int, int]:
 
 def peak_bytes() -> int:
     """Return the largest resident memory of this process so far."""
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status_bytes(name: str) -> int:
+    """Return a size that the system tells of this process; 0 where it does not."""
+    return next((1024 * int(line.split()[1]) for line in _lines(_STATUS) if line.startswith(f"{name}:")), 0)
 
 
 def spare_bytes() -> int | None:
@@ -144,36 +140,56 @@ def give_back() -> None:
         trim(0)
 
 
-def drop_mapped(beyond_bytes: int = 0) -> None:
-    """Let go of all pages of files that this process has not changed, and of shared memory, when they are more than so
-    many bytes and the system tells which they are (Linux). They stay where they are: what is touched again is back
-    without being read again.
+def drop_code() -> None:
+    """Let go of all pages of files that this process has not changed, where the system tells which they are (Linux).
+    They stay in the system's own memory: what is touched again is back without being read again.
 
     Takes 20 ms for a process with torch. Not to be called while libraries are being loaded.
     """
+    _drop(_unchanged_files())
+
+
+def drop_shared(beyond_bytes: int) -> None:
+    """Let go of all pages of shared memory when they are more than so many bytes and the system tells (Linux). What
+    they hold stays: what is touched again is back."""
+    if _status_bytes("RssShmem") > beyond_bytes:
+        _drop(_shared())
+
+
+def _drop(places: Iterable[tuple[int, int]]) -> None:
     advise = _function("madvise")
-    if advise is None or mapped_bytes() <= beyond_bytes:
-        return
-    for start, end in _droppable():
+    for start, end in places if advise is not None else ():
         # What the system refuses, such as locked pages, stays.
         advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
 
 
-def _droppable() -> Iterator[tuple[int, int]]:
-    """Yield where mappings begin and end whose pages are only copies of what the system has: shared ones, and private
-    ones of files that cannot be written to and have no page of their own, be it swapped out. What a loader has put
-    addresses into is private and of a file as well, but has such pages."""
-    try:
-        lines = _SMAPS.read_text().splitlines()
-    except OSError:
-        return
+def _unchanged_files() -> Iterator[tuple[int, int]]:
+    """Yield where mappings begin and end whose pages are only copies of what the system has: private ones of files that
+    cannot be written to and have no page of their own, be it swapped out. What a loader has put addresses into is of a
+    file and cannot be written to as well, but has such pages."""
+    lines = _lines(_SMAPS)
     heads = [number for number, line in enumerate(lines) if _MAPPING.match(line)]
     for first, last in zip(heads, [*heads[1:], len(lines)], strict=True):
         start, end, permissions, file = _MAPPING.findall(lines[first])[0]
         taken = {name: size.split()[0] for name, _, size in (line.partition(":") for line in lines[first + 1 : last])}
-        is_copy = file != "0" and "w" not in permissions and taken.get("Anonymous") == taken.get("Swap") == "0"
-        if (permissions[3] == "s" or is_copy) and taken.get("Rss") != "0":
+        is_own = permissions[3] == "s" or "w" in permissions or file == "0"
+        if not is_own and taken.get("Anonymous") == taken.get("Swap") == "0" != taken.get("Rss"):
             yield int(start, 16), int(end, 16)
+
+
+def _shared() -> Iterator[tuple[int, int]]:
+    """Yield where mappings begin and end that are shared with others."""
+    for match in filter(None, map(_MAPPING.match, _lines(_MAPS))):
+        start, end, permissions, _ = match.groups()
+        if permissions[3] == "s":
+            yield int(start, 16), int(end, 16)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 @lru_cache(maxsize=4)

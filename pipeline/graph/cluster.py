@@ -105,7 +105,7 @@ class RemoteWorker:
                 raise lost_output(key)
 
             def ask(number: int) -> Part:
-                heap.drop_mapped(heap.MAPPED_BYTES)
+                heap.drop_shared(heap.SHARED_BYTES)
                 part: Part = ray.get(holder.hand_over.remote(key, prefix, number), timeout=self._hand_over_timeout_s)
                 return part
 

@@ -86,7 +86,7 @@ def run_job(
             sink.emit(WorkersStarting(num_workers))
             executor = _executor(context, options, stopping)
             observer.staffed(len(executor.workers))
-            heap.drop_mapped()
+            heap.drop_code()
         with closing(executor):
             is_cancelled = stopping.is_cancelled
             return Driver(make_goals, tuning, work, executor, observer, is_cancelled=is_cancelled).run()

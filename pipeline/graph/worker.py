@@ -97,7 +97,7 @@ class Worker:
         if context.device == "cpu":
             solver_loops.load()
             score_loops.load()
-        heap.drop_mapped()
+        heap.drop_code()
         self._own_bytes = heap.private_bytes()
 
     def run(self, unit: WorkUnit, fetch: FetchFrom) -> Outcome:
@@ -118,7 +118,7 @@ class Worker:
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
         if heap.private_bytes() > self._own_bytes + self.shelf.memory_bytes + heap.FREED_BYTES:
             heap.give_back()
-        heap.drop_mapped(heap.MAPPED_BYTES)
+        heap.drop_shared(heap.SHARED_BYTES)
         damaged = tuple(self._work.take_damaged())
         return Outcome(record, error, self._clock() - start, heap.peak_bytes(), damaged)
 
@@ -128,7 +128,7 @@ class Worker:
         Raises:
             GraphError: with the code ``LOST`` when it is not there.
         """
-        heap.drop_mapped(heap.MAPPED_BYTES)
+        heap.drop_shared(heap.SHARED_BYTES)
         part = self.shelf.part(key, prefix, number)
         if part is None:
             raise lost_output(key)

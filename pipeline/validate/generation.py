@@ -19,7 +19,7 @@ from pipeline.spec import PromptSpec
 RESIDENT_BYTES = 2 << 30
 """Dense blocks are kept between tokens up to this much; a larger model is read again for every token."""
 
-READ_SIZE = 3
+READ_SIZE = 2
 """Memory that it takes to read one more block, counted in dense blocks: itself, and what it is made of."""
 
 RUN_LENGTH = 8
@@ -108,20 +108,25 @@ class BlockCache:
     def __call__(self, index: int) -> Mapping[str, Tensor]:
         """Return the weights of one block by local name."""
         if index not in self._blocks:
-            # Room for another like the largest so far is made first: it must not be there besides what goes.
+            # Room for another like the largest so far is made first: it must not be there besides what goes. Blocks
+            # come round in order, so the one used last is the one needed last.
             largest = max(self._bytes.values(), default=0)
-            kept, needed = sum(self._bytes.values()), READ_SIZE * largest
-            if kept + largest <= self._max_bytes and self._room_for(needed) < needed:
-                self._max_bytes = kept
-            while self._blocks and sum(self._bytes.values()) + largest > self._max_bytes:
-                # Blocks come round in order, so the one used last is the one needed last.
-                stale, _ = self._blocks.popitem()
-                del self._bytes[stale]
+            self._keep_at_most(self._max_bytes - largest)
+            needed = READ_SIZE * largest
+            while self._blocks and self._room_for(needed) < needed:
+                # What was freed does not always come to be free: from now on fewer are kept.
+                self._max_bytes = sum(self._bytes.values())
+                self._keep_at_most(self._max_bytes - 1)
             weights = self._dense(index, self._load(index))
             self._blocks[index] = weights
             self._bytes[index] = sum(tensor.nbytes for tensor in weights.values())
         self._blocks.move_to_end(index)
         return self._blocks[index]
+
+    def _keep_at_most(self, num_bytes: int) -> None:
+        while self._blocks and sum(self._bytes.values()) > num_bytes:
+            stale, _ = self._blocks.popitem()
+            del self._bytes[stale]
 
 
 @torch.no_grad()

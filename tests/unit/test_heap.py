@@ -112,11 +112,16 @@ own[0:5] = b"moved"
 address = ctypes.addressof(ctypes.c_char.from_buffer(own))
 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), len(own), mmap.PROT_READ) == 0
 
-before, private = heap.mapped_bytes(), heap.private_bytes()
-heap.drop_mapped(before)
-kept = heap.mapped_bytes()
-heap.drop_mapped()
-print(before, kept, heap.mapped_bytes(), private - heap.private_bytes(), heap.peak_bytes() - heap.resident_bytes())
+def mapped():
+    return heap.resident_bytes() - heap.private_bytes()
+
+before, private = mapped(), heap.private_bytes()
+heap.drop_shared(len(shared) + (1 << 20))
+kept = mapped()
+heap.drop_shared(len(shared) - (1 << 20))
+unshared = mapped()
+heap.drop_code()
+print(before, kept, unshared, mapped(), private - heap.private_bytes(), heap.peak_bytes() - heap.resident_bytes())
 assert shared[:] == b"x" * len(shared)
 assert own[:10] == b"moved" + b"y" * 5
 assert torch.linalg.cholesky(4 * torch.eye(300)).trace() == 600
@@ -129,9 +134,10 @@ def test_pages_of_files_and_shared_memory_are_dropped_and_come_back(tmp_path: Pa
     file.write_bytes(b"y" * (1 << 20))
     program = [sys.executable, "-c", MAPPED_PROGRAM, str(file)]
     printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
-    before, kept, after, lost, below_peak = map(int, printed.split())
+    before, kept, unshared, after, lost, below_peak = map(int, printed.split())
     assert before > (32 << 20) + 40_000_000
-    assert kept > 0.9 * before, "as many as they may be stay"
+    assert abs(kept - before) < 2_000_000, "as many as they may be stay"
+    assert abs(before - unshared - (32 << 20)) < 2_000_000
     assert after < 20_000_000
     assert lost < 5_000_000, "what is the process's own stays"
     assert below_peak > (32 << 20)

@@ -101,7 +101,7 @@ def longest(outline: ModelShape, spec: ConversionSpec, plan: MemoryPlan, costs: 
 
 
 def test_a_short_text_is_cut_as_planned_though_it_would_be_sooner_done_in_fewer_spans() -> None:
-    outline, limit = ShapeOutline("tiny", TINY_LLAMA), 1_500_000_000
+    outline = ShapeOutline("tiny", TINY_LLAMA)
     spec = build_spec(
         {
             "source": "tiny",
@@ -112,7 +112,7 @@ def test_a_short_text_is_cut_as_planned_though_it_would_be_sooner_done_in_fewer_
         "test",
     )
     soonest = make_tuning(outline, spec, 2, COSTS)
-    assert worker_memory(outline, spec, soonest).total > limit
+    limit = worker_memory(outline, spec, soonest).total - 1
     plan = plan_memory(outline, spec, 2, COSTS, limit)
     assert plan.tuning.spans > soonest.spans
     made = longest(outline, spec, plan, COSTS)[Kind.CALIBRATE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from pipeline.validate.gates import (
     check_scales,
     make_verdict,
 )
-from pipeline.validate.generation import READ_SIZE, BlockCache, Continuation, degeneracy
+from pipeline.validate.generation import BlockCache, Continuation, degeneracy
 from tests.factories import make_module
 
 BUDGETS = Budgets(max_relative_error=None, max_kl=None, max_perplexity_ratio=None, max_degradations=None)
@@ -190,22 +191,32 @@ def test_cache_keeps_what_is_needed_last_out_of_memory() -> None:
 
 
 def test_blocks_are_kept_only_while_there_is_room_to_read_another() -> None:
+    memory_bytes = 5 * 400
+    most = 0
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def taken_bytes() -> int:
+        return sum(400 for tensor in alive if tensor() is not None)
+
+    def load(index: int) -> dict[str, torch.Tensor]:
+        nonlocal most
+        loaded.append(index)
+        tensor = torch.zeros(100)
+        alive.append(weakref.ref(tensor))
+        most = max(most, taken_bytes())
+        return {"w": tensor}
+
     def loads(cache: BlockCache) -> list[int]:
         loaded.clear()
         for _ in range(3):
-            for index in range(5):
+            for index in range(6):
                 cache(index)
         return list(loaded)
 
-    def load(index: int) -> dict[str, torch.Tensor]:
-        loaded.append(index)
-        return {"w": torch.zeros(100)}
-
-    def room_for(num_bytes: int) -> int:
-        asked.append(num_bytes)
-        return num_bytes if len(asked) < 3 else num_bytes - 1
-
     loaded: list[int] = []
-    asked: list[int] = []
-    assert loads(BlockCache(load, dict, room_for=room_for)) == loads(BlockCache(load, dict, max_bytes=800))
-    assert asked == [0, READ_SIZE * 400, READ_SIZE * 400], "once there is none, two blocks are what is kept"
+    # Beside three blocks there is room to read a fourth, READ_SIZE times as large, and beside four there is not.
+    found = loads(BlockCache(load, dict, room_for=lambda wanted: min(wanted, memory_bytes - taken_bytes())))
+    assert most == 4 * 400
+    assert found == loads(BlockCache(load, dict, max_bytes=most))
+    nothing_to_spare = loads(BlockCache(load, dict, room_for=lambda wanted: 0))
+    assert nothing_to_spare == [*range(6)] * 3
