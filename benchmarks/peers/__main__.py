@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
@@ -37,6 +39,8 @@ CODE = Path(tarfile.__file__)
 
 def main(words: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(words)
+    # As an exception, so that what a tool has started is ended and scratch folders are removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     args.model, args.out = args.model.resolve(), args.out.resolve()
     tasks = [task for task in all_tasks(args.autoround_iterations) if not args.only or task.tool in args.only]
     if args.grid:
@@ -119,7 +123,7 @@ def _score(job: Job, tasks: Sequence[Task], texts: Sequence[Tokens], out: Path, 
 
     from benchmarks.peers.scoring import Scorer
 
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     torch.set_num_threads(job.cores)
     with tempfile.TemporaryDirectory(prefix="bitmill-logits-", dir=out) as scratch:
         scorer = Scorer(job.model, Path(scratch))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.sessions import processes_of
 from tests.acceptance.conftest import ROOT, environment
 
 GRIDS = ["w4-g64-sym", "w4-g64-asym"]
@@ -39,3 +42,18 @@ def test_referee_finds_what_the_release_states_and_repeats_nothing(tmp_path: Pat
     assert again.returncode == 0, again.stderr
     assert rows(out) == first
     assert "w4 g64 asym, bitmill AWQ" in again.stdout
+
+
+def test_nothing_runs_on_after_it_is_told_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.peers", "--only", "bitmill", *SMALL, "--out", str(tmp_path / "peers")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(tmp_path)) as running:
+        assert running.stdout is not None
+        assert any("run 1 of 1" in line for line in running.stdout)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        deadline_s = time.monotonic() + 60
+        while not (found := children.read_text().split()):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        running.terminate()
+        assert running.wait(timeout=60) == 128 + signal.SIGTERM
+    assert list(processes_of(int(found[0]))) == []
