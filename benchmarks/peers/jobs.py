@@ -150,7 +150,7 @@ class Job:
     cores: int
 
     def key(self, task: Task) -> str:
-        """Return the fingerprint of all that the task's result and its time follow from, but for the machine."""
+        """Return the fingerprint of all that the task's checkpoint follows from, and of the number of cores."""
         sources = [*task_files(task), *sorted(self.model.glob("*.safetensors")), *sorted(self.model.glob("*.json"))]
         return fingerprint(
             {
