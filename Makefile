@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= demo-release
 PYTEST_FLAGS ?=
 CHAOS_FLAGS ?=
+PEERS_FLAGS ?=
 
 .DEFAULT_GOAL := help
 
@@ -38,6 +39,9 @@ test-engines: $(VENV)/.test ## Load releases in real engines; installs their env
 chaos: $(VENV)/.run ## Kill a long conversion 30 times and compare bytes; CHAOS_FLAGS="--kills 60 --seed 1" to change it
 	$(BIN)/python benchmarks/chaos.py $(CHAOS_FLAGS)
 
+peers: $(VENV)/.run ## Bitmill against other tools, installed on first use (gigabytes); PEERS_FLAGS="--model FOLDER --repeat 3"
+	$(BIN)/python -m benchmarks.peers $(PEERS_FLAGS)
+
 check: $(VENV)/.test ## Format, lint and types
 	$(BIN)/ruff format --check pipeline jobs tests benchmarks
 	$(BIN)/ruff check pipeline jobs tests benchmarks
@@ -53,6 +57,6 @@ lock: $(VENV)/.test ## Write the lock files anew
 	sed -i 's/^torch==\([0-9.]*\)+.*/torch==\1/' requirements.lock requirements-test.lock  # the pin, not the build
 
 clean: ## Remove what the targets made here
-	rm -rf $(VENV) $(DEMO_DIR) *.egg-info
+	rm -rf $(VENV) $(DEMO_DIR) peers *.egg-info
 
-.PHONY: help demo test test-engines chaos check docs lock clean
+.PHONY: help demo test test-engines chaos peers check docs lock clean

@@ -1,0 +1,217 @@
+"""What every tool is asked to do, and in what it differs from the others.
+
+A task is a grid (width, group size, symmetry) with the method by which one tool finds its codes. Everything else is the
+tool's own default. All tools get the same token ids, none of them any other text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pipeline.fingerprint import digest_bytes, digest_file, fingerprint
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+
+
+class Tool(StrEnum):
+    """What quantizes; also the name of its requirements file and of its script."""
+
+    BITMILL = "bitmill"
+    GPTQMODEL = "gptqmodel"
+    LLMCOMPRESSOR = "llmcompressor"
+    AUTOROUND = "autoround"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What codes mean.
+
+    Attributes:
+        bits: Width of a code.
+        group_size: Consecutive input channels with one scale.
+        symmetric: No zero points.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def name(self) -> str:
+        """For example ``w4 g64 sym``."""
+        return f"w{self.bits} g{self.group_size} {'sym' if self.symmetric else 'asym'}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One checkpoint to be made.
+
+    Attributes:
+        tool: Who makes it.
+        method: ``gptq``, ``awq`` or ``autoround``.
+        grid: What its codes mean.
+        iterations: Steps of AutoRound's search for each block; None is its default.
+    """
+
+    tool: Tool
+    method: str
+    grid: Grid
+    iterations: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its folder, its log and its rows."""
+        grid = self.grid
+        steps = f"-i{self.iterations}" if self.iterations else ""
+        return f"{self.tool}-{self.method}-w{grid.bits}-g{grid.group_size}-{'sym' if grid.symmetric else 'asym'}{steps}"
+
+    @property
+    def label(self) -> str:
+        """The tool and its method, as tables say them."""
+        steps = f", {self.iterations} iterations" if self.iterations else ""
+        return f"{self.tool} {self.method.upper()}{steps}" if self.method != self.tool else f"{self.tool}{steps}"
+
+
+def all_tasks(iterations: int | None) -> list[Task]:
+    """Return every task, grid by grid."""
+    four, three, asymmetric = Grid(4, 64, True), Grid(3, 64, True), Grid(4, 64, False)
+    methods = {four: "gptq", three: "gptq", asymmetric: "awq"}
+    return [
+        Task(tool, method, grid) if tool != Tool.AUTOROUND else Task(tool, "autoround", grid, iterations)
+        for grid, method in methods.items()
+        for tool in Tool
+        if (tool, grid) != (Tool.AUTOROUND, three)
+    ]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token sequences of one text.
+
+    Attributes:
+        name: The text's file name.
+        sequences: Token ids, all of one length.
+        digest: SHA-256 of the ids (int32, little-endian, row after row), as Bitmill's releases state it.
+    """
+
+    name: str
+    sequences: list[list[int]]
+    digest: str
+
+
+def take_sequences(
+    file: Path, encode: Callable[[str], Sequence[int]], samples: int, length: int, *, or_fewer: bool = False
+) -> Tokens:
+    """Return the first ``samples * length`` tokens of a text file, in order, without special tokens.
+
+    Args:
+        file: A UTF-8 text.
+        encode: Text to token ids.
+        samples: Sequences.
+        length: Tokens of a sequence.
+        or_fewer: Take as many whole sequences as a short text has, at least one.
+
+    Raises:
+        SystemExit: when the text is too short.
+    """
+    ids = list(encode(file.read_text(encoding="utf-8")))
+    found = min(samples, len(ids) // length)
+    if found < (1 if or_fewer else samples):
+        raise SystemExit(f"{file} has {len(ids):,} tokens, but {samples} x {length} are needed")
+    sequences = [ids[start * length : (start + 1) * length] for start in range(found)]
+    octets = b"".join(number.to_bytes(4, "little") for sequence in sequences for number in sequence)
+    return Tokens(file.name, sequences, digest_bytes(octets))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is quantized, with what, on how much of the machine.
+
+    Attributes:
+        model: A Hugging Face folder.
+        calibration: The text's file.
+        tokens: What the tools get of it.
+        heldout: File that Bitmill judges its own result on; others judge nothing.
+        heldout_samples: Sequences of it, as long as those of calibration.
+        cores: Processors, and threads of computation.
+    """
+
+    model: Path
+    calibration: Path
+    tokens: Tokens
+    heldout: Path
+    heldout_samples: int
+    cores: int
+
+    def key(self, task: Task) -> str:
+        """Return the fingerprint of all that the task's checkpoint follows from, and of the number of cores."""
+        sources = [*task_files(task), *sorted(self.model.glob("*.safetensors")), *sorted(self.model.glob("*.json"))]
+        return fingerprint(
+            {
+                "task": task.name,
+                "files": [[file.name, digest_file(file)] for file in sources],
+                "tokens": self.tokens.digest,
+                "cores": self.cores,
+            }
+        )
+
+    def as_json(self, task: Task, out: Path) -> dict[str, Any]:
+        """Return what a peer's script reads."""
+        return {
+            "model": str(self.model),
+            "out": str(out),
+            "calibration": self.tokens.sequences,
+            "method": task.method,
+            "bits": task.grid.bits,
+            "group_size": task.grid.group_size,
+            "symmetric": task.grid.symmetric,
+            "iterations": task.iterations,
+            "threads": self.cores,
+        }
+
+    def bitmill_command(self, python: Path, task: Task, out: Path) -> list[str]:
+        """Return the command line that makes a release of one variant, judged as Bitmill does by default."""
+        samples, length = str(len(self.tokens.sequences)), str(len(self.tokens.sequences[0]))
+        flags = {
+            "--variant": f"{task.method}-w{task.grid.bits}-g{task.grid.group_size}",
+            "--calibration": str(self.calibration),
+            "--samples": samples,
+            "--length": length,
+            "--heldout": str(self.heldout),
+            "--heldout-samples": str(self.heldout_samples),
+            "--heldout-length": length,
+            "--to": str(out / "target"),
+            "--work-dir": str(out / "work"),
+            "--workers": str(self.cores),
+            "--device": "cpu",
+        }
+        words = [word for flag in flags.items() for word in flag]
+        return [str(python), "-m", "jobs.cli", "convert", str(self.model), *words]
+
+
+def task_files(task: Task) -> list[Path]:
+    """Return the files that say what a tool is: its pins and its script, or Bitmill's own source."""
+    if task.tool is Tool.BITMILL:
+        return sorted((ROOT / "pipeline").rglob("*.py"))
+    return [requirements_file(task.tool), script_file(task.tool)]
+
+
+def requirements_file(tool: Tool) -> Path:
+    """Return the pins of a peer's environment."""
+    return FOLDER / f"{tool}.txt"
+
+
+def script_file(tool: Tool) -> Path:
+    """Return the script that a peer's Python runs with a job."""
+    return FOLDER / f"run_{tool}.py"
+
+
+def write_job(job: Job, task: Task, out: Path, file: Path) -> None:
+    """Write the job that a peer's script reads."""
+    file.write_text(json.dumps(job.as_json(task, out)))
