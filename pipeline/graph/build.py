@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.formats.config import quantization_config
 from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, Chain, ChainBuilder, Tokens, shape_of
-from pipeline.graph.continuations import ContinuationBuilder
+from pipeline.graph.continuations import ContinuationBuilder, expected_passes
 from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.folds import MAX_SEARCHED_ROWS, scope_of
@@ -187,8 +187,11 @@ class UnitBuilder:
         calibration = self.chains.calibration(texts[0], tuning.spans)
         heldout = self.chains.heldout(texts[1], tuning.heldout_spans)
         merged = [self._merges(calibration, block) for block in range(self.num_blocks)]
-        outer, source_generation = self._outer(), self._generation({}, (), "")
-        built = {plan.spec.name: self._variant(plan, merged, heldout, outer) for plan in self.inputs.variants}
+        outer, source_generation = self._outer(), self._generation({}, (), (), (), "")
+        built = {
+            plan.spec.name: self._variant(plan, merged, heldout, outer, source_generation)
+            for plan in self.inputs.variants
+        }
         variants = {name: units for name, (units, _) in built.items()}
         leftovers = [*calibration.saves, *heldout.saves, *(p for _, chain in built.values() for p in chain.saves)]
         return JobUnits(variants, outer, source_generation, tuple(leftovers))
@@ -219,12 +222,17 @@ class UnitBuilder:
         return WorkUnit(Kind.OUTER, key, {}, cost=self.costs.copy_s(size), out_bytes=size)
 
     def _variant(
-        self, plan: VariantPlan, merged: list[list[WorkUnit]], heldout: Chain, outer: WorkUnit
+        self,
+        plan: VariantPlan,
+        merged: list[list[WorkUnit]],
+        heldout: Chain,
+        outer: WorkUnit,
+        source_generation: WorkUnit,
     ) -> tuple[VariantUnits, Chain]:
         packs = [self._block(plan, block, merged[block]) for block in range(self.num_blocks)]
         chain = self.chains.variant(heldout, plan.spec.name, plan.quantization_config, packs)
         scores = self._scores(plan, heldout, chain, outer)
-        generation = self._generation(plan.quantization_config, (*packs, outer), plan.spec.name)
+        generation = self._generation(plan.quantization_config, packs, (outer,), (source_generation,), plan.spec.name)
         return VariantUnits(tuple(packs), tuple(scores), generation), chain
 
     def _block(self, plan: VariantPlan, block: int, merged: list[WorkUnit]) -> WorkUnit:
@@ -364,14 +372,23 @@ class UnitBuilder:
                 )
         return units
 
-    def _generation(self, config: dict[str, Any], needs: Sequence[WorkUnit], variant: str) -> WorkUnit:
-        """Return the unit that continues the smoke prompts; without a variant's units, with the source."""
+    def _generation(
+        self,
+        config: dict[str, Any],
+        packs: Sequence[WorkUnit],
+        outer: Sequence[WorkUnit],
+        source: Sequence[WorkUnit],
+        variant: str,
+    ) -> WorkUnit:
+        """Return the unit that continues the smoke prompts; without a variant's units, with the source. What the source
+        makes of them is tried as the variant's own."""
         gates = self.inputs.spec.gates
         files = {
             path: digest
             for path, digest in self.inputs.digests.items()
             if not path.endswith(".safetensors") and path not in UNREAD_FILES
         }
+        needs = (*packs, *outer, *source)
         identity: dict[str, Any] = {
             "companions": files,
             "needs": [need.key for need in needs],
@@ -383,12 +400,14 @@ class UnitBuilder:
             Kind.GENERATE,
             self.keys.key(Kind.GENERATE, {**identity, **params}),
             params,
-            tuple(needs),
+            needs,
             rank=self.num_blocks + 1,
-            cost=self.costs.generate_s(self._parameters, len(prompts), gates.generated_tokens),
+            cost=self.costs.generate_s(
+                self._parameters, len(prompts), expected_passes(gates.generated_tokens, is_guided=bool(source))
+            ),
             variant=variant,
         )
-        return self.continuations.split(unit, needs[:-1], needs[-1:]) if self.continuations.is_split else unit
+        return self.continuations.split(unit, packs, outer, source) if self.continuations.is_split else unit
 
 
 def build_units(inputs: UnitInputs, tuning: Tuning, costs: CostModel | None = None) -> JobUnits:

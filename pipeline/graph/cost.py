@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.quantize.solve import TILE_ROWS, TILE_ROWS_DEVICE
+from pipeline.validate.generation import ROWS
 
 SEARCH_PASSES = 18
 """Plain passes over values that take as long as the grid search of as many weights."""
@@ -88,7 +89,7 @@ CPU_RATES = Rates(
     solve_s=20.0,
     held_bytes=0.05e9,
     weight_size=4,
-    resident_bytes=2.0 * 2**30,
+    resident_bytes=0.5e9,
 )
 """Fitted to a conversion of the 135 M parameter model on 2 cores (AVX-512), torch 2.13.0, float32, one thread a worker,
 2026-11-24: seconds = overhead + work / rate for each kind. The links are not: they are a plain disk, memory of the
@@ -217,10 +218,12 @@ class CostModel:
         """Return the seconds of packing a block and proving the file."""
         return self.rates.unit_s + 4.0 * parameters / self.rates.touched_bytes
 
-    def generate_s(self, parameters: float, num_prompts: int, num_tokens: int) -> float:
-        """Return the seconds of continuing prompts greedily; a token is bound by reading the weights."""
+    def generate_s(self, parameters: float, num_prompts: int, num_passes: int) -> float:
+        """Return the seconds of continuing prompts greedily; a pass of a few of them is bound by reading the
+        weights."""
         touched = 4.0 * parameters / self.rates.touched_bytes
-        return self.rates.unit_s + touched + 4.0 * parameters * num_prompts * num_tokens / self.rates.decoded_bytes
+        num_reads = num_passes * -(-num_prompts // ROWS)
+        return self.rates.unit_s + touched + 4.0 * parameters * num_reads / self.rates.decoded_bytes
 
     def continue_s(self, parameters: float, num_prompts: int, num_tokens: int) -> float:
         """Return the seconds of taking prompts of ``num_tokens`` each through weights that are in memory."""

@@ -91,7 +91,7 @@ class Traffic:
 
     def resident(self, unit: WorkUnit) -> tuple[str, float]:
         """Return what weights a unit passes by again and again, and how many they are; nothing for most."""
-        if unit.kind is not Kind.CONTINUE:
+        if unit.kind is not Kind.CONTINUE or unit.params["is_idle"]:
             return "", 0.0
         blocks = map(self._outline.skeleton.block_tensors, self._continued_blocks(unit))
         num_weights = sum(self._outline.tensor_elements(name) for block in blocks for name in block.values())

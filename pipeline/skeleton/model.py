@@ -308,6 +308,18 @@ class Skeleton:
         return self._calls[batch, length]
 
     @torch.no_grad()
+    def calls_after(self, tokens_BL: Tensor, past: Any) -> tuple[list[BlockCall], Tensor]:
+        """Return each block's call for tokens that follow what a key-value cache holds, and the hidden states that
+        enter the first block, [batch, length, hidden]. Needs ``attach_outer``.
+
+        Args:
+            tokens_BL: Token ids [batch, length].
+            past: The model's own cache, to which running the calls adds the tokens; None has the model make an empty
+                one, which is among the calls' arguments.
+        """
+        return self._capture(tokens_BL.to(self.device), past_key_values=past, use_cache=True)
+
+    @torch.no_grad()
     def run_block(self, index: int, hidden_BLH: Tensor) -> Tensor:
         """Return the output of one block whose weights are attached, [batch, length, hidden]."""
         batch, length = hidden_BLH.shape[:2]
@@ -347,7 +359,9 @@ class Skeleton:
 
         return forward
 
-    def _capture(self, tokens_BL: Tensor) -> tuple[list[BlockCall], Tensor]:
+    def _capture(
+        self, tokens_BL: Tensor, past_key_values: Any = None, use_cache: bool = False
+    ) -> tuple[list[BlockCall], Tensor]:
         """Return each block's call and the hidden states that enter the first one."""
         calls: list[BlockCall] = []
         seen: list[Tensor] = []
@@ -360,11 +374,11 @@ class Skeleton:
             return hidden
 
         with self.blocks_replaced(record), suppress(_Reached):
-            self.net(input_ids=tokens_BL, use_cache=False)
+            self.net(input_ids=tokens_BL, past_key_values=past_key_values, use_cache=use_cache)
         if seen and seen[-1].dim() != seen[0].dim() and not self._blocks_return_tuples:
             # The model indexed our tensor, so it expects its blocks to return tuples.
             self._blocks_return_tuples = True
-            return self._capture(tokens_BL)
+            return self._capture(tokens_BL, past_key_values, use_cache)
         if len(calls) != self.num_blocks or seen[-1].shape != seen[0].shape:
             raise UnsupportedArchitectureError(
                 f"the forward pass of {self.architecture} does not run its decoder blocks one after the other",
@@ -515,19 +529,22 @@ def _apply_head(module: nn.Module, whole: BlockForward, table_VH: Tensor, x: Ten
     return output if bias is None else output.add_(bias)
 
 
-def dense_logits(skeleton: Skeleton, tokens_BL: Tensor, load: Callable[[int], Mapping[str, Tensor]]) -> Tensor:
-    """Return float32 logits [batch, length, vocabulary], one block in memory at a time. Needs ``attach_outer``.
+def dense_logits(
+    skeleton: Skeleton, sequences: Iterable[Tensor], load: Callable[[int], Mapping[str, Tensor]]
+) -> Iterator[Tensor]:
+    """Yield float32 logits [batch, length, vocabulary] of each of several token tensors, one block in memory at a time;
+    every block is loaded once. Needs ``attach_outer``.
 
     Args:
         skeleton: The model.
-        tokens_BL: Token ids [batch, length].
+        sequences: Token ids [batch, length] each.
         load: Gives the weights of one block by local name.
     """
-    hidden_BLH = skeleton.embed(tokens_BL)
+    hidden = [skeleton.embed(tokens_BL) for tokens_BL in sequences]
     for index in range(skeleton.num_blocks):
         with skeleton.attached(index, load(index)):
-            hidden_BLH = skeleton.run_block(index, hidden_BLH)
-    return skeleton.logits(hidden_BLH)
+            hidden = [skeleton.run_block(index, states_BLH) for states_BLH in hidden]
+    yield from map(skeleton.logits, hidden)
 
 
 def _meta_model(folder: Path, dtype: torch.dtype) -> Any:

@@ -7,7 +7,8 @@ Everything comes from the folder's files: the names and shapes from safetensors 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -38,6 +39,9 @@ PACKED_SUFFIXES = (
     "weight_zero_point",
 )
 """Last name parts of the tensors that stand for a quantized ``weight``."""
+
+KEPT_BYTES = 500_000_000
+"""Blocks are kept for the next sequence up to this much, as by a worker."""
 
 
 def read_facts(folder: Path) -> ReleaseFacts:
@@ -98,7 +102,9 @@ class ReleaseModel:
             linear.name: linear for block in groups for group in block for linear in group.linears
         }
         self._reader = DenseReader(config.get("quantization_config"), list(self._linears.values()))
-        self._load = BlockCache(self._read_block, self.skeleton.dense)
+        blocks = map(self.skeleton.block, range(self.skeleton.num_blocks))
+        dense_bytes = sum(tensor.nbytes for block in blocks for tensor in block.state_dict().values())
+        self._load = BlockCache(self._read_block, self.skeleton.dense, KEPT_BYTES, dense_bytes)
         self.tokenizer = TextTokenizer(folder)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
@@ -120,7 +126,16 @@ class ReleaseModel:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Return float32 logits [length, vocabulary] of one sequence."""
-        return dense_logits(self.skeleton, torch.tensor([list(token_ids)]), self._load)[0]
+        (logits_BLV,) = dense_logits(self.skeleton, [torch.tensor([list(token_ids)])], self._load)
+        return logits_BLV[0]
+
+    def logits_of(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Yield float32 logits [length, vocabulary] of each sequence; every block is read once, and none is kept."""
+        tokens = [torch.tensor([list(ids)]) for ids in sequences]
+        for logits_BLV in dense_logits(
+            self.skeleton, tokens, lambda index: self.skeleton.dense(index, self._read_block(index))
+        ):
+            yield logits_BLV[0]
 
     def problems(self) -> tuple[list[str], int]:
         """Return what is wrong with the packed linears, one line each, and how many there are."""
@@ -162,23 +177,23 @@ def check_release(folder: Path, facts: ReleaseFacts, max_tokens: int) -> list[Ch
 
 def _check_samples(model: ReleaseModel, samples: Sequence[Sample], max_tokens: int) -> Check:
     """Return whether the release's weights choose the tokens that were recorded when it was made."""
+    prompts = [model.tokenizer.encode(sample.prompt, with_special=True) for sample in samples]
+    sequences = [[*ids, *sample.ids] for ids, sample in zip(prompts, samples, strict=True)]
+    size = vocabulary_size(model.skeleton)
+    is_known = [all(0 <= token < size for token in ids) for ids in sequences]
+    logits = model.logits_of(list(compress(sequences, is_known)))
     total, faults = Agreement(), []
-    for sample in samples:
-        found = _compare_sample(model, sample, max_tokens)
+    for sample, prompt_ids, ids, known in zip(samples, prompts, sequences, is_known, strict=True):
+        if known:
+            logits_LV = next(logits)
+            found = compare_choices(logits_LV, ids, len(prompt_ids))
+            if len(sample.ids) < max_tokens:
+                found += compare_choice(logits_LV[-1], model.tokenizer.end_ids)
+        else:
+            found = Agreement(len(ids), 0, math.inf)
         total += found
         if not found.is_near:
             faults.append(f"{sample.prompt!r}: {found.words}")
     figures = {"tokens_agreeing": float(total.agreeing), "tokens_total": float(total.total)}
     detail = "; ".join(faults) or f"{len(samples)} recorded continuations: {total.words}"
     return Check(name="generation", passed=not faults and total.is_near, detail=detail, figures=figures)
-
-
-def _compare_sample(model: ReleaseModel, sample: Sample, max_tokens: int) -> Agreement:
-    prompt_ids = model.tokenizer.encode(sample.prompt, with_special=True)
-    ids = [*prompt_ids, *sample.ids]
-    if not all(0 <= token < vocabulary_size(model.skeleton) for token in ids):
-        return Agreement(len(ids), 0, math.inf)
-    logits_LV = model.logits(ids)
-    found = compare_choices(logits_LV, ids, len(prompt_ids))
-    has_ended = len(sample.ids) < max_tokens
-    return found + compare_choice(logits_LV[-1], model.tokenizer.end_ids) if has_ended else found

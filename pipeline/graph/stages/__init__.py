@@ -21,7 +21,8 @@ ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
     Kind.CALIBRATE: 3,
     Kind.FORWARD: 3,
     Kind.SCORE: 4,
-    Kind.GENERATE: 4,
+    Kind.CONTINUE: 3,
+    Kind.GENERATE: 5,
 }
 """Part of every key: raised when a stage's code changes its output, so that stale outputs are not found."""
 

@@ -144,7 +144,7 @@ def test_one_block_in_memory_at_a_time_computes_what_transformers_computes(name:
     skeleton = source.outline.skeleton
     tokens = torch.randint(4, 4096, (2, 24), generator=torch.Generator().manual_seed(1))
     skeleton.attach_outer(source.outer())
-    found = dense_logits(skeleton, tokens, source.block)
+    (found,) = dense_logits(skeleton, [tokens], source.block)
     skeleton.detach_outer()
     net = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
     with torch.no_grad():
