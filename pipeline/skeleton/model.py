@@ -529,6 +529,14 @@ def _apply_head(module: nn.Module, whole: BlockForward, table_VH: Tensor, x: Ten
     return output if bias is None else output.add_(bias)
 
 
+def cache_among(calls: Sequence[BlockCall]) -> Any:
+    """Return the key-value cache that blocks were called with, or None: then every pass begins with the first token."""
+    from transformers.cache_utils import Cache
+
+    arguments = (value for call in calls for value in (*call.args, *call.kwargs.values()))
+    return next((value for value in arguments if isinstance(value, Cache)), None)
+
+
 def dense_logits(
     skeleton: Skeleton, sequences: Iterable[Tensor], load: Callable[[int], Mapping[str, Tensor]]
 ) -> Iterator[Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.skeleton.model import BlockCall, Skeleton
+from pipeline.skeleton.model import BlockCall, Skeleton, cache_among
 from pipeline.spec import PromptSpec
 
 FIRST_TRIED_TOKENS = 8
@@ -291,7 +291,7 @@ def _try_drafts(
         for (number, sequence, draft), (calls, _), states_BLH in zip(drafts, entered, left, strict=True):
             logits_LV = skeleton.logits(states_BLH[:, -len(draft) - 1 :])[0]
             sequence.add(judge_draft(logits_LV, draft, end_ids))
-            pasts[number] = _cache_among(calls)
+            pasts[number] = cache_among(calls)
 
 
 def _add_tokens(
@@ -308,7 +308,7 @@ def _add_tokens(
         for sequence, logits_LV in zip(batch.sequences, logits_BLV, strict=False):  # rows may have been added
             if sequence.is_running and len(sequence.ids) == num_known:
                 sequence.add(judge_draft(logits_LV, (), end_ids))
-        batch.past = _cache_among(calls)
+        batch.past = cache_among(calls)
         batch.num_passed = 0 if batch.past is None else num_known
 
 
@@ -324,14 +324,6 @@ def _pass_blocks(
         with skeleton.attached(index, load(index)) as block:
             hidden = [calls[index].run(block, states) for (calls, _), states in zip(entered, hidden, strict=True)]
     return hidden
-
-
-def _cache_among(calls: Sequence[BlockCall]) -> Any:
-    """Return the key-value cache that blocks were called with, or None: then every pass begins with the first token."""
-    from transformers.cache_utils import Cache
-
-    arguments = (value for call in calls for value in (*call.args, *call.kwargs.values()))
-    return next((value for value in arguments if isinstance(value, Cache)), None)
 
 
 def judge_draft(logits_LV: Tensor, draft: Sequence[int], end_ids: frozenset[int]) -> Step:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from pipeline.validate.gates import (
     check_scales,
     make_verdict,
 )
-from pipeline.validate.generation import BlockCache, Continuation, degeneracy
+from pipeline.validate.generation import Continuation, degeneracy
 from tests.factories import make_module
 
 BUDGETS = Budgets(max_relative_error=None, max_kl=None, max_perplexity_ratio=None, max_degradations=None)
@@ -173,50 +172,3 @@ def test_equal_logits_do_not_diverge() -> None:
 
 def test_a_hopeless_variant_has_infinite_perplexity() -> None:
     assert Divergence(1, 1.0, 800.0, 799.0, 0).perplexity == math.inf
-
-
-def test_cache_keeps_what_is_needed_last_out_of_memory() -> None:
-    loaded: list[int] = []
-
-    def load(index: int) -> dict[str, torch.Tensor]:
-        loaded.append(index)
-        return {"w": torch.full((100,), float(index))}
-
-    cache = BlockCache(load, lambda index, weights: weights, max_bytes=800)
-    for _ in range(2):
-        for index in range(3):
-            assert float(cache(index)["w"][0]) == index
-    # Two of three blocks fit: a cache that dropped the oldest would load all three again.
-    assert loaded == [0, 1, 2, 1]
-
-
-def test_blocks_are_kept_only_while_there_is_room_to_read_another() -> None:
-    memory_bytes = 5 * 400
-    most = 0
-    alive: list[weakref.ref[torch.Tensor]] = []
-
-    def taken_bytes() -> int:
-        return sum(400 for tensor in alive if tensor() is not None)
-
-    def load(index: int) -> dict[str, torch.Tensor]:
-        nonlocal most
-        loaded.append(index)
-        tensor = torch.zeros(100)
-        alive.append(weakref.ref(tensor))
-        most = max(most, taken_bytes())
-        return {"w": tensor}
-
-    def loads(cache: BlockCache) -> list[int]:
-        loaded.clear()
-        for _ in range(3):
-            for index in range(6):
-                cache(index)
-        return list(loaded)
-
-    loaded: list[int] = []
-    # Beside three blocks there is room to read a fourth, READ_SIZE times as large, and beside four there is not.
-    found = loads(BlockCache(load, dict, room_for=lambda wanted: min(wanted, memory_bytes - taken_bytes())))
-    assert most == 4 * 400
-    assert found == loads(BlockCache(load, dict, max_bytes=most))
-    nothing_to_spare = loads(BlockCache(load, dict, room_for=lambda wanted: 0))
-    assert nothing_to_spare == [*range(6)] * 3
