@@ -87,7 +87,7 @@ CPU_RATES = Rates(
     unit_s=0.02,
     passing_s=0.005,
     solve_s=20.0,
-    held_bytes=0.05e9,
+    held_bytes=0.025e9,
     weight_size=4,
     resident_bytes=0.5e9,
 )

@@ -346,7 +346,7 @@ def test_memory_that_no_node_for_a_worker_has_is_refused_at_once_with_what_there
 
 
 def test_a_local_ray_knows_what_this_machine_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spare = 2 * GIGABYTE + cluster.OBJECT_STORE_BYTES + cluster.LOCAL_RAY_BYTES
+    spare = 2 * GIGABYTE + cluster._object_store_bytes(1) + cluster.LOCAL_RAY_BYTES
     monkeypatch.setattr(heap, "spare_bytes", lambda: spare)
     with expected_soon(30, match=r"asks for 2\.1 GB for each worker, and no node .* more than 2 GB for workers"):
         RayExecutor(context(tmp_path, max_memory_bytes=2_100_000_000), 1)
