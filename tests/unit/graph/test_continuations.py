@@ -18,7 +18,7 @@ from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import Driver, Observer
 from pipeline.graph.executor import InlineExecutor
 from pipeline.graph.outline import stamp_files
-from pipeline.graph.stages.call import JobContext
+from pipeline.graph.stages.call import Call, JobContext
 from pipeline.graph.tuning import Tuning
 from pipeline.graph.worker import Worker
 from pipeline.spec import ConversionSpec
@@ -127,6 +127,30 @@ def test_an_ended_prompt_is_passed_on_as_it_is(job: Inputs, tmp_path: Path, monk
     evaluate._tokenizer.cache_clear()
     again = run(changed, tmp_path / "second", costs(job, 2))
     assert again[0][0]["ids"] == ids[: ids.index(ids[3])]
+
+
+def test_units_after_a_draft_that_agrees_have_nothing_to_do(
+    job: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.graph.stages import evaluate
+
+    monkeypatch.setattr(continuations, "RESIDENT_BYTES", 0)
+    entered: dict[str, list[int]] = {"": [], "rtn-w8-g64": []}
+    plain = evaluate._tried
+
+    def tried(call: Call, state: dict[str, torch.Tensor], number: int) -> torch.Tensor:
+        found = plain(call, state, number)
+        entered[call.unit.variant].append(len(found) - int(state[f"num_own.{number}"]))
+        return found
+
+    monkeypatch.setattr(evaluate, "_tried", tried)
+    source, variant = run(job, tmp_path / "work", costs(job, NUM_BLOCKS))
+    assert sorted(entered[""]) == sorted([*range(NUM_TOKENS)] * len(PROMPTS)), "the source goes token by token"
+    expected = []
+    for ours, theirs in zip(source, variant, strict=True):
+        agreed = next((n for n in range(NUM_TOKENS) if ours["ids"][n] != theirs["ids"][n]), NUM_TOKENS)
+        expected += [NUM_TOKENS - 1, *range(agreed + 1, NUM_TOKENS)]
+    assert sorted(entered["rtn-w8-g64"]) == sorted(expected)
 
 
 def test_how_blocks_are_cut_is_in_no_key_of_what_is_stored(job: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:

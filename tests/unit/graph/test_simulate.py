@@ -164,14 +164,14 @@ def test_weights_of_continuations_stay_as_far_as_memory_goes() -> None:
     rates = replace(FREE, weight_bytes=4.0 * parameters, resident_bytes=8.0 * parameters)  # 1 s a block, two stay
     simulated = executor(rates, nodes=1, workers=1)
     (worker,) = simulated.workers
-    params = [{"first": block, "last": block + 1, "step": 0} for block in range(3)]
-    order = [0, 1, 0, 1, 2, 1, 0]
+    params = [{"first": block, "last": block + 1, "step": 0, "is_idle": block == 3} for block in range(4)]
+    order = [0, 1, 0, 1, 2, 1, 0, 3]
     ends = []
     for i, block in enumerate(order):
         step = replace(unit(f"{i}", kind=Kind.CONTINUE, home=f"continue::{block}", cost=0.5), params=params[block])
         simulated.submit(step, worker, {})
         ends.append(end(simulated)[0])
-    taken = [1.5, 1.5, 0.5, 0.5, 1.5, 0.5, 1.5]
+    taken = [1.5, 1.5, 0.5, 0.5, 1.5, 0.5, 1.5, 0.5]  # what is likely idle takes nothing in
     assert ends == pytest.approx([sum(taken[: i + 1]) for i in range(len(taken))])
 
 
