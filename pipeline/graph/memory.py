@@ -29,9 +29,9 @@ from pipeline.spec import ConversionSpec, Method
 from pipeline.units import format_bytes
 from pipeline.validate.divergence import CHUNK_ELEMENTS
 
-PROCESS_BYTES = 400_000_000
-"""A worker process with torch, transformers and Ray imported and a model's skeleton: 318 MB of its own before the first
-unit, and of files up to 62 MB once it has let go of code (RssAnon and RssFile, torch 2.13.0, 2026-11-25)."""
+PROCESS_BYTES = 530_000_000
+"""A worker process with torch, transformers, numba and Ray imported and a model's skeleton: 400 MB at its peak (VmHWM,
+torch 2.13.0, 2026-11-25), and 130 MB where it has to compile the loops first; where they are loaded they take 40 MB."""
 
 PARTS_AT_ONCE = 4
 """Parts of outputs in a worker's memory: one that it hands over, read back and in shared memory, one that it is handed,
