@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 DEMO_MODEL = ROOT / "jobs" / "demo" / "model"
 SMALL = (
     "--samples",
-    "8",
+    "16",
     "--length",
     "64",
     "--heldout-samples",
