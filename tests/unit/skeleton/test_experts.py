@@ -38,7 +38,8 @@ ROUTERS = {"qwen2_moe": ("mlp.gate", "mlp.shared_expert_gate")}
 def computed(source: Source) -> Tensor:
     skeleton = source.outline.skeleton
     with skeleton.outer_attached(source.outer()):
-        return dense_logits(skeleton, TOKENS_BL, source.block)
+        (found,) = dense_logits(skeleton, [TOKENS_BL], source.block)
+        return found
 
 
 @torch.no_grad()
