@@ -14,7 +14,7 @@ from pipeline.graph.shape import ModelShape
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.precision import Precision
 
-COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors")
+COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors", "numba")
 """Packages whose version can change bytes; with Bitmill's own they are named on the card."""
 
 KEY_SCHEME = 2
