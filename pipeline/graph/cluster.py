@@ -464,8 +464,18 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}},
             **options,
         )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, SystemExit) as error:
-        # Ray ends the process when what listens at the address never answers, or is no Ray.
+    except SystemExit as error:
+        # Ray ends the process where what listens at the address never answers as a cluster; and so does its own handler
+        # of SIGTERM, which is not to be taken for that here.
+        if not address:
+            raise
+        raise GraphError(
+            f"connecting to Ray at {address} was ended by Ray: what listens there does not answer as a cluster, or this "
+            "process was told to end",
+            code="graph.no_cluster",
+            hint=JOIN_HINT,
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise GraphError(
             f"Ray {'at ' + address if address else 'on this machine'} cannot be used: {error}",
             code="graph.no_cluster",
