@@ -187,7 +187,7 @@ class ConversionSpec(Strict):
     precision: Precision = Precision.BFLOAT16
     """What factors of matrix products in decoder blocks are rounded to while calibration and held-out text pass:
     `bfloat16`, as engines compute and processors multiply fastest, or `float32`. Sums, norms, hidden states between
-    blocks, the output head and the smoke prompts are float32 either way."""
+    blocks and the smoke prompts are float32 either way, and so is the output head but on CPUs with AMX."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     """Directories or `s3://bucket/prefix` addresses that releases are published to."""
     release: str = ""
