@@ -85,7 +85,7 @@ def plan_command(
 
     Times are predicted by running the real driver over the real work units on a simulated clock.
     """
-    from pipeline.graph.forecast import forecast_shape, parse_cluster
+    from pipeline.graph.forecast import forecast_shape, parse_cluster, request_for
     from pipeline.graph.plan import plan_conversion
     from pipeline.settings import load_settings
 
@@ -102,7 +102,7 @@ def plan_command(
     if address:
         from pipeline.graph.cluster import look_at
 
-        requests.append(look_at(address, device, workers, max_bytes))
+        requests.append(request_for(address, look_at(address, device, workers, max_bytes)))
     if shape:
         forecasts = forecast_shape(shape, spec, requests, max_bytes)
     else:

@@ -27,9 +27,7 @@ from pipeline import heap
 from pipeline.errors import GraphError
 from pipeline.graph.dag import WorkUnit
 from pipeline.graph.executor import Event, Finished, WorkerId, WorkerJoined, WorkerLost
-from pipeline.graph.forecast import ClusterRequest
 from pipeline.graph.parts import PART_BYTES, Part, join_parts
-from pipeline.graph.prediction import Cluster
 from pipeline.graph.shelf import Tensors
 from pipeline.graph.stages.call import JobContext
 from pipeline.graph.stopping import Stopping, cancelled
@@ -397,9 +395,23 @@ class RayExecutor:
         self._ray.shutdown()
 
 
-def look_at(address: str, device: str, workers: int | None, max_memory_bytes: int | None) -> ClusterRequest:
-    """Return what a conversion would find at ``address``: the machines, and the workers that each has room for. Nothing
-    is started there.
+@dataclass(frozen=True)
+class Room:
+    """What a cluster has for workers.
+
+    Attributes:
+        device: What they would compute on, ``cpu`` or ``cuda``.
+        by_node: Workers of each machine.
+        worker_bytes: Memory that a machine has for each of its workers at least; 0 when it is not known.
+    """
+
+    device: str
+    by_node: tuple[int, ...]
+    worker_bytes: int
+
+
+def look_at(address: str, device: str, workers: int | None, max_memory_bytes: int | None) -> Room:
+    """Return what a conversion would find at ``address``. Nothing is started there.
 
     Args:
         address: Of the cluster.
@@ -437,7 +449,7 @@ def look_at(address: str, device: str, workers: int | None, max_memory_bytes: in
             hint="a worker takes a CPU, a share of a GPU on GPUs, and what --max-memory says",
         )
     memory = [node.get("memory", 0.0) / used for node, used in zip(nodes, by_node, strict=True) if used]
-    return ClusterRequest(Cluster.of(by_node), found, {}, address, int(min(memory)))
+    return Room(found, tuple(by_node), int(min(memory)))
 
 
 def _connect(ray: Any, workers: int, address: str | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from pipeline.graph.shapes import named_shape
 from pipeline.graph.simulate import simulate
 from pipeline.graph.traffic import Route
 from pipeline.spec import ConversionSpec, PriceSpec
+
+if TYPE_CHECKING:
+    from pipeline.graph.cluster import Room
 
 CLUSTER_KEYS = {
     "nodes": "machines, default 1",
@@ -162,6 +165,11 @@ def parse_cluster(text: str) -> ClusterRequest:
     cluster = Cluster(found.get("nodes", 1), found.get("gpus", found.get("cpus", 1)))
     calibration = {_CALIBRATION[key]: value for key, value in found.items() if key in _CALIBRATION}
     return ClusterRequest(cluster, "cuda" if "gpus" in found else "cpu", calibration)
+
+
+def request_for(address: str, room: Room) -> ClusterRequest:
+    """Return the cluster at ``address``, which has that room for workers."""
+    return ClusterRequest(Cluster.of(room.by_node), room.device, {}, address, room.worker_bytes)
 
 
 def forecast_shape(

@@ -29,6 +29,7 @@ from pipeline.graph.cluster import RayExecutor, look_at
 from pipeline.graph.convert import RunOptions, convert
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.executor import WorkerJoined, WorkerLost
+from pipeline.graph.forecast import request_for
 from pipeline.graph.stages.call import JobContext
 from pipeline.observe.events import StageFinished, Warned
 from pipeline.settings import Settings, quiet_ray
@@ -230,7 +231,7 @@ def test_a_plan_looks_at_a_cluster_and_starts_nothing_there() -> None:
         def found(
             device: str, workers: int | None = None, max_memory: int | None = None
         ) -> tuple[str, tuple[int, ...]]:
-            request = look_at(made.address, device, workers, max_memory)
+            request = request_for(made.address, look_at(made.address, device, workers, max_memory))
             assert request.address == made.address
             return request.device, request.cluster.by_node
 
