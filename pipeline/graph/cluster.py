@@ -482,8 +482,8 @@ def _connect(ray: Any, workers: int, address: str | None) -> None:
         if not address:
             raise
         raise GraphError(
-            f"connecting to Ray at {address} was ended by Ray: what listens there does not answer as a cluster, or this "
-            "process was told to end",
+            f"connecting to Ray at {address} was ended by Ray: what listens there does not answer as a cluster, or "
+            "this process was told to end",
             code="graph.no_cluster",
             hint=JOIN_HINT,
         ) from error
