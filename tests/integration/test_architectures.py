@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -34,6 +34,8 @@ from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import read_tensors
 from pipeline.validate.dense import DenseReader
 from tests.architectures import DENSE, TOKENIZER_FOLDER, drop_prefix, make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VARIANTS = ("rtn-w8-g128", "gptq-w4-g64", "awq-w4-g64")
 TRANSPOSED_VARIANTS = ("rtn-w8-g128-gptq", "gptq-w4-g64", "awq-w4-g64-gptq")
@@ -74,14 +76,6 @@ class Converted:
     def folder(self, variant: str) -> Path:
         (location,) = self.outcomes[variant].locations
         return Path(location)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=DENSE)

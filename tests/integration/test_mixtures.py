@@ -34,15 +34,9 @@ from tests.integration.test_architectures import (
     source_net,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VARIANTS = ("rtn-w8-g64", "gptq-w4-g64", "awq-w4-g64", "gptq-w4-g64-ct")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
