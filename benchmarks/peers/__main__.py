@@ -27,6 +27,7 @@ from benchmarks.peers.report import Entry, draw, print_results
 from benchmarks.peers.results import Results
 from benchmarks.peers.runs import digest_checkpoint, run_task
 from benchmarks.report import print_header
+from pipeline.precision import Precision
 
 if TYPE_CHECKING:
     from benchmarks.peers.scoring import Scorer
@@ -50,7 +51,8 @@ def main(words: Sequence[str] | None = None) -> None:
     encode = _encoder(args.model)
     tokens = take_sequences(args.calibration, encode, args.samples, args.length)
     texts = _texts(args, encode)
-    job = Job(args.model, args.calibration.resolve(), tokens, args.heldout.resolve(), args.heldout_samples, args.cores)
+    heldout = args.heldout.resolve(), args.heldout_samples
+    job = Job(args.model, args.calibration.resolve(), tokens, *heldout, args.cores, args.precision)
     results = Results(args.out)
     for task in tasks:
         _run(job, task, args, results)
@@ -83,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grid", action="append", help="w4-g64-sym, w3-g64-sym or w4-g64-asym, repeatable")
     parser.add_argument("--repeat", type=int, default=1, help="runs of every task, default 1; the median is shown")
     parser.add_argument("--cores", type=int, default=cores, help=f"processors and threads for each, default {cores}")
+    parser.add_argument(
+        "--precision",
+        type=Precision,
+        default=Precision.BFLOAT16,
+        choices=list(Precision),
+        help="of Bitmill's passes over text, default bfloat16; in float32 it states what the referee finds",
+    )
     parser.add_argument("--autoround-iterations", type=int, help="steps for each block; default: AutoRound's own")
     parser.add_argument("--out", type=Path, default=Path("peers"), help="rows, logs and checkpoints, default peers/")
     parser.add_argument("--environments", type=Path, help="virtual environments, default OUT/environments")

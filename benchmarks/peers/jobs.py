@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.fingerprint import digest_bytes, digest_file, fingerprint
+from pipeline.precision import Precision
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -140,6 +141,7 @@ class Job:
         heldout: File that Bitmill judges its own result on; others judge nothing.
         heldout_samples: Sequences of it, as long as those of calibration.
         cores: Processors, and threads of computation.
+        precision: In what Bitmill passes texts through the model; peers have their own way.
     """
 
     model: Path
@@ -148,6 +150,7 @@ class Job:
     heldout: Path
     heldout_samples: int
     cores: int
+    precision: Precision = Precision.BFLOAT16
 
     def key(self, task: Task) -> str:
         """Return the fingerprint of all that the task's checkpoint follows from, and of the number of cores."""
@@ -158,6 +161,7 @@ class Job:
                 "files": [[file.name, digest_file(file)] for file in sources],
                 "tokens": self.tokens.digest,
                 "cores": self.cores,
+                "precision": self.precision,
             }
         )
 
@@ -189,6 +193,7 @@ class Job:
             "--to": str(out / "target"),
             "--work-dir": str(out / "work"),
             "--workers": str(self.cores),
+            "--precision": self.precision,
             "--device": "cpu",
         }
         words = [word for flag in flags.items() for word in flag]
