@@ -12,9 +12,10 @@ from pipeline.errors import CalibrationError
 from pipeline.skeleton.experts import all_tokens
 from pipeline.skeleton.model import Skeleton
 
-MICRO_BATCH_TOKENS = 2048
-"""Tokens of one forward call: enough for full matrix-multiplication speed, little enough that activations stay small.
-Part of the order of summation, hence of the result."""
+MICRO_BATCH_TOKENS = 1024
+"""Tokens of one forward call: enough for full matrix-multiplication speed, little enough that activations are small,
+and are made in memory that was used before and need not be asked for again. Part of the order of summation, hence of
+the result."""
 
 
 @torch.no_grad()

@@ -155,6 +155,7 @@ def _convert(
         stamps=tuple(sorted(stamps.items())),
         device=options.device,
         shelf_bytes=memory.shelf_bytes if options.shelf_bytes is None else options.shelf_bytes,
+        freed_bytes=memory.freed_bytes,
         streamed=source if is_streamed else None,
         max_memory_bytes=options.max_memory_bytes,
         experts=spec.calibration.experts,

@@ -218,7 +218,7 @@ def forecast(
                 prices=prices_of(spec.cluster.prices, prediction, request.device),
                 stages=stage_rows(prediction, memory.needed, spec.cluster.prices, request.device),
                 address=request.address,
-                short_bytes=max(0, memory.needed.total - request.worker_bytes) if request.worker_bytes else 0,
+                short_bytes=max(0, memory.least_bytes - request.worker_bytes) if request.worker_bytes else 0,
             )
         )
     return tuple(found)

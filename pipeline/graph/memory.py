@@ -21,7 +21,7 @@ from pipeline.graph.folds import MAX_SEARCHED_ROWS
 from pipeline.graph.parts import PART_BYTES
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.tuning import Tuning, make_tuning
-from pipeline.heap import FREED_BYTES
+from pipeline.heap import FREED_BYTES, LEAST_FREED_BYTES
 from pipeline.quantize.solve import TILE_ROWS
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import HEAD_PART_ELEMENTS, TABLE_ELEMENTS
@@ -37,8 +37,8 @@ PARTS_AT_ONCE = 4
 """Parts of outputs in a worker's memory: one that it hands over, read back and in shared memory, one that it is handed,
 and what it keeps of shared memory."""
 
-KEPT_BYTES = FREED_BYTES + 32_000_000
-"""Memory that units have freed, and that the process keeps for the next ones, with what comes between two looks."""
+UNSEEN_BYTES = 32_000_000
+"""Freed memory that comes to what a process keeps between two looks at it."""
 
 SHELF_BYTES = 500_000_000
 """Memory for passing outputs that a worker uses where there is enough."""
@@ -100,11 +100,18 @@ class MemoryPlan:
         needed: What a worker needs besides its shelf.
         tuning: How the job is cut.
         shelf_bytes: Budget of its shelf.
+        freed_bytes: Freed memory that it keeps.
     """
 
     needed: WorkerMemory
     tuning: Tuning
     shelf_bytes: int
+    freed_bytes: int
+
+    @property
+    def least_bytes(self) -> int:
+        """What a worker needs when its shelf is empty and it keeps as little of what it has freed as it can."""
+        return self.needed.total - self.freed_bytes + LEAST_FREED_BYTES
 
 
 @dataclass(frozen=True)
@@ -150,16 +157,15 @@ def plan_memory(
         spec: What to make.
         workers: How many.
         costs: What units cost: as long as there is memory for it, a job is cut as is soonest done.
-        max_bytes: What each may use; None for what it takes, and a shelf of ``SHELF_BYTES``.
+        max_bytes: What each may use; None for what it takes, with a shelf of ``SHELF_BYTES``.
 
     Raises:
         PlanError: when they cannot, naming what needs more.
     """
     tuning = make_tuning(outline, spec, workers, costs)
     needed = worker_memory(outline, spec, tuning)
-    if max_bytes is None:
-        return MemoryPlan(needed, tuning, SHELF_BYTES)
-    while needed.total > max_bytes:
+    most = SHELF_BYTES + FREED_BYTES - LEAST_FREED_BYTES
+    while max_bytes is not None and needed.total > max_bytes:
         for shorter in (
             replace(tuning, spans=2 * tuning.spans),
             replace(tuning, heldout_spans=2 * tuning.heldout_spans),
@@ -171,7 +177,11 @@ def plan_memory(
                 break
         else:
             raise _too_little(needed, max_bytes)
-    return MemoryPlan(needed, tuning, min(SHELF_BYTES, max_bytes - needed.total))
+    spare = most if max_bytes is None else min(most, max_bytes - needed.total)
+    shelf_bytes = min(SHELF_BYTES, spare)
+    more_bytes = spare - shelf_bytes
+    needed = replace(needed, process=needed.process + more_bytes)
+    return MemoryPlan(needed, tuning, shelf_bytes, LEAST_FREED_BYTES + more_bytes)
 
 
 def _too_little(needed: WorkerMemory, max_bytes: int) -> PlanError:
@@ -187,7 +197,7 @@ def _too_little(needed: WorkerMemory, max_bytes: int) -> PlanError:
 
 
 def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> WorkerMemory:
-    """Return what one worker needs for a conversion that is cut so."""
+    """Return what one worker needs at least for a conversion that is cut so."""
     own, gates = spec.calibration, spec.gates
     calibration = _Passed.of(own.samples, own.length, own.slice_sequences, tuning.spans)
     heldout = _Passed.of(gates.heldout_samples, gates.heldout_length, HELDOUT_SLICE_SEQUENCES, tuning.heldout_spans)
@@ -233,7 +243,8 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
     if Method.AWQ in methods:
         units["search scales"] = dense + stored + search
     handing_over = PARTS_AT_ONCE * min(moment, PART_BYTES)
-    return WorkerMemory(PROCESS_BYTES + KEPT_BYTES, handing_over if tuning.workers > 1 else 0, units)
+    process = PROCESS_BYTES + LEAST_FREED_BYTES + UNSEEN_BYTES
+    return WorkerMemory(process, handing_over if tuning.workers > 1 else 0, units)
 
 
 def _widest_module(group: LinearGroup) -> int:

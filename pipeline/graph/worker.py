@@ -98,7 +98,7 @@ class Worker:
             solver_loops.load()
             score_loops.load()
         heap.drop_code()
-        self._own_bytes = heap.private_bytes()
+        self._kept_bytes = heap.private_bytes() + context.freed_bytes
 
     def run(self, unit: WorkUnit, fetch: FetchFrom) -> Outcome:
         """Run a unit and return what it came to; what other workers hold comes through ``fetch``.
@@ -116,7 +116,7 @@ class Worker:
             if not _is_lack_of_memory(caught):
                 raise
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
-        if heap.private_bytes() > self._own_bytes + self.shelf.memory_bytes + heap.FREED_BYTES:
+        if heap.private_bytes() > self._kept_bytes + self.shelf.memory_bytes:
             heap.give_back()
         heap.drop_shared(heap.SHARED_BYTES)
         damaged = tuple(self._work.take_damaged())

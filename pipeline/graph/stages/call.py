@@ -20,6 +20,7 @@ from pipeline.errors import GraphError, SourceNotFoundError, StorageError
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.outline import Source
 from pipeline.graph.shelf import Shelf, Tensors
+from pipeline.heap import FREED_BYTES
 from pipeline.hub.source import Source as HubSource
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import Skeleton
@@ -52,6 +53,7 @@ class JobContext:
         stamps: What each weights file was when its digest was taken.
         device: ``cpu`` or ``cuda``.
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
+        freed_bytes: Freed memory that a worker keeps for what comes next.
         max_memory_bytes: Memory that a worker may use; None for what it takes.
         experts: Which tokens the statistics of experts are of.
     """
@@ -63,6 +65,7 @@ class JobContext:
     device: str
     shelf_bytes: int
     streamed: HubSource | None = None
+    freed_bytes: int = FREED_BYTES
     max_memory_bytes: int | None = None
     experts: ExpertStatistics = ExpertStatistics.ALL
 

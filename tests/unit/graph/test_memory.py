@@ -15,10 +15,11 @@ from pipeline.graph.build import build_units
 from pipeline.graph.cost import CPU_RATES, H100_RATES, CostModel, cost_model
 from pipeline.graph.dag import Kind, reachable_units
 from pipeline.graph.forecast import planned_inputs
-from pipeline.graph.memory import SHELF_BYTES, MemoryPlan, plan_memory, worker_memory
+from pipeline.graph.memory import SHELF_BYTES, MemoryPlan, WorkerMemory, plan_memory, worker_memory
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.shapes import ShapeOutline, named_shape
 from pipeline.graph.tuning import Tuning, make_tuning
+from pipeline.heap import FREED_BYTES, LEAST_FREED_BYTES
 from pipeline.spec import ConversionSpec, build_spec
 
 MakeSpec = Callable[..., ConversionSpec]
@@ -63,17 +64,25 @@ def test_shorter_spans_need_less_for_partial_sums_and_hidden_states(make_spec: M
     assert [before - after for before, after in pairwise(needed)] == [*(moments + states for states in hidden), 0]
 
 
+def roomy(needed: WorkerMemory) -> WorkerMemory:
+    """Return the memory of a worker that keeps as much as it wants to of what it has freed."""
+    return replace(needed, process=needed.process + FREED_BYTES - LEAST_FREED_BYTES)
+
+
 def test_a_job_is_cut_until_it_fits_and_the_shelf_gets_the_rest(make_spec: MakeSpec) -> None:
     shape, spec = named_shape("llama-3.1-8b"), large_spec(make_spec)
     soonest = make_tuning(shape, spec, 2, COSTS)
     whole = plan_memory(shape, spec, 2, COSTS, None)
-    assert whole == MemoryPlan(worker_memory(shape, spec, soonest), soonest, SHELF_BYTES)
+    assert whole == MemoryPlan(roomy(worker_memory(shape, spec, soonest)), soonest, SHELF_BYTES, FREED_BYTES)
     assert soonest.spans == 2
     assert plan_memory(shape, spec, 2, COSTS, 64 * GIGABYTE) == whole
-    tight = plan_memory(shape, spec, 2, COSTS, whole.needed.total - 1)
+    limit = worker_memory(shape, spec, soonest).total
+    cramped = plan_memory(shape, spec, 2, COSTS, limit)
+    assert cramped == MemoryPlan(worker_memory(shape, spec, soonest), soonest, 0, LEAST_FREED_BYTES)
+    tight = plan_memory(shape, spec, 2, COSTS, limit - 1)
     assert tight.tuning == replace(soonest, spans=4), "held-out text needs less anyway"
-    assert tight.needed == worker_memory(shape, spec, tight.tuning)
-    assert tight.needed.total + tight.shelf_bytes <= whole.needed.total - 1
+    assert tight.needed.units == worker_memory(shape, spec, tight.tuning).units
+    assert tight.needed.total + tight.shelf_bytes <= limit - 1
     least = worker_memory(shape, spec, replace(soonest, spans=16)).total
     assert plan_memory(shape, spec, 2, COSTS, least).shelf_bytes == 0
 
@@ -161,7 +170,7 @@ def test_units_hold_no_more_slices_than_their_worker_has_memory_for(
     # What the units that were made need, by the same estimate: spans of just so many slices.
     num_slices, num_heldout = -(-samples // sequences), -(-heldout_samples // 2)
     as_made = Tuning(-(-num_slices // made[Kind.CALIBRATE]), 20.0, -(-num_heldout // made[Kind.FORWARD]), workers)
-    assert worker_memory(outline, spec, as_made) == plan.needed
+    assert worker_memory(outline, spec, as_made).units == plan.needed.units
     assert made[Kind.EMBED] == max(made[Kind.CALIBRATE], made[Kind.FORWARD])
 
 
