@@ -24,6 +24,8 @@ KINDS = (
     (Format.AWQ, Scheme(4, 64, False)),
     (Format.COMPRESSED_TENSORS, Scheme(4, 64, True)),
     (Format.COMPRESSED_TENSORS, Scheme(4, 64, False)),
+    (Format.COMPRESSED_TENSORS, Scheme(5, 64, True)),
+    (Format.COMPRESSED_TENSORS, Scheme(6, 64, True)),
     (Format.COMPRESSED_TENSORS, Scheme(8, 64, True)),
 )
 

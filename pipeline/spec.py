@@ -134,6 +134,8 @@ BUDGETS_BY_BITS: dict[int, dict[str, float]] = {
     2: {"max_relative_error": 0.5, "max_kl": 1.25, "max_perplexity_ratio": 2.5},
     3: {"max_relative_error": 0.5, "max_kl": 1.25, "max_perplexity_ratio": 2.5},
     4: {"max_relative_error": 0.35, "max_kl": 0.75, "max_perplexity_ratio": 1.75},
+    5: {"max_relative_error": 0.2, "max_kl": 0.25, "max_perplexity_ratio": 1.3},
+    6: {"max_relative_error": 0.1, "max_kl": 0.1, "max_perplexity_ratio": 1.15},
     8: {"max_relative_error": 0.05, "max_kl": 0.05, "max_perplexity_ratio": 1.10},
 }
 """What `auto` means. Wide enough for small models, whose weights are harder to quantize; a job for a known model

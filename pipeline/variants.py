@@ -41,7 +41,7 @@ class Format(StrEnum):
 FORMAT_BITS: dict[Format, tuple[int, ...]] = {
     Format.GPTQ: (2, 3, 4, 8),
     Format.AWQ: (4,),
-    Format.COMPRESSED_TENSORS: (4, 8),
+    Format.COMPRESSED_TENSORS: (2, 3, 4, 5, 6, 8),
 }
 """The bit widths that each format can hold here."""
 
@@ -72,8 +72,8 @@ class VariantSpec(Strict):
     of what that does not say."""
     method: Method
     """How codes are found: `rtn`, `gptq` or `awq`."""
-    bits: Literal[2, 3, 4, 8] = 4
-    """Width of a code; 2 and 3 bits go into format `gptq` only."""
+    bits: Literal[2, 3, 4, 5, 6, 8] = 4
+    """Width of a code; format `awq` holds 4 bits only, and `gptq` no 5 and 6."""
     group_size: int = 128
     """Consecutive input channels that share one scale; -1 means one scale per output channel."""
     symmetric: bool = True
@@ -148,6 +148,8 @@ def is_named_by(pattern: str, linear_name: str) -> bool:
     return pattern == linear_name
 
 
+_OWN_FORMATS = {Method.GPTQ: (Format.GPTQ,), Method.AWQ: (Format.AWQ,), Method.RTN: ()}
+
 _VARIANT_NAME = re.compile(
     r"(?P<method>rtn|gptq|awq)-w(?P<bits>\d+)-(?P<group>g\d+|channel)"
     r"(?:-(?P<format>gptq|awq|ct))?(?:-(?P<symmetry>sym|asym))?"
@@ -155,16 +157,10 @@ _VARIANT_NAME = re.compile(
 
 
 def _default_format(method: Method, bits: int) -> Format:
-    """Return the format that a short name means when it does not say: the first of the method's that holds the bits,
-    and format gptq, which holds the most widths, where none does."""
-    match method:
-        case Method.GPTQ:
-            preferred: tuple[Format, ...] = ()
-        case Method.AWQ:
-            preferred = (Format.AWQ, Format.COMPRESSED_TENSORS)
-        case Method.RTN:
-            preferred = (Format.COMPRESSED_TENSORS,)
-    return next((format_ for format_ in preferred if bits in FORMAT_BITS[format_]), Format.GPTQ)
+    """Return the format that a short name means when it does not say: that of 2 and 3 bits which most loaders compute
+    with as they are, else the first of the method's own that holds the bits, else the one that holds all."""
+    preferred = _OWN_FORMATS[method] if bits > 3 else (Format.GPTQ,)
+    return next((format_ for format_ in preferred if bits in FORMAT_BITS[format_]), Format.COMPRESSED_TENSORS)
 
 
 def _default_symmetry(method: Method, format_: Format) -> bool:

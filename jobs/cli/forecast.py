@@ -41,6 +41,11 @@ def render_forecast(forecast: Forecast, console: Console) -> None:
             f"  [yellow]{format_bytes(forecast.short_bytes)} less than that are there for each worker: take fewer "
             "--workers, or say what they may use with --max-memory[/yellow]"
         )
+    if forecast.free_workers is not None and forecast.free_workers < cluster.num_workers:
+        console.print(
+            f"  [yellow]room for {forecast.free_workers} of {cluster.num_workers} workers at the moment: others wait "
+            "until what else runs there leaves[/yellow]"
+        )
     links = ", ".join(f"{name} {share:.0%}" for name, share in prediction.busy_links.items())
     console.print(f"  busiest links: {links}")
     if forecast.price is not None:

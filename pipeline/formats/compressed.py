@@ -1,4 +1,4 @@
-"""compressed-tensors ``pack-quantized``: 4 and 8 bits, symmetric and asymmetric.
+"""compressed-tensors ``pack-quantized``: 2, 3, 4, 5, 6 and 8 bits, symmetric and asymmetric.
 
 Dimension suffixes: O = out_features, I = in_features, G = groups of a row, P = packed words.
 
@@ -9,9 +9,9 @@ their zero point at the middle, the signed 0.
 
 The layout belongs to the ``compressed-tensors`` package. Four-bit codes and all zero points are read by its own
 ``unpack_from_int32``, so that the round-trip proof of a release asks the owner. Writing uses ``packing.pack_rows``,
-over ten times faster than the package's ``pack_to_int32``, and eight-bit codes are read by ``packing.unpack_rows``, as
-the package's reader is fast for four bits only. Both equal the package bit for bit: tests compare them at odd shapes.
-The package is imported where it is used: it takes seconds to load.
+over ten times faster than the package's ``pack_to_int32``, and codes of other widths are read by
+``packing.unpack_rows``, as the package's reader is fast for four bits only. Both equal the package bit for bit: tests
+compare them at odd shapes. The package is imported where it is used: it takes seconds to load.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ class CompressedCodec:
         num_groups, bits = in_features // scheme.group_size, scheme.bits
         packed = take(name, tensors, "weight_packed", [torch.int32], [out_features, _num_words(in_features, bits)])
         scale = take(name, tensors, "weight_scale", SCALE_DTYPES, [out_features, num_groups])
-        if bits == 8:
-            codes_OI = unpack_rows(packed, bits, in_features)
-        else:
+        if bits == 4:
             codes_OI = _unpack(packed, scheme, (out_features, in_features), packed_dim=1)
+        else:
+            codes_OI = unpack_rows(packed, bits, in_features)
         if scheme.symmetric:
             zero_OG = torch.full_like(scale, scheme.middle, dtype=torch.uint8)
             if f"{name}.weight_zero_point" in tensors:

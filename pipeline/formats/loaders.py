@@ -163,7 +163,14 @@ def _vllm(contents: Contents) -> Iterator[Limit]:
             f"packed ones do not stand. It loads the files where these stay in 16 bit (`ignore: ['re:{reordered}$']`)."
         )
         yield Limit(Loader.VLLM, False, why + how)
-    if contents.bits not in VLLM_BITS:
+    if contents.bits not in VLLM_BITS and contents.format is Format.COMPRESSED_TENSORS:
+        yield Limit(
+            Loader.VLLM,
+            True,
+            f"vLLM 0.32.0 computes with {contents.bits}-bit codes of this format on NVIDIA GPUs only (Turing and "
+            "newer), with the package humming-kernels (read from the code, not tried).",
+        )
+    elif contents.bits not in VLLM_BITS:
         yield Limit(
             Loader.VLLM,
             False,

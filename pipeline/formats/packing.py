@@ -2,14 +2,14 @@
 
 Dimension suffixes: O = rows, I = columns, P = columns of packed words.
 
-Codes of 2, 3, 4 or 8 bits lie densely and little-endian along a row: code i of b bits sits at bits b * i of the row's
-bit stream, word by word. GPTQ, AWQ (after its interleave) and compressed-tensors all reduce to this by transposing.
-Widths that divide a word start anew in each; 32 codes of 3 bits fill 3 words, two of them split over a border.
+Codes of 2 to 8 bits lie densely and little-endian along a row: code i of b bits sits at bits b * i of the row's bit
+stream, word by word. GPTQ, AWQ (after its interleave) and compressed-tensors all reduce to this by transposing. Widths
+that divide a word start anew in each; of the others 32 codes fill b words, some of them split over a border.
 
-Packing folds lanes of neighbouring codes together (shift, or, truncate) in chunks that stay in cache: two codes of 4
-bits in a lane of 16, four of 2 bits in a lane of 32, and 3-bit codes by pairs, fours and eights until a lane of 32
-holds 24 bits, four of which make 3 words. Unpacking does the same backwards. Measured with ``benchmarks/pack.py``: more
-than a GB of 16-bit weights per second and core at 3 bits, several at the others.
+Packing folds lanes of neighbouring codes together (shift, or, cut off) in chunks that stay in cache. Widths that divide
+a word need one step: two codes of 4 bits in a lane of 16, four of 2 bits in a lane of 32. The others are folded by
+pairs, fours and eights until a lane of 64 holds 8 b bits, four of which make b words. Unpacking does the same
+backwards. Measured with ``benchmarks/pack.py``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def pack_rows(codes_OI: Tensor, bits: int) -> Tensor:
 
     Args:
         codes_OI: uint8 [O, I], values below 2**bits.
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
     """
     num_words = -(-codes_OI.shape[1] * bits // WORD_BITS)
     num_codes, _ = codes_in_words(bits)
@@ -79,25 +79,39 @@ def _fold(codes_OI: Tensor, bits: int) -> Tensor:
             four = _reinterpret(codes_OI, torch.int32)
             low = (four >> 6).bitwise_or_(four).bitwise_or_(four >> 12).bitwise_or_(four >> 18)
             return low.to(torch.uint8)
-        case 3:
-            return _reinterpret(_fold_three(codes_OI), torch.uint8)
-        case _:
+        case 4:
             pair = _reinterpret(codes_OI, torch.int16)
             # A lane is low | high << 8; or-ing it with itself >> 4 leaves low | high << 4 in the low byte.
             return (pair >> 4).bitwise_or_(pair).to(torch.uint8)
+        case _:
+            return _reinterpret(_fold_split(codes_OI, bits), torch.uint8)
 
 
-def _fold_three(codes_OI: Tensor) -> Tensor:
-    """Return int32 [O, I * 3 / 32]."""
-    pair = _reinterpret(codes_OI, torch.int16)
-    six_bits = (pair >> 5).bitwise_or_(pair).bitwise_and_(0x3F).to(torch.uint8)
-    pair = _reinterpret(six_bits, torch.int16)
-    twelve_bits = (pair >> 2).bitwise_and_(0xFC0).bitwise_or_(pair & 0x3F)
-    pair = _reinterpret(twelve_bits, torch.int32)
-    lanes = (pair >> 4).bitwise_and_(0xFFF000).bitwise_or_(pair & 0xFFF)
-    low, middle, high, top = lanes.view(lanes.shape[0], -1, 4).unbind(2)
-    words = (low | middle << 24, middle >> 8 | high << 16, high >> 16 | top << 8)
+def _fold_split(codes_OI: Tensor, bits: int) -> Tensor:
+    """Return int32 [O, I * bits / 32] of a width that does not divide a word."""
+    lanes = _reinterpret(codes_OI, torch.int64)
+    for half in (8, 16, 32):
+        filled = half * bits // 8
+        low, high = _halves(half, filled, filled)
+        lanes = (lanes >> half - filled).bitwise_and_(high).bitwise_or_(lanes & low)
+    num_codes, num_words = codes_in_words(bits)
+    neighbours, filled = lanes.view(lanes.shape[0], -1, num_codes // 8).unbind(2), 8 * bits
+    words = []
+    for begin in range(0, num_words * WORD_BITS, WORD_BITS):
+        first, last = begin // filled, (begin + WORD_BITS - 1) // filled
+        word = neighbours[first] >> begin - first * filled
+        for number in range(first + 1, last + 1):
+            word = word | neighbours[number] << number * filled - begin
+        words.append(word.to(torch.int32))
     return torch.stack(words, dim=2).flatten(1)
+
+
+def _halves(half: int, filled: int, place: int) -> tuple[int, int]:
+    """Return two masks of 64 bits, as torch takes them: in each lane of two halves, the ``filled`` lowest bits, and as
+    many from ``place`` on."""
+    low = sum(((1 << filled) - 1) << start for start in range(0, 64, 2 * half))
+    high = low << place
+    return low, high - (1 << 64) if high >> 63 else high
 
 
 def _unfold(words_OP: Tensor, bits: int) -> Tensor:
@@ -107,25 +121,32 @@ def _unfold(words_OP: Tensor, bits: int) -> Tensor:
             lanes = _reinterpret(words_OP, torch.uint8).to(torch.int32)
             lanes = (lanes << 12).bitwise_or_(lanes).bitwise_and_(0x000F000F)
             lanes = (lanes << 6).bitwise_or_(lanes).bitwise_and_(0x03030303)
-        case 3:
-            lanes = _unfold_three(words_OP)
-        case _:
+        case 4:
             lanes = _reinterpret(words_OP, torch.uint8).to(torch.int16)
             lanes = (lanes << 4).bitwise_or_(lanes).bitwise_and_(0x0F0F)
+        case _:
+            lanes = _unfold_split(words_OP, bits)
     return _reinterpret(lanes, torch.uint8)
 
 
-def _unfold_three(words_OP: Tensor) -> Tensor:
-    """Return int16 [O, P * 16 / 3]: lanes of two codes, a byte each."""
-    first, second, third = words_OP.view(words_OP.shape[0], -1, 3).unbind(2)
-    # A shift to the right fills up with the sign: what comes in at the top is cut off again.
-    parts = (first, (first >> 24 & 0xFF) | second << 8, (second >> 16 & 0xFFFF) | third << 16, third >> 8)
-    lanes = torch.stack(parts, dim=2).flatten(1)
-    lanes = (lanes << 4).bitwise_and_(0x0FFF0000).bitwise_or_(lanes & 0x0FFF)
-    lanes = _reinterpret(lanes, torch.int16)
-    lanes = (lanes << 2).bitwise_and_(0x3F00).bitwise_or_(lanes & 0x3F)
-    lanes = _reinterpret(lanes, torch.uint8).to(torch.int16)
-    return (lanes << 5).bitwise_or_(lanes).bitwise_and_(0x0707)
+def _unfold_split(words_OP: Tensor, bits: int) -> Tensor:
+    """Return int64 [O, P * 4 / bits]: lanes of eight codes, a byte each."""
+    _, num_words = codes_in_words(bits)
+    words, filled = words_OP.view(words_OP.shape[0], -1, num_words).to(torch.int64).unbind(2), 8 * bits
+    neighbours = []  # above their codes they have signs and what belongs to others, which is cut off below
+    for begin in range(0, num_words * WORD_BITS, filled):
+        first, last = begin // WORD_BITS, (begin + filled - 1) // WORD_BITS
+        lane = words[first] >> begin - first * WORD_BITS
+        for number in range(first + 1, last + 1):
+            place = number * WORD_BITS - begin
+            lane = lane & ((1 << place) - 1) | words[number] << place
+        neighbours.append(lane)
+    lanes = torch.stack(neighbours, dim=2).flatten(1)
+    for half in (32, 16, 8):
+        filled = half * bits // 8
+        low, high = _halves(half, filled, half)
+        lanes = (lanes << half - filled).bitwise_and_(high).bitwise_or_(lanes & low)
+    return lanes
 
 
 def _reinterpret(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -413,7 +413,7 @@ class UnitBuilder:
 def build_units(inputs: UnitInputs, tuning: Tuning, costs: CostModel | None = None) -> JobUnits:
     """Return every unit of a conversion, cut as ``tuning`` says, at ``costs`` (default: those of the job's device).
     Nothing is read but the outline."""
-    return UnitBuilder(inputs, tuning, costs or cost_model(inputs.device)).build()
+    return UnitBuilder(inputs, tuning, costs or cost_model(inputs.device, inputs.spec.precision)).build()
 
 
 def _concerns(scales: WorkUnit, groups: Sequence[LinearGroup], group: LinearGroup) -> bool:

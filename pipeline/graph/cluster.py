@@ -65,6 +65,11 @@ REPLACEMENT_TIMEOUT_S = 120.0
 """Longest wait, when no worker is left, for room for a new one: until Ray has cleared up after a lost node, or a node
 has come in its place."""
 
+HTTP2_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""A frame of settings without any: their length, the type of frame, flags, and the stream."""
+
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS
+
 JOIN_HINT = (
     "the driver's machine must be a node of the cluster (ray start --address=HEAD:PORT --num-cpus=0), and show the "
     "token that the cluster asks for, if any (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)"
@@ -403,11 +408,15 @@ class Room:
         device: What they would compute on, ``cpu`` or ``cuda``.
         by_node: Workers of each machine.
         worker_bytes: Memory that a machine has for each of its workers at least; 0 when it is not known.
+        sharing: Workers that one GPU is shared by.
+        free_workers: For how many of the workers there is room at the moment, besides what else runs there; at most.
     """
 
     device: str
     by_node: tuple[int, ...]
     worker_bytes: int
+    sharing: int = 1
+    free_workers: int | None = None
 
 
 def look_at(address: str, device: str, workers: int | None, max_memory_bytes: int | None) -> Room:
@@ -428,6 +437,7 @@ def look_at(address: str, device: str, workers: int | None, max_memory_bytes: in
     _connect(ray, 0, address)
     try:
         resources, nodes = _resources(ray), _nodes(ray)
+        free: dict[str, float] = ray.available_resources()
     finally:
         ray.shutdown()
     found = "cuda" if device == "auto" and resources.get("GPU", 0.0) >= 1 else device.replace("auto", "cpu")
@@ -449,7 +459,8 @@ def look_at(address: str, device: str, workers: int | None, max_memory_bytes: in
             hint="a worker takes a CPU, a share of a GPU on GPUs, and what --max-memory says",
         )
     memory = [node.get("memory", 0.0) / used for node, used in zip(nodes, by_node, strict=True) if used]
-    return Room(found, tuple(by_node), int(min(memory)))
+    sharing = round(1 / gpus) if gpus else 1
+    return Room(found, tuple(by_node), int(min(memory)), sharing, min(share.slots(free), sum(by_node)))
 
 
 def _connect(ray: Any, workers: int, address: str | None) -> None:
@@ -511,22 +522,43 @@ def _local_memory(workers: int) -> dict[str, Any]:
 
 
 def _require_reachable(address: str) -> None:
-    """Return when something listens at the address of a cluster's head; Ray itself would try for minutes.
+    """Return when what listens at the address of a cluster's head speaks HTTP/2, as gRPC does; Ray itself would try for
+    minutes.
 
     Raises:
-        GraphError: when nothing does.
+        GraphError: when nothing listens there, or something that cannot be Ray.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
         return  # "auto", or a name that Ray resolves
+    hint = "check --address (or RAY_ADDRESS) and that `ray start --head` runs there, or leave it out"
     try:
-        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        with socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S) as connection:
+            is_grpc = os.environ.get("RAY_USE_TLS", "0") != "0" or _speaks_http2(connection)
     except OSError as error:
+        raise GraphError(f"no Ray cluster answers at {address}: {error}", code="graph.no_cluster", hint=hint) from error
+    if not is_grpc:
         raise GraphError(
-            f"no Ray cluster answers at {address}: {error}",
+            f"what listens at {address} is not the head of a Ray cluster: it does not speak gRPC",
             code="graph.no_cluster",
-            hint="check --address (or RAY_ADDRESS) and that `ray start --head` runs there, or leave it out",
-        ) from error
+            hint=f"{hint}; its port is 6379 unless it was told another (the dashboard's is another one)",
+        )
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    """Return whether a peer answers the preface of HTTP/2 (RFC 9113, 3.4) with settings of its own.
+
+    Raises:
+        OSError: when it says nothing within ``CONNECT_TIMEOUT_S``.
+    """
+    connection.sendall(HTTP2_PREFACE)
+    answer = b""
+    while len(answer) < len(HTTP2_SETTINGS):
+        more = connection.recv(len(HTTP2_SETTINGS) - len(answer))
+        if not more:
+            return False
+        answer += more
+    return answer[3:5] == HTTP2_SETTINGS[3:5] and answer[5:] == HTTP2_SETTINGS[5:]
 
 
 def _actor_class(ray: Any, share: _Share) -> Any:

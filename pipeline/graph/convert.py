@@ -131,7 +131,7 @@ def _convert(
     outline = remote_outline(source, settings, spec.calibration.experts)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
-    costs = cost_model(options.device)
+    costs = cost_model(options.device, spec.precision)
     memory = plan_memory(outline, spec, options.workers, costs, options.max_memory_bytes)
     stopping.check()
     texts = load_texts(spec, settings, stopping)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from pipeline.precision import Precision
 from pipeline.quantize.solve import TILE_ROWS, TILE_ROWS_DEVICE
 from pipeline.validate.generation import ROWS
 
@@ -72,28 +73,28 @@ class Rates:
 CPU_RATES = Rates(
     hardware="one thread of a CPU with AVX-512",
     is_measured=True,
-    forward_flops=85e9,
-    moment_flops=85e9,
-    column_flops=9e9,
-    factor_flops=25e9,
-    grid_weights=55e6,
-    added_bytes=0.8e9,
-    touched_bytes=0.8e9,
-    weight_bytes=0.4e9,
-    decoded_bytes=8e9,
+    forward_flops=190e9,
+    moment_flops=220e9,
+    column_flops=60e9,
+    factor_flops=24e9,
+    grid_weights=48e6,
+    added_bytes=3.5e9,
+    touched_bytes=1e9,
+    weight_bytes=0.3e9,
+    decoded_bytes=3.5e9,
     store_bytes=2e9,
     peer_bytes=2e9,
     network_bytes=1.25e9,
-    unit_s=0.02,
-    passing_s=0.005,
+    unit_s=0.006,
+    passing_s=0.006,
     solve_s=20.0,
     held_bytes=0.025e9,
     weight_size=4,
     resident_bytes=0.5e9,
 )
-"""Fitted to a conversion of the 135 M parameter model on 2 cores (AVX-512), torch 2.13.0, float32, one thread a worker,
-2026-11-24: seconds = overhead + work / rate for each kind. The links are not: they are a plain disk, memory of the
-machine, and 10 Gbit/s Ethernet."""
+"""Fitted to a conversion of the 135 M parameter model on 2 cores (AMD EPYC, AVX-512 BF16), torch 2.13.0, passes in
+bfloat16, one thread a worker, 2026-11-26: seconds = overhead + work / rate for each kind. The links are not: they are a
+plain disk, memory of the machine, and 10 Gbit/s Ethernet."""
 
 H100_RATES = Rates(
     hardware="one H100 SXM of a node of eight; assumed from published figures, never measured",
@@ -123,6 +124,25 @@ Cholesky factorization; memory 3.35 TB/s, which bounds a grid search of some twe
 adding at three, and continuations (75 %). NVLink 450 GB/s one way, 300 of it; network 400 Gbit/s a node; local NVMe
 10 GB/s a node; a host core writes 5 GB/s and reads 2 GB/s with a digest (SHA-256 with instructions for it), which makes
 3 GB/s over both; weights come over PCIe 5 at 50 GB/s."""
+
+
+FLOAT32_FORWARD_FLOPS = {"cpu": 85e9, "cuda": 30e12}
+"""Rates of forward passes in float32: fitted likewise on 2026-11-24, and 45 % of the published 67 TFLOP/s."""
+
+DEVICE_RATES = (
+    "forward_flops",
+    "moment_flops",
+    "column_flops",
+    "factor_flops",
+    "grid_weights",
+    "added_bytes",
+    "weight_bytes",
+    "decoded_bytes",
+    "peer_bytes",
+    "held_bytes",
+    "resident_bytes",
+)
+"""What workers that share a device have a part of each; touching files and the node's links are not the device's."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +180,8 @@ def factor_flops(group: GroupShape) -> float:
 
 def scale_flops(group: GroupShape) -> float:
     """Return the operations of a search for activation-aware scales: a dozen losses on a sample of the rows, two on
-    all."""
-    return 15 * 2.0 * min(group.rows, 512) * group.width**2 + 4.0 * group.rows * group.width**2
+    all; of a loss half of the products are made, as they are symmetric."""
+    return 15 * 1.0 * min(group.rows, 512) * group.width**2 + 2.0 * group.rows * group.width**2
 
 
 def sum_bytes(groups: Iterable[GroupShape]) -> float:
@@ -180,6 +200,14 @@ class CostModel:
 
     rates: Rates
     tile_rows: int
+
+    def shared_by(self, workers: int) -> CostModel:
+        """Return the costs for each of so many workers of one device when all of them compute."""
+        if workers == 1:
+            return self
+        rates = self.rates
+        own = {name: getattr(rates, name) / workers for name in DEVICE_RATES}
+        return replace(self, rates=replace(rates, hardware=f"{rates.hardware}; {workers} workers share it", **own))
 
     def forward_s(self, parameters: float, tokens: float, groups: Iterable[GroupShape] = ()) -> float:
         """Return the seconds of one block over tokens, with the second moments of ``groups``."""
@@ -252,6 +280,10 @@ class CostModel:
         return [(low, min(low + per_part, group.rows)) for low in range(0, group.rows, per_part)]
 
 
-def cost_model(device: str) -> CostModel:
-    """Return the costs of a job on ``device`` (``cpu`` or ``cuda``) as far as they are known before it runs."""
-    return CostModel(CPU_RATES if device == "cpu" else H100_RATES, TILE_ROWS.get(device, TILE_ROWS_DEVICE))
+def cost_model(device: str, precision: Precision = Precision.BFLOAT16) -> CostModel:
+    """Return the costs of a job on ``device`` (``cpu`` or ``cuda``), with passes over text in ``precision``, as far as
+    they are known before it runs."""
+    rates = CPU_RATES if device == "cpu" else H100_RATES
+    if precision is Precision.FLOAT32:
+        rates = replace(rates, forward_flops=FLOAT32_FORWARD_FLOPS[device])
+    return CostModel(rates, TILE_ROWS.get(device, TILE_ROWS_DEVICE))

@@ -57,6 +57,8 @@ class ClusterRequest:
         calibration: Keys of the spec's ``calibration`` that are other than there.
         address: Where it is, if it is a real one.
         worker_bytes: Memory that a machine of it has for each of its workers at least; 0 when it is not known.
+        sharing: Workers that one GPU is shared by.
+        free_workers: For how many workers there is room at the moment; None when that is not known.
     """
 
     cluster: Cluster
@@ -64,6 +66,8 @@ class ClusterRequest:
     calibration: Mapping[str, int]
     address: str = ""
     worker_bytes: int = 0
+    sharing: int = 1
+    free_workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,10 @@ class StageRow:
     price: float | None
 
 
-def stage_rows(prediction: Prediction, memory: WorkerMemory, prices: PriceSpec, device: str) -> tuple[StageRow, ...]:
-    """Return a conversion stage by stage."""
-    hourly = _hourly(prices, device)
+def stage_rows(
+    prediction: Prediction, memory: WorkerMemory, prices: PriceSpec, hourly: float | None
+) -> tuple[StageRow, ...]:
+    """Return a conversion stage by stage; ``hourly`` is the price of a worker for an hour, None when there is none."""
 
     def price(stage: Stage) -> float | None:
         if hourly is None:
@@ -95,9 +100,10 @@ def stage_rows(prediction: Prediction, memory: WorkerMemory, prices: PriceSpec, 
     return tuple(StageRow(stage, memory.of(stage.kind), price(stage)) for stage in prediction.stages)
 
 
-def _hourly(prices: PriceSpec, device: str) -> float | None:
-    """Return the price of a worker for an hour, or None when there is none."""
-    return prices.gpu_hour if device == "cuda" else prices.cpu_hour
+def hourly_price(prices: PriceSpec, device: str, sharing: int = 1) -> float | None:
+    """Return the price for an hour of one of ``sharing`` workers on a device, or None when there is none."""
+    price = prices.gpu_hour if device == "cuda" else prices.cpu_hour
+    return None if price is None else price / sharing
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ class Forecast:
         stages: The same stage by stage.
         address: Of the cluster, if it is a real one.
         short_bytes: Memory that workers lack where they are most crowded; 0 when it is not known that they lack any.
+        free_workers: For how many workers there is room at the moment; None when that is not known.
     """
 
     prediction: Prediction
@@ -124,6 +131,7 @@ class Forecast:
     stages: tuple[StageRow, ...]
     address: str = ""
     short_bytes: int = 0
+    free_workers: int | None = None
 
     @property
     def price(self) -> float | None:
@@ -169,7 +177,8 @@ def parse_cluster(text: str) -> ClusterRequest:
 
 def request_for(address: str, room: Room) -> ClusterRequest:
     """Return the cluster at ``address``, which has that room for workers."""
-    return ClusterRequest(Cluster.of(room.by_node), room.device, {}, address, room.worker_bytes)
+    cluster = Cluster.of(room.by_node)
+    return ClusterRequest(cluster, room.device, {}, address, room.worker_bytes, room.sharing, room.free_workers)
 
 
 def forecast_shape(
@@ -202,9 +211,11 @@ def forecast(
         own = spec.model_copy(update={"calibration": calibration})
         asked = replace(inputs, spec=own, calibration=_tokens(calibration.samples, calibration.length))
         asked = replace(asked, device=request.device)
-        costs = cost_model(request.device)
+        costs = cost_model(request.device, spec.precision)
         memory = plan_memory(outline, own, request.cluster.num_workers, costs, max_memory_bytes)
-        prediction = simulate(asked, request.cluster, costs, memory.tuning)
+        # A job is cut before it is known who shares a GPU with whom.
+        prediction = simulate(asked, request.cluster, costs.shared_by(request.sharing), memory.tuning)
+        hourly = hourly_price(spec.cluster.prices, request.device, request.sharing)
         key = request.device, calibration
         if key not in alone:
             tuning = plan_memory(outline, own, 1, costs, max_memory_bytes).tuning
@@ -215,18 +226,19 @@ def forecast(
                 tokens=calibration.samples * calibration.length,
                 one_worker_s=alone[key],
                 memory=memory.needed,
-                prices=prices_of(spec.cluster.prices, prediction, request.device),
-                stages=stage_rows(prediction, memory.needed, spec.cluster.prices, request.device),
+                prices=prices_of(spec.cluster.prices, hourly, prediction, request.device),
+                stages=stage_rows(prediction, memory.needed, spec.cluster.prices, hourly),
                 address=request.address,
+                free_workers=request.free_workers,
                 short_bytes=max(0, memory.least_bytes - request.worker_bytes) if request.worker_bytes else 0,
             )
         )
     return tuple(found)
 
 
-def prices_of(table: PriceSpec, prediction: Prediction, device: str) -> dict[str, float]:
-    """Return what a conversion costs by entry of the table; nothing where it has no price of such a worker."""
-    hour, hourly = "gpu_hour" if device == "cuda" else "cpu_hour", _hourly(table, device)
+def prices_of(table: PriceSpec, hourly: float | None, prediction: Prediction, device: str) -> dict[str, float]:
+    """Return what a conversion costs by entry of the table; nothing where a worker's hour has no price."""
+    hour = "gpu_hour" if device == "cuda" else "cpu_hour"
     if hourly is None:
         return {}
     found = {hour: hourly * prediction.seconds * prediction.cluster.num_workers / 3600}

@@ -27,6 +27,7 @@ from pipeline.graph.forecast import (
     Forecast,
     StageRow,
     forecast,
+    hourly_price,
     planned_inputs,
     prices_of,
     stage_rows,
@@ -180,7 +181,7 @@ def plan_conversion(
     names = name_releases(spec, source)
     outline = remote_outline(source, settings, spec.calibration.experts)
     require_positions(spec, outline)
-    memory = plan_memory(outline, spec, workers, cost.cost_model("cpu"), max_memory_bytes)
+    memory = plan_memory(outline, spec, workers, cost.cost_model("cpu", spec.precision), max_memory_bytes)
     report = report_plan(source, names, outline, spec, workers, memory)
     return report, forecast(outline, spec, requests, max_memory_bytes)
 
@@ -245,7 +246,8 @@ def report_plan(
     blocks = [_block_elements(outline, block) for block in range(outline.skeleton.num_blocks)]
     head = max(outline.tensor_elements(name) for name in outline.skeleton.outer_tensors().values())
     table = spec.cluster.prices
-    prices = prices_of(table, predicted, "cpu")
+    hourly = hourly_price(table, "cpu")
+    prices = prices_of(table, hourly, predicted, "cpu")
     active = sum(active_elements(outline, block) for block in range(outline.skeleton.num_blocks))
     passed = active if outline.experts is ExpertStatistics.ROUTED else sum(blocks)
     moments = 2.0 * sum(
@@ -276,7 +278,7 @@ def report_plan(
         hardware=predicted.hardware,
         seconds=predicted.seconds,
         bottleneck=predicted.bottleneck,
-        stages=stage_rows(predicted, memory.needed, table, "cpu"),
+        stages=stage_rows(predicted, memory.needed, table, hourly),
         price=sum(prices.values()) if prices else None,
         variants=variants,
     )

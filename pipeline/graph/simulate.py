@@ -294,7 +294,7 @@ def simulate(
         model: Costs and rates (default: those of the job's device).
         tuning: How it is cut (default: as is soonest done).
     """
-    costs = model or cost_model(inputs.device)
+    costs = model or cost_model(inputs.device, inputs.spec.precision)
     executor = SimulatedExecutor(cluster, costs, Traffic(inputs.outline))
     driver = Driver(
         lambda cut: build_units(inputs, cut, costs).goals,

@@ -13,9 +13,10 @@ float16 only. Whether a linear is split by outputs or inputs is read off its nam
 An unquantized linear only has to divide. The rules are taken matrix by matrix, which is stricter than an engine that
 fuses q/k/v first or repeats key/value heads; that the number of attention heads divides is not checked here.
 
-Whatever the shapes, Marlin, and with it vLLM's GPTQ loader, takes codes of 4 and 8 bits only: releases at 2 and 3 bits
-count as refused. Marlin takes zero points with 4-bit codes only (vLLM's ``query_marlin_supported_quant_types``), and
-nothing but Machete, a kernel for Hopper GPUs alone, takes them with 8-bit ones: such releases count as refused.
+Whatever the shapes, Marlin, and with it vLLM's GPTQ loader, takes codes of 4 and 8 bits only: releases at other widths
+count as refused. In compressed-tensors the Humming kernel takes them, a package that vLLM does not install. Marlin
+takes zero points with 4-bit codes only (vLLM's ``query_marlin_supported_quant_types``), and nothing but Machete, a
+kernel for Hopper GPUs alone, takes them with 8-bit ones: such releases count as refused.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def tp_answers(
 def kernel_refusal(variant: VariantSpec) -> str:
     """Return why vLLM has no kernel for such codes, whatever the shapes; empty when it has."""
     if variant.bits not in VLLM_BITS:
-        return f"vLLM's Marlin kernel takes codes of 4 and 8 bits only, not of {variant.bits}"
+        marlin = f"vLLM's Marlin kernel takes codes of 4 and 8 bits only, not of {variant.bits}"
+        is_other = variant.format is Format.COMPRESSED_TENSORS
+        return f"{marlin} (its Humming kernel does, a package of its own, on NVIDIA GPUs)" if is_other else marlin
     if variant.bits == 8 and not variant.symmetric:
         return (
             "vLLM's Marlin kernel takes zero points with 4-bit codes only, not with 8-bit ones "

@@ -16,7 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -239,6 +241,8 @@ def test_a_plan_looks_at_a_cluster_and_starts_nothing_there() -> None:
         assert found("cpu", 2) == ("cpu", (2,))
         assert found("cpu", 9) == ("cpu", (3, 1))
         assert found("auto") == ("cuda", (2,))
+        shared = look_at(made.address, "cuda", 3, None)
+        assert (shared.by_node, shared.sharing, shared.free_workers) == ((3,), 2, 3)
         assert look_at(made.address, "cpu", None, None).worker_bytes > 0
         with pytest.raises(GraphError, match="no node that could run one has") as caught:
             found("cpu", None, 1 << 60)
@@ -321,6 +325,23 @@ def test_no_cluster_at_an_address_is_said_within_seconds(tmp_path: Path) -> None
             RayExecutor(context(tmp_path), 2, address)
     assert caught.value.code == "graph.no_cluster"
     assert "ray start --head" in caught.value.hint
+
+
+def test_what_is_no_cluster_at_an_address_is_said_within_seconds(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server, socket.socket() as mute:
+        Thread(target=server.serve_forever, daemon=True).start()
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        said = {
+            f"127.0.0.1:{server.server_port}": "is not the head of a Ray cluster",
+            f"127.0.0.1:{mute.getsockname()[1]}": "no Ray cluster answers .* timed out",
+        }
+        for address, words in said.items():
+            with expected_soon(15, match=words) as caught:
+                RayExecutor(context(tmp_path), 2, address)
+            assert caught.value.code == "graph.no_cluster"
+            assert "--address" in caught.value.hint
+        server.shutdown()
 
 
 def test_gpus_that_no_node_has_are_refused_at_once_with_what_there_is(tmp_path: Path) -> None:

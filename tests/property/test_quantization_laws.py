@@ -21,7 +21,7 @@ from pipeline.spec import Method
 LAWS = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 schemes = st.builds(
-    Scheme, bits=st.sampled_from([2, 3, 4, 8]), group_size=st.sampled_from([8, 16, 24]), symmetric=st.booleans()
+    Scheme, bits=st.sampled_from([2, 3, 4, 5, 6, 8]), group_size=st.sampled_from([8, 16, 24]), symmetric=st.booleans()
 )
 seeds = st.integers(0, 2**31)
 row_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)

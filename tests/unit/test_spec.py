@@ -60,6 +60,10 @@ def test_short_names_are_distinct() -> None:
         ("rtn-w8-g128", Format.COMPRESSED_TENSORS, True),
         ("rtn-w4-g64-awq", Format.AWQ, False),
         ("gptq-w4-g64-ct-asym", Format.COMPRESSED_TENSORS, False),
+        ("gptq-w3-g64-ct", Format.COMPRESSED_TENSORS, True),
+        ("gptq-w5-g64", Format.COMPRESSED_TENSORS, True),
+        ("awq-w6-g64", Format.COMPRESSED_TENSORS, False),
+        ("rtn-w5-channel", Format.COMPRESSED_TENSORS, True),
     ],
 )
 def test_what_a_name_leaves_out_is_what_its_format_holds(name: str, format_: Format, symmetric: bool) -> None:
@@ -71,12 +75,12 @@ def test_what_a_name_leaves_out_is_what_its_format_holds(name: str, format_: For
     ("name", "words"),
     [
         ("fancy", "method-wBITS-gGROUP"),
-        ("gptq-w5-g128", "bits"),
+        ("gptq-w7-g128", "bits"),
+        ("gptq-w5-g64-gptq", r"holds 2, 3, 4, 8 bits, not 5 \(formats that do: compressed-tensors\)"),
         ("awq-w8-g64-awq", "format awq holds 4 bits, not 8"),
         ("gptq-w4-g64-asym", "symmetric grids only"),
-        ("rtn-w5-g64", "bits"),
-        ("gptq-w3-g64-ct", r"format compressed-tensors holds 4, 8 bits, not 3 \(formats that do: gptq\)"),
-        ("awq-w3-g64-awq", r"format awq holds 4 bits, not 3 \(formats that do: gptq\)"),
+        ("rtn-w9-g64", "bits"),
+        ("awq-w3-g64-awq", r"format awq holds 4 bits, not 3 \(formats that do: gptq, compressed-tensors\)"),
         ("awq-w2-g64-asym", "symmetric grids only"),
         ("awq-w4-g64-sym", "stores zero points"),
         ("gptq-w4-g12", "multiple of 8"),

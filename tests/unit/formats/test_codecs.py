@@ -18,10 +18,11 @@ MakeLinear = Callable[..., QuantizedLinear]
 NARROW = [Scheme(2, 16, True), Scheme(3, 16, True)]
 SYMMETRIC = [Scheme(4, 16, True), Scheme(8, 16, True)]
 ASYMMETRIC = [Scheme(4, 16, False), Scheme(8, 16, False)]
+SPLIT = [Scheme(bits, 16, symmetric) for bits in (5, 6) for symmetric in (True, False)]
 HOLDABLE = [
     *((Format.GPTQ, scheme) for scheme in NARROW + SYMMETRIC),
     (Format.AWQ, ASYMMETRIC[0]),
-    *((Format.COMPRESSED_TENSORS, scheme) for scheme in SYMMETRIC + ASYMMETRIC),
+    *((Format.COMPRESSED_TENSORS, scheme) for scheme in NARROW + SYMMETRIC + ASYMMETRIC + SPLIT),
 ]
 
 
@@ -73,16 +74,14 @@ def _read_compressed(name: str, tensors: dict[str, Tensor], bits: int, group_siz
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     packed, scales = tensors[f"{name}.weight_packed"].tolist(), tensors[f"{name}.weight_scale"].double()
     zeros = tensors[f"{name}.weight_zero_point"].tolist() if f"{name}.weight_zero_point" in tensors else None
-    per_word = 32 // bits
+    codes = [_stream(words, bits, columns) for words in packed]
+    stored = [_stream([words[g] for words in zeros], bits, rows) for g in range(scales.shape[1])] if zeros else None
     weight = torch.zeros(rows, columns, dtype=torch.float64)
     for o in range(rows):
         for i in range(columns):
             group = i // group_size
-            signed = _bits(packed[o][i // per_word], bits * (i % per_word), bits) - (1 << bits - 1)
-            if zeros is not None:
-                stored = _bits(zeros[o // per_word][group], bits * (o % per_word), bits)
-                signed -= stored - (1 << bits - 1)
-            weight[o, i] = scales[o, group] * signed
+            zero = stored[group][o] if stored is not None else 1 << bits - 1
+            weight[o, i] = scales[o, group] * (codes[o][i] - zero)
     return weight
 
 
@@ -113,7 +112,7 @@ def test_unpacking_is_the_exact_inverse_and_tensors_are_ready_to_write(
     prove_round_trip(codec, "a.b", linear, tensors)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 8), (5, 9), (2, 31), (4, 32), (3, 33), (70, 130)], ids=str)
 def test_packing_equals_the_owning_package_at_odd_shapes(shape: tuple[int, int], bits: int) -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -250,7 +249,7 @@ def test_codes_too_wide_for_the_format_do_not_survive_the_proof(make_linear: Mak
         (Format.AWQ, 16, 32, Scheme(4, 16, True), "asymmetric"),
         (Format.AWQ, 16, 32, Scheme(8, 16, False), "not 8"),
         (Format.COMPRESSED_TENSORS, 16, 40, Scheme(4, 16, True), "does not divide 40"),
-        (Format.COMPRESSED_TENSORS, 16, 32, Scheme(3, 16, True), "holds 4, 8 bits, not 3"),
+        (Format.COMPRESSED_TENSORS, 16, 32, Scheme(7, 16, True), "holds 2, 3, 4, 5, 6, 8 bits, not 7"),
         (Format.AWQ, 16, 32, Scheme(3, 16, False), "not 3"),
     ],
 )
@@ -349,7 +348,7 @@ def test_a_lying_shape_is_a_format_error(make_linear: MakeLinear, shape: list[in
 def test_reading_with_another_width_is_refused(make_linear: MakeLinear, format_: Format, scheme: Scheme) -> None:
     codec = codec_for(format_)
     tensors = codec.pack("x", make_linear(*_fit(scheme, 16, 48), scheme), torch.float16)
-    for bits in {2, 3, 4, 8} - {scheme.bits}:
+    for bits in {2, 3, 4, 5, 6, 8} - {scheme.bits}:
         with pytest.raises(FormatError, match="x"):
             codec.unpack("x", tensors, Scheme(bits, 16, scheme.symmetric))
 

@@ -23,7 +23,11 @@ LINEAR = "model.layers.0.mlp.up_proj"
 HOLDABLE = [
     *((Format.GPTQ, Scheme(bits, 32, True)) for bits in (2, 3, 4, 8)),
     (Format.AWQ, Scheme(4, 32, False)),
-    *((Format.COMPRESSED_TENSORS, Scheme(bits, 32, symmetric)) for bits in (4, 8) for symmetric in (True, False)),
+    *(
+        (Format.COMPRESSED_TENSORS, Scheme(bits, 32, symmetric))
+        for bits in (2, 3, 4, 5, 6, 8)
+        for symmetric in (True, False)
+    ),
 ]
 
 

@@ -333,7 +333,10 @@ BAD = {
         ({"config_groups": {"NO_PRESET": ["Linear"]}}, "is not valid"),
         ({"config_groups": {"FP8_DYNAMIC": ["Linear"]}}, "only static weight"),
         ({"config_groups": {"MXFP4A16": ["Linear"]}}, "float by group"),
-        ({"config_groups": {"W3A16": ["Linear"]}}, "bits 3"),
+        (
+            {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 7, "group_size": 64}}}},
+            "bits 7",
+        ),
         ({"config_groups": {"group_0": {"targets": ["re:("], "weights": {"group_size": 64}}}}, "no regular expression"),
         ({"config_groups": {"group_0": {"targets": ["Linear"]}}}, "only static weight"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "KV cache"),

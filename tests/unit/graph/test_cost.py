@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 
 from pipeline.graph.cost import CPU_RATES, H100_RATES, CostModel, GroupShape, Rates, cost_model
+from pipeline.precision import Precision
 
 GROUP = GroupShape(4096, 1024)
 SHAPES = (GROUP, GroupShape(1024, 1024))
@@ -66,3 +67,19 @@ def test_assumed_rates_say_so() -> None:
     assert not H100_RATES.is_measured
     assert "never measured" in H100_RATES.hardware
     assert cost_model("cuda").rates is H100_RATES
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_passes_in_float32_take_longer_and_nothing_else_does(device: str) -> None:
+    usual, exact = cost_model(device), cost_model(device, Precision.FLOAT32)
+    assert exact.forward_s(1e6, 1e6) > 2 * usual.forward_s(1e6, 1e6)
+    assert exact.factor_s(GROUP) == usual.factor_s(GROUP)
+
+
+def test_workers_that_share_a_device_have_a_part_of_it_each() -> None:
+    alone, shared = cost_model("cuda"), cost_model("cuda").shared_by(4)
+    assert alone.shared_by(1) == alone
+    for name in ("forward_flops", "resident_bytes"):
+        assert getattr(shared.rates, name) == getattr(alone.rates, name) / 4
+    assert shared.rates.store_bytes == alone.rates.store_bytes
+    assert not shared.rates.is_measured

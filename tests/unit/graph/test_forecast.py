@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from jobs.cli.forecast import render_forecast
 from pipeline.errors import PlanError, SpecError
 from pipeline.graph.cost import cost_model
 from pipeline.graph.forecast import (
@@ -126,6 +129,35 @@ def test_prices_change_no_release(make_spec: MakeSpec) -> None:
     assert make_spec().cluster.prices.gpu_hour is None
 
 
+CALIBRATION = {"samples": 512, "length": 2048}
+"""So much that computing takes most of the time."""
+
+
+def test_workers_that_share_a_gpu_compute_by_turns_and_cost_a_part_of_it(make_spec: MakeSpec) -> None:
+    prices = {"prices": {"gpu_hour": 9.0}}
+    spec = make_spec(source="llama-3.1-8b", variants=["gptq-w4-g128"], calibration=CALIBRATION, cluster=prices)
+    whole, halves = (
+        ClusterRequest(Cluster(1, workers), "cuda", {}, sharing=sharing) for workers, sharing in ((2, 1), (4, 2))
+    )
+    alone, shared = forecast_shape("llama-3.1-8b", spec, [whole, halves])
+    assert shared.prediction.hardware == f"{alone.prediction.hardware}; 2 workers share it"
+    # Two GPUs are two GPUs: halves win what more hands do on the host, and what the schedule makes of them.
+    assert 0.7 < shared.prediction.seconds / alone.prediction.seconds < 1.3
+    assert shared.prices["gpu_hour"] == pytest.approx(9.0 * 2 * shared.prediction.seconds / 3600)
+
+
+def test_workers_for_whom_there_is_no_room_now_are_said(make_spec: MakeSpec) -> None:
+    spec = make_spec(source="llama-3.1-8b", variants=["rtn-w8-g128"], calibration={"samples": 64})
+    requests = [ClusterRequest(Cluster(1, 4), "cpu", {}, "head:6379", free_workers=free) for free in (1, 4)]
+    texts = []
+    for found in forecast_shape("llama-3.1-8b", spec, requests):
+        console = Console(width=200, record=True, file=StringIO())
+        render_forecast(found, console)
+        texts.append(console.export_text())
+    assert "room for 1 of 4 workers at the moment" in texts[0]
+    assert "at the moment" not in texts[1]
+
+
 def test_a_shape_is_forecast_without_a_source(make_spec: MakeSpec) -> None:
     spec = make_spec(source="llama-3.1-8b", variants=["rtn-w8-g128"], calibration={"samples": 64, "length": 512})
     (found,) = forecast_shape("llama-3.1-8b", spec, [parse_cluster("gpus=8")])
@@ -147,5 +179,9 @@ def test_memory_that_workers_of_a_real_cluster_lack_is_said(llama: Path, make_sp
     outline, spec = open_folder(llama).outline, make_spec()
     real = [ClusterRequest(Cluster(1, 2), "cpu", {}, "head:6379", size) for size in (10**8, 10**12, 0)]
     found = forecast(outline, spec, real)
-    assert [item.short_bytes for item in found] == [found[0].memory.total - FREED_BYTES + LEAST_FREED_BYTES - 10**8, 0, 0]
+    assert [item.short_bytes for item in found] == [
+        found[0].memory.total - FREED_BYTES + LEAST_FREED_BYTES - 10**8,
+        0,
+        0,
+    ]
     assert {item.address for item in found} == {"head:6379"}

@@ -117,7 +117,7 @@ def test_keys_do_not_know_paths_targets_names_or_costs(
     text = tmp_path / "same text elsewhere.txt"
     shutil.copyfile(tmp_path / "calibration.txt", text)
     slow = replace(CPU_RATES, forward_flops=1.0, column_flops=1.0, factor_flops=1.0, touched_bytes=1.0)
-    monkeypatch.setattr(build, "cost_model", lambda device: CostModel(slow, 1024))
+    monkeypatch.setattr(build, "cost_model", lambda *_: CostModel(slow, 1024))
     spec = make_spec(
         source=str(moved), targets=[str(tmp_path / "a")], release="team/name", calibration={"text": str(text)}
     )
@@ -146,7 +146,7 @@ def test_a_solve_s_rows_are_in_its_own_key_and_in_no_other(
     """A range of rows is a piece of something: equal pieces have equal keys, and nobody downstream knows the pieces."""
     monkeypatch.setitem(TILE_ROWS, "cpu", 64)
     inputs = gather(make_spec())
-    whole, halves, tiles = (every(inputs, replace(TUNING, solve_s=solve_s)) for solve_s in (20.0, 0.02, 1e-9))
+    whole, halves, tiles = (every(inputs, replace(TUNING, solve_s=solve_s)) for solve_s in (20.0, 0.0065, 1e-9))
 
     def solves(units: Iterable[WorkUnit]) -> dict[tuple[Any, ...], str]:
         return {(u.params["identity"], tuple(u.params["rows"])): u.key for u in units if u.kind is Kind.SOLVE}

@@ -17,7 +17,7 @@ from pipeline.quantize.grid import (
 )
 from pipeline.quantize.types import Scheme, dequantize
 
-SCHEMES = [Scheme(bits, 16, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
+SCHEMES = [Scheme(bits, 16, symmetric) for bits in (2, 3, 4, 5, 6, 8) for symmetric in (True, False)]
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:
