@@ -436,8 +436,7 @@ def look_at(address: str, device: str, workers: int | None, max_memory_bytes: in
 
     _connect(ray, 0, address)
     try:
-        resources, nodes = _resources(ray), _nodes(ray)
-        free: dict[str, float] = ray.available_resources()
+        resources, nodes, free = _resources(ray), _nodes(ray), _free_resources(ray)
     finally:
         ray.shutdown()
     found = "cuda" if device == "auto" and resources.get("GPU", 0.0) >= 1 else device.replace("auto", "cpu")
@@ -586,6 +585,12 @@ def _last_words(error: Any) -> str:
 def _resources(ray: Any) -> dict[str, float]:
     """Return what the cluster has in all, by resource name."""
     found: dict[str, float] = ray.cluster_resources()
+    return found
+
+
+def _free_resources(ray: Any) -> dict[str, float]:
+    """Return what of it nobody has taken at the moment."""
+    found: dict[str, float] = ray.available_resources()
     return found
 
 
