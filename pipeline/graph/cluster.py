@@ -361,9 +361,8 @@ class RayExecutor:
         no more than nodes can hold, each on its own.
         """
         starting = sum(seat.ready is not None for seat in self._seats.values())
-        free: dict[str, float] = self._ray.available_resources()  # type: ignore[no-untyped-call]
         held = sum(map(self._share.slots, _nodes(self._ray)))
-        return max(min(self._share.slots(free) - starting, held - len(self._seats)), 0)
+        return max(min(self._share.slots(_free_resources(self._ray)) - starting, held - len(self._seats)), 0)
 
     def forget(self, worker: WorkerId, keys: Iterable[str]) -> None:
         """Have a worker drop passing outputs."""

@@ -331,7 +331,10 @@ class Driver:
             idlest = [worker for worker in may_run if load[worker] == least]
             worker = min(idlest, key=self._preference(unit, homes)) if len(idlest) > 1 else idlest[0]
             ready.pop(place)
-            homes[worker] += bool(unit.home) and unit.home not in self._state.homes
+            if unit.home:
+                homes[worker] += 1
+                if (owner := self._state.homes.get(unit.home)) is not None:
+                    homes[owner] -= 1
             self._start(unit, worker)
             load[worker] += self._load(unit.key)
             if load[worker] >= UNITS_AHEAD:
@@ -345,15 +348,17 @@ class Driver:
 
     def _may_run(self, unit: WorkUnit, workers: Sequence[WorkerId], num_workers: int) -> Sequence[WorkerId]:
         """Return which of some workers may run a unit: all, the one that its home is at, or those that have no more of
-        its chain's homes than others have to."""
+        its chain's homes than others have to. Who took more of them before others came leaves some to these."""
         if not unit.home:
             return workers
         owner = self._state.homes.get(unit.home)
-        if owner is not None:
-            return [owner] if owner in workers else []
+        if owner is not None and owner in workers:
+            return [owner]
         homes = self._state.chains.get(_chain(unit.home), {unit.home})
         own = Counter(self._state.homes.get(home) for home in homes)
         most = -(-len(homes) // num_workers)
+        if owner is not None and own[owner] <= most:
+            return []
         return [worker for worker in workers if own[worker] < most]
 
     def _preference(self, unit: WorkUnit, homes: Counter[WorkerId]) -> Callable[[WorkerId], tuple[float, ...]]:
@@ -386,7 +391,7 @@ class Driver:
     def _start(self, unit: WorkUnit, worker: WorkerId) -> None:
         state = self._state
         if unit.home:
-            state.homes.setdefault(unit.home, worker)
+            state.homes[unit.home] = worker
         run = state.running.setdefault(unit.key, _Run(unit, []))
         for slower in run.workers:
             state.overtaken.setdefault(slower, set()).add(unit.key)

@@ -104,6 +104,25 @@ def test_a_worker_that_joins_is_given_work(tmp_path: Path) -> None:
     assert {name for name, _ in bench.executor.log} == {"w1", "w2"}
 
 
+def test_a_worker_that_joins_is_left_its_part_of_the_chains_that_others_have_begun(tmp_path: Path) -> None:
+    goals, chains = [], {}
+    for span in range(4):
+        last = passing(f"{span}.0", home=f"c:{span}")
+        for block in range(1, 9):
+            last = passing(f"{span}.{block}", last, home=f"c:{span}")
+        chains[span] = [f"{span}.{block}" for block in range(9)]
+        goals.append(unit(f"end{span}", last))
+    bench = Bench(
+        tmp_path, goals, workers=1, fault=once("3.0", lambda executor, name, wanted: executor.join() and None)
+    )
+    assert bench.run() == expected(goals)
+    owners = [[name for label in labels for name in bench.ran_on(label)] for labels in chains.values()]
+    assert all(owner[0] == "w1" for owner in owners), "all had begun"
+    assert sorted(owner[-1] for owner in owners) == ["w1", "w1", "w2", "w2"]
+    # A span that has moved stays where it is.
+    assert all(owner == sorted(owner) for owner in owners)
+
+
 def test_a_cancelled_job_stops_within_a_unit_and_loses_nothing(tmp_path: Path) -> None:
     goals = [unit(str(number)) for number in range(10)]
     cancelled = False
