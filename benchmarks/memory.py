@@ -23,6 +23,7 @@ from sessions import Memory, Process, Role, memory_of, processes_of
 
 HIDDEN, INTERMEDIATE = 512, 1408
 LARGE = Shape(1, 2048, 5632, vocabulary=32_000)
+LARGE_MEMORY = "1.5GB"
 MEGABYTE = 1e6
 
 
@@ -76,7 +77,7 @@ def main() -> None:
     parser = job_parser(__doc__, variants=["gptq-w4-g64"], samples=16, length=128)
     parser.add_argument("--depths", default="8,16,32,64", help="blocks of the models, default 8,16,32,64")
     parser.add_argument("--large", type=float, metavar="GB", help="one model of at least so many gigabytes instead")
-    parser.add_argument("--max-memory", default="1.5GB", help="of a worker, with --large; default 1.5GB")
+    parser.add_argument("--max-memory", help="of a worker; default 1.5GB with --large, else as much as it takes")
     parser.add_argument("--workers", type=int, default=2, help="default 2")
     args = parser.parse_args()
     print_header()
@@ -102,7 +103,8 @@ def main() -> None:
 
 
 def _measure(job: Job, shape: Shape, place: Path, args: Namespace) -> Measured:
-    flags = ["--max-memory", args.max_memory] if args.large else []
+    max_memory = args.max_memory or (LARGE_MEMORY if args.large else None)
+    flags = ["--max-memory", max_memory] if max_memory else []
     with Conversion(job, place, args.workers, flags=flags) as run:
         peaks = Peaks(run.session)
         timing = run.finish(peaks.look)
