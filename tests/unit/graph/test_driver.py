@@ -70,17 +70,24 @@ def test_of_equal_ones_a_worker_takes_what_it_holds_the_inputs_of(tmp_path: Path
     assert local >= 3
 
 
-def test_units_of_a_home_run_on_one_worker_and_homes_are_spread(tmp_path: Path) -> None:
-    goals, chains = [], {}
-    for span in range(4):
-        last = passing(f"{span}.0", home=f"c:{span}")
-        for block in range(1, 5):
-            last = passing(f"{span}.{block}", last, home=f"c:{span}")
-        chains[span] = [f"{span}.{block}" for block in range(5)]
+def spans_of_a_text(number: int, blocks: int) -> tuple[list[WorkUnit], list[list[str]]]:
+    """Return what ends so many spans of a text, each with a home of its own, and the labels of each one's units."""
+    goals, chains = [], []
+    for span in range(number):
+        labels = [f"{span}.{block}" for block in range(blocks)]
+        last = passing(labels[0], home=f"c:{span}")
+        for label in labels[1:]:
+            last = passing(label, last, home=f"c:{span}")
         goals.append(unit(f"end{span}", last))
+        chains.append(labels)
+    return goals, chains
+
+
+def test_units_of_a_home_run_on_one_worker_and_homes_are_spread(tmp_path: Path) -> None:
+    goals, chains = spans_of_a_text(4, blocks=5)
     bench = Bench(tmp_path, goals, workers=4, seed=1)
     bench.run()
-    owners = [{name for label in labels for name in bench.ran_on(label)} for labels in chains.values()]
+    owners = [{name for label in labels for name in bench.ran_on(label)} for labels in chains]
     assert all(len(owner) == 1 for owner in owners)
     assert len(set.union(*owners)) == 4
 
@@ -105,18 +112,12 @@ def test_a_worker_that_joins_is_given_work(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_joins_is_left_its_part_of_the_chains_that_others_have_begun(tmp_path: Path) -> None:
-    goals, chains = [], {}
-    for span in range(4):
-        last = passing(f"{span}.0", home=f"c:{span}")
-        for block in range(1, 9):
-            last = passing(f"{span}.{block}", last, home=f"c:{span}")
-        chains[span] = [f"{span}.{block}" for block in range(9)]
-        goals.append(unit(f"end{span}", last))
+    goals, chains = spans_of_a_text(4, blocks=9)
     bench = Bench(
         tmp_path, goals, workers=1, fault=once("3.0", lambda executor, name, wanted: executor.join() and None)
     )
     assert bench.run() == expected(goals)
-    owners = [[name for label in labels for name in bench.ran_on(label)] for labels in chains.values()]
+    owners = [[name for label in labels for name in bench.ran_on(label)] for labels in chains]
     assert all(owner[0] == "w1" for owner in owners), "all had begun"
     assert sorted(owner[-1] for owner in owners) == ["w1", "w1", "w2", "w2"]
     # A span that has moved stays where it is.
