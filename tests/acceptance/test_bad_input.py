@@ -83,7 +83,7 @@ def test_damaged_source_is_refused(
     ("arguments", "status", "words"),
     [
         (["./nowhere", "--variant", "gptq-w4-g128"], 3, ["./nowhere"]),
-        (["SOURCE", "--variant", "gptq-w5-g128"], 2, ["gptq-w5-g128", "4"]),
+        (["SOURCE", "--variant", "gptq-w7-g128"], 2, ["gptq-w7-g128", "4"]),
         (["SOURCE", "--variant", "fancy"], 2, ["fancy", "gptq-w4-g128"]),
         (["SOURCE", "--spec", "FITS_NOTHING"], 4, ["quantize nothing", "256, 512"]),
         (["SOURCE", "--spec", "REFUSES"], 4, ["model.layers.0.self_attn.q_proj", "96"]),

@@ -23,7 +23,7 @@ def events(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     ("arguments", "env", "status", "code", "words"),
     [
         (["SOURCE", *VARIANT, "--spec", "SPEC"], {}, 2, "spec.invalid", ["spec.yaml", "smaples"]),
-        (["SOURCE", "--variant", "gptq-w5-g128"], {}, 2, "spec.variant", ["gptq-w5-g128"]),
+        (["SOURCE", "--variant", "gptq-w7-g128"], {}, 2, "spec.variant", ["gptq-w7-g128"]),
         (["SOURCE"], {}, 2, "spec.missing", ["--variant NAME is missing"]),
         (["./nowhere", *VARIANT], {}, 3, "source.no_folder", ["./nowhere"]),
         (["SOURCE", *VARIANT], {"BITMILL_CACHE": "~nosuchuser123/x"}, 2, "spec.cache", ["~nosuchuser123/x"]),
