@@ -137,6 +137,11 @@ def quiet_ray(*, on_loopback: bool) -> None:
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
+def ray_uses_tls() -> bool:
+    """Return whether Ray's processes are told to talk over TLS (``RAY_USE_TLS``), where nobody else can take part."""
+    return os.environ.get("RAY_USE_TLS", "0") not in ("", "0")
+
+
 def engine_environment(hub_home: Path) -> dict[str, str]:
     """Return the environment that an engine's process runs in: offline, and without credentials of ours.
 

@@ -32,7 +32,7 @@ from pipeline.graph.shelf import Tensors
 from pipeline.graph.stages.call import JobContext
 from pipeline.graph.stopping import Stopping, cancelled
 from pipeline.graph.worker import Outcome, Worker, lost_output
-from pipeline.settings import quiet_ray
+from pipeline.settings import quiet_ray, ray_uses_tls
 from pipeline.units import format_bytes
 
 OBJECT_STORE_BYTES = 100_000_000
@@ -532,10 +532,10 @@ def _require_reachable(address: str) -> None:
     hint = "check --address (or RAY_ADDRESS) and that `ray start --head` runs there, or leave it out"
     try:
         with socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S) as connection:
-            is_grpc = os.environ.get("RAY_USE_TLS", "0") != "0" or _speaks_http2(connection)
+            is_ray = ray_uses_tls() or _speaks_http2(connection)
     except OSError as error:
         raise GraphError(f"no Ray cluster answers at {address}: {error}", code="graph.no_cluster", hint=hint) from error
-    if not is_grpc:
+    if not is_ray:
         raise GraphError(
             f"what listens at {address} is not the head of a Ray cluster: it does not speak gRPC",
             code="graph.no_cluster",
