@@ -24,8 +24,9 @@ LEAST_FREED_BYTES = 64_000_000
 """Freed memory that a process keeps at least. Giving all of it back after every unit of work costs a tenth of the time,
 as it has to be asked for again and the system clears its pages."""
 
-FREED_BYTES = 200_000_000
-"""Freed memory that a process keeps where there is enough: a conversion takes a seventh less than with the least."""
+FREED_BYTES = 120_000_000
+"""Freed memory that a process keeps where there is enough. A worker comes to as much within a few blocks, so that its
+peak is that of a short conversion whatever the depth of a model; with 200 MB it still grew after forty blocks."""
 
 LARGE_BYTES = 16 << 20
 """Blocks from this size on are always mapped on their own. Smaller ones are made too often: each time the system has to
