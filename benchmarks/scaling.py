@@ -1,7 +1,9 @@
 """How well one job spreads over workers, and what Ray costs against calling the same functions in one process.
 
 Runs the job inline, with one worker and with several (one thread each, so as many cores are needed), then the same in
-reverse order, each in a fresh work directory. From the repository root:
+reverse order, each in a fresh work directory. What the machine itself gives is found by as many inline conversions at
+once, which share nothing but its caches, memory and clock: no schedule can do better than they do. From the repository
+root:
 ``.venv/bin/python benchmarks/scaling.py [--model FOLDER] [--workers 2]``
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from conversions import Conversion, Job, Timing
@@ -29,11 +32,27 @@ def main() -> None:
     with scratch_folder(args) as folder:
         job = the_job(args, folder)
         timings = defaultdict(list)
-        for kind in there_and_back(["inline", "1 worker", many], args.single):
-            timing = _measure(job, folder / "run", kind, args.workers if kind == many else 1)
-            print(f"{kind:<10} work {timing.work_s:7.1f} s, whole command {timing.whole_s:7.1f} s", flush=True)
-            timings[kind].append(timing)
+        for kind in there_and_back(["inline", "1 worker", many, "at once"], args.single):
+            if kind == "at once":
+                found = _at_once(job, folder / "run", args.workers)
+            else:
+                found = [_measure(job, folder / "run", kind, args.workers if kind == many else 1)]
+            for timing in found:
+                print(f"{kind:<10} work {timing.work_s:7.1f} s, whole command {timing.whole_s:7.1f} s", flush=True)
+            timings[kind] += found
     _report(timings["inline"], timings["1 worker"], timings[many], args.workers)
+    machine = _mean(timings["inline"], "busy_s") / _mean(timings["at once"], "busy_s")
+    print(f"the machine: inline alone against {args.workers} at once:   {machine:.3f}")
+
+
+def _at_once(job: Job, place: Path, number: int) -> list[Timing]:
+    """Return how long inline conversions take that run at the same time, each with a work directory of its own."""
+    try:
+        with ExitStack() as stack:
+            runs = [stack.enter_context(Conversion(job, place / str(i), 1, inline=True)) for i in range(number)]
+            return [run.finish() for run in runs]
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _measure(job: Job, place: Path, kind: str, workers: int) -> Timing:
@@ -47,7 +66,7 @@ def _measure(job: Job, place: Path, kind: str, workers: int) -> Timing:
 def _report(inline: Sequence[Timing], one: Sequence[Timing], many: Sequence[Timing], workers: int) -> None:
     kinds = (("inline", inline), ("1 worker", one), (f"{workers} workers", many))
     rows = [
-        [kind, *(f"{_sum(own, field) / len(own):.1f}" for field in ("work_s", "worker_s", "busy_s", "whole_s"))]
+        [kind, *(f"{_mean(own, field):.1f}" for field in ("work_s", "worker_s", "busy_s", "whole_s"))]
         for kind, own in kinds
     ]
     print_table(["mean seconds", "work", "worker-seconds", "busy", "whole command"], rows)
@@ -63,6 +82,10 @@ def _report(inline: Sequence[Timing], one: Sequence[Timing], many: Sequence[Timi
     print(f"  time inside units, {workers} workers against 1:       {_sum(many, 'busy_s') / _sum(one, 'busy_s'):.3f}")
     print(f"Ray against inline, 1 worker, work alone:      {_sum(one, 'work_s') / _sum(inline, 'work_s'):.3f}")
     print(f"  the same for the whole command:              {_sum(one, 'whole_s') / _sum(inline, 'whole_s'):.3f}")
+
+
+def _mean(timings: Sequence[Timing], field: str) -> float:
+    return _sum(timings, field) / len(timings)
 
 
 def _sum(timings: Sequence[Timing], field: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from pipeline.graph.outline import open_folder
+from pipeline.tensors.local import read_folder_index
+from pipeline.tensors.reader import read_tensors
+from pipeline.validate.dense import DenseReader
 
 TOKENIZER_FOLDER = Path(__file__).parent.parent / "jobs" / "demo" / "model"
 VOCABULARY = 4096
@@ -134,12 +140,17 @@ def tiny_config(name: str, **changes: Any) -> Any:
 
 def make_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """Write a random instance (fixed seed) with a tokenizer to ``folder`` and return it."""
+    return save_instance(tiny_config(name, **changes), folder, dtype)
+
+
+def save_instance(config: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a random instance (fixed seed) of any config with a tokenizer to ``folder`` and return it."""
     import transformers as t
 
     t.utils.logging.set_verbosity_error()
     t.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    net = t.AutoModelForCausalLM.from_config(tiny_config(name, **changes))
+    net = t.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for path, parameter in net.named_parameters():
             noise = torch.randn_like(parameter)
@@ -157,6 +168,31 @@ def make_model(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **c
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TOKENIZER_FOLDER / file, folder / file)
     return folder
+
+
+def source_net(folder: Path) -> Any:
+    """Return transformers' own model of a folder, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def published_net(folder: Path, source: Path) -> Any:
+    """Return transformers' own model of the source with the tensors published in ``folder``, unpacked."""
+    config = json.loads((folder / "config.json").read_text())
+    index = read_folder_index(folder)
+    tensors = read_tensors(folder, index, index.entries)
+    outline = open_folder(source).outline
+    linears = [linear for block in outline.groups for group in block for linear in group.linears]
+    reader = DenseReader(config["quantization_config"], linears)
+    net = source_net(source)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()  # nothing of the source may be left where a published tensor is not loaded
+    names = outline.skeleton.names
+    net.load_state_dict(reader.dense(names, tensors), strict=False)
+    net.tie_weights()
+    return net
 
 
 def drop_prefix(folder: Path, prefix: str) -> Path:

@@ -6,7 +6,6 @@ blocks are run cannot hide one in what was written.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,10 +29,7 @@ from pipeline.settings import Settings
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import Format, build_spec
-from pipeline.tensors.local import read_folder_index
-from pipeline.tensors.reader import read_tensors
-from pipeline.validate.dense import DenseReader
-from tests.architectures import DENSE, TOKENIZER_FOLDER, drop_prefix, make_model
+from tests.architectures import DENSE, TOKENIZER_FOLDER, drop_prefix, make_model, published_net, source_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,30 +125,6 @@ def tokens() -> Tensor:
 def logits_of(net: Any) -> Tensor:
     logits: Tensor = net.eval()(input_ids=tokens()).logits
     return logits.float()
-
-
-def source_net(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def published_net(folder: Path, source: Path) -> Any:
-    """Return transformers' own model with the published tensors, unpacked."""
-    config = json.loads((folder / "config.json").read_text())
-    index = read_folder_index(folder)
-    tensors = read_tensors(folder, index, index.entries)
-    outline = open_folder(source).outline
-    linears = [linear for block in outline.groups for group in block for linear in group.linears]
-    reader = DenseReader(config["quantization_config"], linears)
-    net = source_net(source)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()  # nothing of the source may be left where a published tensor is not loaded
-    names = outline.skeleton.names
-    net.load_state_dict(reader.dense(names, tensors), strict=False)
-    net.tie_weights()
-    return net
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
