@@ -195,6 +195,28 @@ def published_net(folder: Path, source: Path) -> Any:
     return net
 
 
+def dense_net(folder: Path, source: Path, root: Path, expert_dtype: torch.dtype = torch.float32) -> Any:
+    """Return transformers' own model with the published tensors, unpacked under the source's names."""
+    root.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    index = read_folder_index(folder)
+    outline = open_folder(source).outline
+    linears = [linear for block in outline.groups for group in block for linear in group.linears]
+    reader = DenseReader(config["quantization_config"], linears)
+    names = {name: name for name in outline.index.entries}
+    dense = reader.dense(names, read_tensors(folder, index, index.entries))
+    rounded = {n: t.to(expert_dtype).float() if ".experts." in n else t.float() for n, t in dense.items()}
+    return net_of(rounded, source, root)
+
+
+def net_of(tensors: dict[str, torch.Tensor], source: Path, root: Path) -> Any:
+    """Return transformers' own model of the source's config with other tensors."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, root / "model.safetensors", {"format": "pt"})
+    (root / "config.json").write_text((source / "config.json").read_text())
+    return source_net(root)
+
+
 def drop_prefix(folder: Path, prefix: str) -> Path:
     """Take a prefix off the names of a checkpoint's tensors, as many uploads have them, and return the folder."""
     file = folder / "model.safetensors"

@@ -6,7 +6,6 @@ model, which merges the experts in its own way.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +21,7 @@ from pipeline.graph.outline import open_folder
 from pipeline.spec import Format
 from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import read_tensors
-from pipeline.validate.dense import DenseReader
-from tests.architectures import MIXTURES, make_model
+from tests.architectures import MIXTURES, dense_net, make_model, net_of, source_net
 from tests.integration.test_architectures import (
     ERROR_FACTOR,
     Converted,
@@ -31,7 +29,6 @@ from tests.integration.test_architectures import (
     convert_folder,
     logits_of,
     relative_error,
-    source_net,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,28 +41,6 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """One conversion of each mixture to all variants."""
     root = tmp_path_factory.mktemp(request.param)
     return convert_folder(make_model(request.param, root / request.param), root / "out", VARIANTS)
-
-
-def dense_net(folder: Path, source: Path, root: Path, expert_dtype: torch.dtype = torch.float32) -> Any:
-    """Return transformers' own model with the published tensors, unpacked under the source's names."""
-    root.mkdir()
-    config = json.loads((folder / "config.json").read_text())
-    index = read_folder_index(folder)
-    outline = open_folder(source).outline
-    linears = [linear for block in outline.groups for group in block for linear in group.linears]
-    reader = DenseReader(config["quantization_config"], linears)
-    names = {name: name for name in outline.index.entries}
-    dense = reader.dense(names, read_tensors(folder, index, index.entries))
-    rounded = {n: t.to(expert_dtype).float() if ".experts." in n else t.float() for n, t in dense.items()}
-    return net_of(rounded, source, root)
-
-
-def net_of(tensors: dict[str, Tensor], source: Path, root: Path) -> Any:
-    """Return transformers' own model of the source's config with other tensors."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, root / "model.safetensors", {"format": "pt"})
-    (root / "config.json").write_text((source / "config.json").read_text())
-    return source_net(root)
 
 
 Routing = list[tuple[Tensor, ...]]
