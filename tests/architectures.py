@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,34 +179,32 @@ def source_net(folder: Path) -> Any:
 
 def published_net(folder: Path, source: Path) -> Any:
     """Return transformers' own model of the source with the tensors published in ``folder``, unpacked."""
-    config = json.loads((folder / "config.json").read_text())
-    index = read_folder_index(folder)
-    tensors = read_tensors(folder, index, index.entries)
-    outline = open_folder(source).outline
-    linears = [linear for block in outline.groups for group in block for linear in group.linears]
-    reader = DenseReader(config["quantization_config"], linears)
+    dense = _dense(folder, source, open_folder(source).outline.skeleton.names)
     net = source_net(source)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.zero_()  # nothing of the source may be left where a published tensor is not loaded
-    names = outline.skeleton.names
-    net.load_state_dict(reader.dense(names, tensors), strict=False)
+    net.load_state_dict(dense, strict=False)
     net.tie_weights()
     return net
 
 
 def dense_net(folder: Path, source: Path, root: Path, expert_dtype: torch.dtype = torch.float32) -> Any:
-    """Return transformers' own model with the published tensors, unpacked under the source's names."""
+    """Return transformers' own model with the published tensors, unpacked under the source's names, so that it merges
+    experts itself; written to ``root``."""
     root.mkdir()
-    config = json.loads((folder / "config.json").read_text())
-    index = read_folder_index(folder)
-    outline = open_folder(source).outline
-    linears = [linear for block in outline.groups for group in block for linear in group.linears]
-    reader = DenseReader(config["quantization_config"], linears)
-    names = {name: name for name in outline.index.entries}
-    dense = reader.dense(names, read_tensors(folder, index, index.entries))
+    dense = _dense(folder, source, {name: name for name in open_folder(source).outline.index.entries})
     rounded = {n: t.to(expert_dtype).float() if ".experts." in n else t.float() for n, t in dense.items()}
     return net_of(rounded, source, root)
+
+
+def _dense(folder: Path, source: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return a release's tensors, unpacked, by the names that ``names`` has for the checkpoint's."""
+    config = json.loads((folder / "config.json").read_text())
+    index = read_folder_index(folder)
+    groups = [group for block in open_folder(source).outline.groups for group in block]
+    reader = DenseReader(config["quantization_config"], [linear for group in groups for linear in group.linears])
+    return reader.dense(names, read_tensors(folder, index, index.entries))
 
 
 def net_of(tensors: dict[str, torch.Tensor], source: Path, root: Path) -> Any:
