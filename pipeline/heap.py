@@ -25,8 +25,8 @@ LEAST_FREED_BYTES = 64_000_000
 as it has to be asked for again and the system clears its pages."""
 
 FREED_BYTES = 120_000_000
-"""Freed memory that a process keeps where there is enough. A worker comes to as much within a few blocks, so that its
-peak is that of a short conversion whatever the depth of a model; with 200 MB it still grew after forty blocks."""
+"""Freed memory that a process keeps where there is enough. What is freed in pieces comes to this
+only after many blocks, so the more it is, the more a worker's peak grows with the depth of a model."""
 
 LARGE_BYTES = 16 << 20
 """Blocks from this size on are always mapped on their own. Smaller ones are made too often: each time the system has to
