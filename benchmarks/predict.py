@@ -8,7 +8,6 @@ From the repository root: ``.venv/bin/python benchmarks/predict.py [--model FOLD
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from conversions import Conversion, Job, Timing
@@ -16,7 +15,7 @@ from flags import add_model, job_parser, scratch_folder, the_job
 from models import Shape
 from rates import planned
 from report import print_header, print_table
-from sessions import Role, processes_of
+from sessions import Role, cpu_seconds_of, processes_of
 
 from pipeline.graph.prediction import Cluster, Prediction
 from pipeline.graph.simulate import simulate
@@ -37,7 +36,7 @@ class CpuTime:
         )
         workers = sorted(process.pid for process in processes_of(self._run.session) if process.role is Role.WORKER)
         for pid in workers[:ready]:
-            used = _cpu_s(pid)
+            used = cpu_seconds_of(pid)
             if used is not None:
                 self._since.setdefault(pid, used)
                 self._until[pid] = used
@@ -87,15 +86,6 @@ def _report(predicted: dict[int, Prediction], runs: dict[int, tuple[Timing, floa
         )
     head = ["", "predicted s", "work s", "error", "error at this pace", "predicted busy s", "busy s", "CPU s"]
     print_table(head, rows)
-
-
-def _cpu_s(pid: int) -> float | None:
-    """Return the CPU seconds of a process, or None when it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

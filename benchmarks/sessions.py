@@ -73,6 +73,15 @@ def memory_of(pid: int) -> Memory | None:
     return Memory(peak, private)
 
 
+def cpu_seconds_of(pid: int) -> float | None:
+    """Return the CPU seconds of a process, or None when it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def kill_process(pid: int, session: int) -> bool:
     """Send SIGKILL to a process of a session; return False when there is no such process any more."""
     try:

@@ -6,6 +6,8 @@ same bytes.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +16,9 @@ from pipeline.precision import Precision
 from pipeline.spec import Budgets, ExpertStatistics, VariantSpec
 
 FACTS_FILE = "bitmill.json"
+
+UNQUANTIZED_BITS = 16
+"""What facts state as the bits of a linear that was left unquantized."""
 
 OVERLAP_TOKENS = 32
 """Tokens in a row that held-out and calibration text share only when one was copied from the other."""
@@ -119,6 +124,22 @@ class ModuleFacts(Facts):
     expert_tokens: int | None = None
     """For a linear of an expert, the calibration tokens that the router sent there; None for others, and for what was
     left unquantized."""
+    predicted_kl: float | None = None
+    """With mixed precision, what its error alone adds to the divergence, as gradients predict it; None otherwise."""
+
+
+def weights_by_width(modules: Iterable[ModuleFacts]) -> dict[int, int]:
+    """Return the number of quantized weights by the width of their codes, the smallest first."""
+    found: Counter[int] = Counter()
+    for module in modules:
+        if module.bits < UNQUANTIZED_BITS:
+            found[module.bits] += module.out_features * module.in_features
+    return dict(sorted(found.items()))
+
+
+def average_width(weights: Mapping[int, int]) -> float:
+    """Return the mean width of codes, from the number of weights by width."""
+    return sum(bits * number for bits, number in weights.items()) / sum(weights.values())
 
 
 class Check(Facts):

@@ -6,6 +6,7 @@ every byte of the releases. All of its vocabulary can be imported from here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,7 @@ from pipeline.variants import (
     Format,
     GroupFallback,
     Method,
+    MixSpec,
     VariantSpec,
     parse_variant,
 )
@@ -41,6 +43,7 @@ __all__ = [
     "GateSpec",
     "GroupFallback",
     "Method",
+    "MixSpec",
     "PriceSpec",
     "PromptSpec",
     "Strict",
@@ -252,9 +255,19 @@ class Budgets(Strict):
     max_degradations: int | None
 
 
-def resolve_budgets(gates: GateSpec, variant: VariantSpec) -> Budgets:
-    """Return the budgets of a variant: the spec's own, or ``BUDGETS_BY_BITS`` where it says ``auto``."""
-    auto = BUDGETS_BY_BITS[variant.bits]
+def resolve_budgets(gates: GateSpec, variant: VariantSpec, widths: Mapping[int, int] | None = None) -> Budgets:
+    """Return the budgets of a variant: the spec's own, or ``BUDGETS_BY_BITS`` where it says ``auto``.
+
+    Args:
+        gates: The spec's.
+        variant: The variant.
+        widths: Number of its weights by width. Where there are several widths, a linear's error is held to the budget
+            of the least one, and the whole model to that of their average, rounded down.
+    """
+    widths = widths or {variant.bits: 1}
+    average = sum(bits * number for bits, number in widths.items()) / sum(widths.values())
+    auto = BUDGETS_BY_BITS[max(bits for bits in BUDGETS_BY_BITS if bits <= average)]
+    auto = auto | {"max_relative_error": BUDGETS_BY_BITS[min(widths)]["max_relative_error"]}
     given = {key: getattr(gates, key) for key in auto}
     resolved = {key: auto[key] if value == "auto" else value for key, value in given.items()}
     return Budgets(max_degradations=gates.max_degradations, **resolved)

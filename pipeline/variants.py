@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import SpecError
 from pipeline.fingerprint import fingerprint
 from pipeline.strict import Strict, problems, regular_expression
+from pipeline.units import parse_bytes
 
 PER_CHANNEL = -1
 """The group size that means one scale for a whole row."""
@@ -64,6 +65,55 @@ def _pattern(text: str) -> str:
     return text
 
 
+Pattern = Annotated[str, AfterValidator(_pattern)]
+"""Names linears: a checkpoint name, or a regular expression after ``re:``, which is searched for in names."""
+
+Bits = Literal[2, 3, 4, 5, 6, 8]
+"""Widths of codes that some format holds."""
+
+
+def _size(text: str) -> str:
+    try:
+        if text:
+            parse_bytes(text)
+    except SpecError as error:
+        raise ValueError(f"{error.message}: {error.hint}") from error
+    return text
+
+
+class MixSpec(Strict):
+    """Mixed precision: each linear gets the width that serves the whole best within one budget.
+
+    Exactly one of `average_bits`, `weights` and `memory` is given. What is bought with the bits is measured: the output
+    error of every linear at every width, times how much the model's predictions change with that linear's outputs.
+    Linears that engines load as one get one width.
+    """
+
+    average_bits: Annotated[float, Field(ge=2, le=8)] | None = None
+    """Most bits of a code, on average over all quantized weights. Scales and zero points come on top, as they do
+    with one width for all."""
+    weights: Annotated[str, AfterValidator(_size)] = ""
+    """Most bytes of all weight files together, for example `4.5GB`; what is left unquantized counts."""
+    memory: Annotated[str, AfterValidator(_size)] = ""
+    """Memory of the device that the release has to fit, for example `24GiB`: weights, the KV cache of one sequence
+    of `context` tokens, and 1.5 GB for the engine."""
+    context: Annotated[int, Field(ge=1)] = 8192
+    """With `memory`: tokens that the KV cache has room for; no more than the model's own limit."""
+    choices: tuple[Bits, ...] = ()
+    """Widths to choose from; made from the others when empty: of those that the format holds the two next to the
+    average from below and the two from above, or for `weights` and `memory` all. 2 bits are among them only for an
+    average below 3, as what they damage is more than can be predicted."""
+    samples: Annotated[int, Field(ge=1)] = 8
+    """Calibration sequences that it is measured on how much predictions change."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> MixSpec:
+        given = [key for key in ("average_bits", "weights", "memory") if getattr(self, key)]
+        if len(given) != 1:
+            raise ValueError(f"give one of average_bits, weights and memory, not {' and '.join(given) or 'none'}")
+        return self
+
+
 class VariantSpec(Strict):
     """One quantized form of the source."""
 
@@ -72,15 +122,20 @@ class VariantSpec(Strict):
     of what that does not say."""
     method: Method
     """How codes are found: `rtn`, `gptq` or `awq`."""
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    """Width of a code; format `awq` holds 4 bits only, and `gptq` no 5 and 6."""
+    bits: Bits = 4
+    """Width of a code; format `awq` holds 4 bits only, and `gptq` no 5 and 6. With `mix` it is of no effect."""
     group_size: int = 128
     """Consecutive input channels that share one scale; -1 means one scale per output channel."""
     symmetric: bool = True
     """Symmetric grids have no zero point; asymmetric ones store one per group."""
     format: Format = Format.COMPRESSED_TENSORS
     """Checkpoint format: `gptq`, `awq` or `compressed-tensors`."""
-    ignore: tuple[Annotated[str, AfterValidator(_pattern)], ...] = ()
+    widths: dict[Pattern, Bits] = Field(default_factory=dict)
+    """Bits of linears that get others than `bits`: by checkpoint name, or regular expression after `re:`; the first
+    that names a linear counts, and one that names none is an error. Not with `mix`."""
+    mix: MixSpec | None = None
+    """Mixed precision under a budget instead of one width."""
+    ignore: tuple[Pattern, ...] = ()
     """Linears left unquantized: checkpoint names, or regular expressions after `re:`; one that names no linear is an
     error. The output head is never quantized."""
     group_fallback: GroupFallback = GroupFallback.DIVISOR
@@ -101,10 +156,18 @@ class VariantSpec(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> VariantSpec:
-        if self.bits not in FORMAT_BITS[self.format]:
-            legal = ", ".join(map(str, FORMAT_BITS[self.format]))
-            others = ", ".join(other for other, held in FORMAT_BITS.items() if self.bits in held)
-            raise ValueError(f"format {self.format} holds {legal} bits, not {self.bits} (formats that do: {others})")
+        for bits in (self.bits, *self.widths.values(), *(self.mix.choices if self.mix else ())):
+            if bits not in FORMAT_BITS[self.format]:
+                legal = ", ".join(map(str, FORMAT_BITS[self.format]))
+                others = ", ".join(other for other, held in FORMAT_BITS.items() if bits in held)
+                raise ValueError(f"format {self.format} holds {legal} bits, not {bits} (formats that do: {others})")
+        if (self.mix or self.widths) and self.format is Format.AWQ:
+            raise ValueError("format awq has one width for all linears: choose compressed-tensors or gptq")
+        if self.mix and len(self.choices) < 2:
+            held = " and ".join(map(str, self.choices)) or "no width"
+            raise ValueError(f"mix has nothing to choose from: format {self.format} holds {held} of what it may take")
+        if self.mix and self.widths:
+            raise ValueError("mix chooses every width itself: leave out widths, or mix")
         if self.group_size != PER_CHANNEL and (self.group_size < 16 or self.group_size % 8):
             raise ValueError(
                 f"group_size {self.group_size} is neither -1 (per channel) nor a multiple of 8 of at least 16"
@@ -124,17 +187,49 @@ class VariantSpec(Strict):
         published under the name of the plain one."""
         unsaid = ("ignore", "group_fallback", "damping", "act_order", "clip_search")
         rest = {key: getattr(self, key) for key in unsaid if getattr(self, key) != type(self).model_fields[key].default}
+        if self.widths:
+            rest["widths"] = self.widths
+        if self.mix and self.mix != MixSpec(average_bits=self.mix.average_bits or self.bits):
+            rest["mix"] = self.mix
         return f"{self.short_name()}-x{fingerprint(rest)[:6]}" if rest else self.short_name()
 
     def short_name(self) -> str:
         """Return the shortest name that ``parse_variant`` reads back as these method, bits, group, symmetry, format."""
         group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
-        parts = [self.method.value, f"w{self.bits}", group]
-        if self.format is not _default_format(self.method, self.bits):
+        parts = [self.method.value, self._width(), group]
+        if self.format is not _default_format(self.method, self.bits, is_mixed=self.mix is not None):
             parts.append("ct" if self.format is Format.COMPRESSED_TENSORS else self.format.value)
         if self.symmetric != _default_symmetry(self.method, self.format):
             parts.append("sym" if self.symmetric else "asym")
         return "-".join(parts)
+
+    def _width(self) -> str:
+        """Return the width as a short name has it: an average has a decimal point, other budgets have no number."""
+        if self.mix is None:
+            return f"w{self.bits}"
+        average = self.mix.average_bits
+        return "mix" if average is None else f"w{float(average)}"
+
+    @property
+    def choices(self) -> tuple[Bits, ...]:
+        """Widths that linears can get: with ``mix`` those to choose from, in order; else none but what is given."""
+        if self.mix is None:
+            return ()
+        held = [bits for bits in get_args(Bits) if bits in FORMAT_BITS[self.format]]
+        if self.mix.choices:
+            return tuple(bits for bits in held if bits in self.mix.choices)
+        average = self.mix.average_bits
+        held = [bits for bits in held if bits > 2 or (average is not None and average < 3)]
+        if average is None:
+            return tuple(held)
+        below = max((place for place, bits in enumerate(held) if bits <= average), default=0)
+        return tuple(held[max(0, below - 1) : below + 3])
+
+    def bits_of(self, linear_name: str) -> Bits:
+        """Return the width of a linear as far as it is given: that of the first entry of ``widths`` that names it, or
+        that of all."""
+        named = (bits for pattern, bits in self.widths.items() if is_named_by(pattern, linear_name))
+        return next(named, self.bits)
 
     def ignores(self, linear_name: str) -> bool:
         """Return whether ``ignore`` names this linear."""
@@ -142,7 +237,7 @@ class VariantSpec(Strict):
 
 
 def is_named_by(pattern: str, linear_name: str) -> bool:
-    """Return whether an entry of ``ignore`` names this linear."""
+    """Return whether an entry of ``ignore`` or ``widths`` names this linear."""
     if pattern.startswith(EXPRESSION_MARK):
         return re.search(pattern.removeprefix(EXPRESSION_MARK), linear_name) is not None
     return pattern == linear_name
@@ -151,14 +246,17 @@ def is_named_by(pattern: str, linear_name: str) -> bool:
 _OWN_FORMATS = {Method.GPTQ: (Format.GPTQ,), Method.AWQ: (Format.AWQ,), Method.RTN: ()}
 
 _VARIANT_NAME = re.compile(
-    r"(?P<method>rtn|gptq|awq)-w(?P<bits>\d+)-(?P<group>g\d+|channel)"
+    r"(?P<method>rtn|gptq|awq)-w(?P<bits>\d+(?:\.\d+)?)-(?P<group>g\d+|channel)"
     r"(?:-(?P<format>gptq|awq|ct))?(?:-(?P<symmetry>sym|asym))?"
 )
 
 
-def _default_format(method: Method, bits: int) -> Format:
+def _default_format(method: Method, bits: int, *, is_mixed: bool = False) -> Format:
     """Return the format that a short name means when it does not say: that of 2 and 3 bits which most loaders compute
-    with as they are, else the first of the method's own that holds the bits, else the one that holds all."""
+    with as they are, else the first of the method's own that holds the bits, else the one that holds all; for several
+    widths the one whose widths every loader reads."""
+    if is_mixed:
+        return Format.COMPRESSED_TENSORS
     preferred = _OWN_FORMATS[method] if bits > 3 else (Format.GPTQ,)
     return next((format_ for format_ in preferred if bits in FORMAT_BITS[format_]), Format.COMPRESSED_TENSORS)
 
@@ -176,7 +274,8 @@ def _default_symmetry(method: Method, format_: Format) -> bool:
 
 
 def parse_variant(name: str) -> VariantSpec:
-    """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym]``.
+    """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym]``. Bits
+    with a decimal point, as in ``gptq-w4.5-g64``, are an average: mixed precision.
 
     Raises:
         SpecError: when the name cannot be read or means a combination that no format holds.
@@ -187,15 +286,17 @@ def parse_variant(name: str) -> VariantSpec:
     match = _VARIANT_NAME.fullmatch(name)
     if match is None:
         raise SpecError(f"variant {name!r} is not of the form method-wBITS-gGROUP", code="spec.variant", hint=hint)
-    method, bits = Method(match["method"]), int(match["bits"])
-    format_ = _default_format(method, bits)
+    method, is_mixed = Method(match["method"]), "." in match["bits"]
+    bits = int(float(match["bits"]))
+    format_ = _default_format(method, bits, is_mixed=is_mixed)
     if match["format"]:
         format_ = Format.COMPRESSED_TENSORS if match["format"] == "ct" else Format(match["format"])
     symmetric = match["symmetry"] == "sym" if match["symmetry"] else _default_symmetry(method, format_)
     group = PER_CHANNEL if match["group"] == "channel" else int(match["group"][1:])
+    width = {"mix": {"average_bits": float(match["bits"])}} if is_mixed else {"bits": bits}
     try:
         return VariantSpec.model_validate(
-            {"method": method, "bits": bits, "group_size": group, "symmetric": symmetric, "format": format_}
+            {"method": method, **width, "group_size": group, "symmetric": symmetric, "format": format_}
         )
     except ValidationError as error:
         reason = "; ".join(problems(error, VariantSpec))

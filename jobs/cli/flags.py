@@ -25,8 +25,8 @@ SPEC_FLAGS = (
         "variants",
         multiple=True,
         metavar="NAME",
-        help="What to make, for example gptq-w4-g128, gptq-w3-g64, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct. "
-        "Repeatable.",
+        help="What to make, for example gptq-w4-g128, gptq-w3-g64, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct; with a "
+        "decimal point an average width, as gptq-w4.25-g64: mixed precision. Repeatable.",
     ),
     click.option(
         "--spec",

@@ -18,6 +18,7 @@ from pipeline.spec import (
     ClusterSpec,
     ConversionSpec,
     GateSpec,
+    MixSpec,
     PriceSpec,
     PromptSpec,
     Strict,
@@ -27,6 +28,7 @@ from pipeline.spec import (
 SPECS: tuple[tuple[type[Strict], str], ...] = (
     (ConversionSpec, "the top level"),
     (VariantSpec, "an entry of `variants`"),
+    (MixSpec, "`mix` of a variant"),
     (CalibrationSpec, "`calibration`"),
     (GateSpec, "`gates`"),
     (ClusterSpec, "`cluster`"),

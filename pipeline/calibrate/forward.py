@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.calibrate.collections import Collections, Sums, collecting
 from pipeline.errors import CalibrationError
+from pipeline.finite import is_finite
 from pipeline.skeleton.experts import all_tokens
 from pipeline.skeleton.model import Skeleton
 
@@ -42,7 +43,7 @@ def forward_block(
     seen_by_all = all_tokens(block) if collections.sees_all else nullcontext()
     with collecting(block, collections, skeleton.device) as sums, seen_by_all:
         output = torch.cat([skeleton.run_block(index, part) for part in torch.split(hidden_NLH, rows)])
-    if must_be_finite and not torch.isfinite(output).all():
+    if must_be_finite and not is_finite(output):
         raise CalibrationError(
             f"block {index} gives {int((~torch.isfinite(output)).sum())} values that are not finite",
             code="calibration.not_finite",

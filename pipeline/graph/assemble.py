@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.calibrate.tokens import overlap
 from pipeline.facts import (
     FACTS_FILE,
+    UNQUANTIZED_BITS,
     CalibrationFacts,
     ModuleFacts,
     Quality,
@@ -27,6 +28,7 @@ from pipeline.facts import (
     SiblingFacts,
     SourceFacts,
     Verdict,
+    weights_by_width,
 )
 from pipeline.fingerprint import fingerprint
 from pipeline.graph.build import Inputs, JobUnits, VariantPlan, VariantUnits
@@ -89,7 +91,7 @@ def measure_variant(inputs: Inputs, plan: VariantPlan, units: JobUnits, records:
     modules = _modules(plan, own, records, inputs.spec.calibration)
     kept = _kept(inputs, plan, own, units, records)
     quality = _quality(inputs, own, records)
-    budgets = resolve_budgets(inputs.spec.gates, plan.spec)
+    budgets = resolve_budgets(inputs.spec.gates, plan.spec, weights_by_width(modules))
     packs = [records[unit.key].summary for unit in own.packs]
     prompts = inputs.spec.gates.prompts
     source, variant = (_continuations(unit, records) for unit in (units.source_generation, own.generation))
@@ -132,7 +134,7 @@ def _module(
         block=matrix.block,
         out_features=linear.out_features,
         in_features=linear.in_features,
-        bits=16 if scheme is None else scheme.bits,
+        bits=UNQUANTIZED_BITS if scheme is None else scheme.bits,
         group_size=size,
         note=matrix.note,
         loss=report.get("loss", 0.0),
@@ -142,6 +144,7 @@ def _module(
         awq_exponent=report.get("awq_exponent"),
         degradations=(*report.get("degradations", ()), *expert_degradations(tokens, calibration)),
         expert_tokens=tokens,
+        predicted_kl=plan.predicted_kl_of(name),
     )
 
 

@@ -9,10 +9,12 @@ in such a piece is keyed by it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.formats.config import quantization_config
@@ -22,12 +24,13 @@ from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.folds import MAX_SEARCHED_ROWS, scope_of
 from pipeline.graph.identity import Keyring
+from pipeline.graph.mixed import SENSED_SEQUENCES, Candidates, Damages, allocated_widths, candidates
 from pipeline.graph.outline import Outline
 from pipeline.graph.schemes import (
     MatrixPlan,
     plan_matrices,
     quantized_part,
-    require_known_ignores,
+    require_known_names,
     require_whole_groups,
 )
 from pipeline.graph.shape import ModelShape
@@ -53,11 +56,26 @@ class VariantPlan:
         spec: The variant.
         matrices: What happens with each linear, by name.
         quantization_config: What config.json will say.
+        candidates: With mixed precision, the same at each width that linears can get.
+        damages: With mixed precision, what the error of each linear adds to the divergence, by width and name; nothing
+            before it was appraised.
     """
 
     spec: VariantSpec
     matrices: Mapping[str, MatrixPlan]
     quantization_config: dict[str, Any]
+    candidates: Candidates
+    damages: Damages
+
+    def predicted_kl_of(self, name: str) -> float | None:
+        """Return what the error of a linear alone adds to the divergence; None where that was not appraised."""
+        scheme = self.matrices[name].scheme
+        return None if scheme is None else self.damages.get(scheme.bits, {}).get(name)
+
+    @property
+    def predicted_kl(self) -> float:
+        """The same of all linears together."""
+        return sum(self.predicted_kl_of(name) or 0.0 for name in self.matrices)
 
     def cautions(self, calibration: CalibrationSpec) -> tuple[str, ...]:
         """Return what weakens this variant's result without being a fault."""
@@ -70,27 +88,37 @@ class VariantPlan:
         spec = self.spec
         return {"damping": spec.damping, "act_order": spec.act_order, "clip_search": spec.clip_search}
 
-    def quantized(self, groups: Sequence[LinearGroup]) -> list[tuple[int, LinearGroup, dict[str, Any]]]:
-        """Return for each of a block's groups of which something is quantized its position, that part of it, and the
-        grid of the part, as JSON."""
-        found = []
-        for position, group in enumerate(groups):
-            part = quantized_part(group, self.matrices)
-            scheme = self.matrices[part.linears[0].name].scheme if part is not None else None
-            if part is not None and scheme is not None:
-                found.append((position, part, asdict(scheme)))
-        return found
+
+def quantized_groups(
+    groups: Sequence[LinearGroup], matrices: Mapping[str, MatrixPlan]
+) -> list[tuple[int, LinearGroup, dict[str, Any]]]:
+    """Return for each of a block's groups of which something is quantized its position, that part of it, and the grid
+    of the part, as JSON."""
+    found = []
+    for position, group in enumerate(groups):
+        part = quantized_part(group, matrices)
+        scheme = matrices[part.linears[0].name].scheme if part is not None else None
+        if part is not None and scheme is not None:
+            found.append((position, part, asdict(scheme)))
+    return found
 
 
-def make_variant_plan(spec: VariantSpec, outline: ModelShape) -> VariantPlan:
+def make_variant_plan(spec: VariantSpec, outline: ModelShape, damages: Damages | None = None) -> VariantPlan:
     """Return the variant with everything decided for a source.
 
+    Args:
+        spec: The variant.
+        outline: The source.
+        damages: With mixed precision, what was appraised; None as long as nothing was, and widths are provisional.
+
     Raises:
-        PlanError: when nothing could be quantized, an ignore names nothing, or the variant refuses a fallback that is
-            needed.
+        PlanError: when nothing could be quantized, an ignore names nothing, the variant refuses a fallback that is
+            needed, or a budget is too small.
     """
-    matrices = plan_matrices(spec, outline.groups)
-    require_known_ignores(spec, [*matrices, *outline.other_linears])
+    tried = candidates(spec, outline)
+    allocated = allocated_widths(spec, outline, tried, damages) if tried else None
+    matrices = plan_matrices(spec, outline.groups, allocated)
+    require_known_names(spec, [*matrices, *outline.other_linears])
     require_whole_groups(spec, (group for block in outline.groups for group in block), matrices)
     # Loaders take every linear for quantized that is not named, so the output head and the like are named too. They
     # look for the model's names, which transformers may have made from other ones in the checkpoint.
@@ -98,7 +126,8 @@ def make_variant_plan(spec: VariantSpec, outline: ModelShape) -> VariantPlan:
     for stored, plan in matrices.items():
         model_name = f"{outline.skeleton.block_names[plan.block]}.{plan.linear.local_name}"
         schemes |= {model_name: plan.scheme, stored: plan.scheme}
-    return VariantPlan(spec, matrices, quantization_config(spec.format, schemes, spec, version("bitmill")))
+    config = quantization_config(spec.format, schemes, spec, version("bitmill"))
+    return VariantPlan(spec, matrices, config, tried, damages or {})
 
 
 @dataclass(frozen=True)
@@ -133,11 +162,13 @@ class Inputs(UnitInputs):
 
 @dataclass(frozen=True)
 class VariantUnits:
-    """The units that give one variant: its packed blocks, its comparison with the source, its continuations."""
+    """The units that give one variant: its packed blocks, its comparison with the source, its continuations; with mixed
+    precision, by width, what appraises each linear group at it."""
 
     packs: tuple[WorkUnit, ...]
     scores: tuple[WorkUnit, ...]
     generation: WorkUnit
+    appraisals: Mapping[int, tuple[WorkUnit, ...]]
 
 
 @dataclass(frozen=True)
@@ -158,11 +189,17 @@ class JobUnits:
 
     @property
     def goals(self) -> list[WorkUnit]:
-        """The units whose outputs are wanted: packs block by block, then what judges them."""
+        """The units whose outputs are wanted: packs block by block, then what judges them. What widths are chosen by
+        comes first, and is there already when they have been."""
         per_block = zip(*(units.packs for units in self.variants.values()), strict=True)
         packs = [pack for block in per_block for pack in block]
         judged = [unit for v in self.variants.values() for unit in (*v.scores, v.generation)]
-        return [self.outer, *packs, self.source_generation, *judged]
+        return [self.outer, *self.appraisals, *packs, self.source_generation, *judged]
+
+    @property
+    def appraisals(self) -> list[WorkUnit]:
+        """The units that say what widths cost; nothing without mixed precision."""
+        return [unit for v in self.variants.values() for units in v.appraisals.values() for unit in units]
 
 
 class UnitBuilder:
@@ -233,24 +270,99 @@ class UnitBuilder:
         chain = self.chains.variant(heldout, plan.spec.name, plan.quantization_config, packs)
         scores = self._scores(plan, heldout, chain, outer)
         generation = self._generation(plan.quantization_config, packs, (outer,), (source_generation,), plan.spec.name)
-        return VariantUnits(tuple(packs), tuple(scores), generation), chain
+        sensed = self._sensed(plan)
+        appraisals = {
+            bits: tuple(
+                unit
+                for block in range(self.num_blocks)
+                for unit in self._appraisals(plan, matrices, block, merged[block], sensed)
+            )
+            for bits, matrices in plan.candidates.items()
+        }
+        return VariantUnits(tuple(packs), tuple(scores), generation, appraisals), chain
 
-    def _block(self, plan: VariantPlan, block: int, merged: list[WorkUnit]) -> WorkUnit:
-        spec = plan.spec
-        quantized = plan.quantized(self.outline.groups[block])
+    def _sensed(self, plan: VariantPlan) -> tuple[WorkUnit, ...]:
+        """Return the units that measure how much predictions change with linears' outputs."""
+        spec = self.inputs.spec
+        if plan.spec.mix is None:
+            return ()
+        tokens_NL = self.inputs.calibration.tokens_NL[: plan.spec.mix.samples]
+        places = self.keys.places(self.outline.index.entries)
+        outputs = sum(shape_of(group).rows for block in self.outline.groups for group in block)
+        units = []
+        for number, part in enumerate(torch.split(tokens_NL, SENSED_SEQUENCES)):
+            params = {
+                "tokens": part.tolist(),
+                "precision": spec.precision.value,
+                "seed": spec.calibration.seed + number,
+            }
+            units.append(
+                WorkUnit(
+                    Kind.SENSE,
+                    self.keys.key(Kind.SENSE, {"weights": places, **params}),
+                    params,
+                    cost=self.costs.sense_s(self._parameters, part.numel()),
+                    out_bytes=4.0 * outputs,
+                )
+            )
+        return tuple(units)
+
+    def _appraisals(
+        self,
+        plan: VariantPlan,
+        matrices: Mapping[str, MatrixPlan],
+        block: int,
+        merged: list[WorkUnit],
+        sensed: tuple[WorkUnit, ...],
+    ) -> Iterator[WorkUnit]:
+        """Yield the units that appraise a block's linear groups as one plan has them."""
+        quantized = quantized_groups(self.outline.groups[block], matrices)
+        _, solved = self._solved(plan, quantized, block, merged)
+        for (position, group, _), parts in zip(quantized, solved, strict=True):
+            # How a solve is cut into ranges of rows is in no key.
+            identity = {"solve": parts[0].params["identity"], "sensed": [unit.key for unit in sensed]}
+            yield WorkUnit(
+                Kind.APPRAISE,
+                self.keys.key(Kind.APPRAISE, {**identity, "members": _names(group)}),
+                {"group": position},
+                (*sensed, *parts),
+                rank=block,
+                cost=self.costs.appraise_s(shape_of(group)),
+                block=block,
+                variant=plan.spec.name,
+                label=group.label,
+            )
+
+    def _solved(
+        self,
+        plan: VariantPlan,
+        quantized: Sequence[tuple[int, LinearGroup, dict[str, Any]]],
+        block: int,
+        merged: list[WorkUnit],
+    ) -> tuple[list[WorkUnit], list[list[WorkUnit]]]:
+        """Return the units that search a block's scales, and for each of its quantized groups those that solve it."""
+        groups = self.outline.groups[block]
         scales = [
             self._scales(plan, group, position, scheme, merged[position])
             for position, group, scheme in quantized
-            if spec.method is Method.AWQ
+            if plan.spec.method is Method.AWQ
         ]
-        groups = self.outline.groups[block]
         solves = [
-            part
-            for position, group, scheme in quantized
-            for part in self._solves(
+            self._solves(
                 plan, group, position, scheme, merged[position], [s for s in scales if _concerns(s, groups, group)]
             )
+            for position, group, scheme in quantized
         ]
+        return scales, solves
+
+    def _block(self, plan: VariantPlan, block: int, merged: list[WorkUnit]) -> WorkUnit:
+        spec = plan.spec
+        quantized = quantized_groups(self.outline.groups[block], plan.matrices)
+        scales, solved = self._solved(plan, quantized, block, merged)
+        solves = [unit for parts in solved for unit in parts]
+        weights = [(shape_of(group).rows * shape_of(group).width, scheme["bits"]) for _, group, scheme in quantized]
+        kept = self.keys.block_parameters(block) - sum(number for number, _ in weights)
+        codes_bytes = sum(number * bits / 8 for number, bits in weights)
         identity = {
             "weights": self.keys.places(self.keys.block_names(block)),
             "format": spec.format,
@@ -264,7 +376,7 @@ class UnitBuilder:
             (*scales, *solves),
             rank=block,
             cost=self.costs.pack_s(self.keys.block_parameters(block)),
-            out_bytes=self.keys.block_parameters(block) * (spec.bits / 8 + PACKED_EXTRA),
+            out_bytes=codes_bytes + 2 * kept + self.keys.block_parameters(block) * PACKED_EXTRA,
             block=block,
             variant=spec.name,
         )

@@ -162,7 +162,7 @@ def _convert(
     )
     stopping.check()
     try:
-        units, records = run_job(inputs, work, context, options, memory.tuning, sink, stopping)
+        inputs, units, records = run_job(inputs, work, context, options, memory.tuning, sink, stopping)
     except CorruptWeightsError:
         forget_weights(source, work)
         raise

@@ -232,6 +232,14 @@ class CostModel:
         """Return the seconds of a factorization."""
         return self.rates.passing_s + factor_flops(group) / self.rates.factor_flops
 
+    def sense_s(self, parameters: float, tokens: float) -> float:
+        """Return the seconds of a pass forwards and back; going back is two passes, and computes the way there anew."""
+        return self.rates.unit_s + 4 * forward_flops(parameters, tokens) / self.rates.forward_flops
+
+    def appraise_s(self, group: GroupShape) -> float:
+        """Return the seconds of weighing a solved group's losses: its codes are read with them."""
+        return self.rates.unit_s + group.rows * group.width / self.rates.touched_bytes
+
     def scales_s(self, group: GroupShape) -> float:
         """Return the seconds of a search for activation-aware scales."""
         passes = (15 * min(group.rows, 512) + 40 * group.rows) * group.width / SEARCH_PASSES

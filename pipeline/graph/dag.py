@@ -24,6 +24,8 @@ class Kind(StrEnum):
     ADD = "add"
     MERGE = "merge"
     FACTOR = "factor"
+    SENSE = "sense"
+    APPRAISE = "appraise"
     SCALES = "scales"
     SOLVE = "solve"
     PACK = "pack"

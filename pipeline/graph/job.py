@@ -1,14 +1,20 @@
-"""One conversion's units run to their end: cut, driven, told to whoever watches."""
+"""One conversion's units run to their end: cut, driven, told to whoever watches.
+
+With mixed precision it is driven twice: what the units of a variant are is not known before its widths are. Both times
+the same workers do it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pipeline import heap
 from pipeline.errors import CorruptWeightsError, StorageError
-from pipeline.graph.build import Inputs, JobUnits, build_units
+from pipeline.graph.build import Inputs, JobUnits, build_units, make_variant_plan
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
 from pipeline.graph.driver import MAX_RECOVERIES, RECOVERABLE, Driver, Observer, StoredRecords
 from pipeline.graph.executor import Executor, Finished, InlineExecutor
@@ -19,11 +25,13 @@ from pipeline.graph.worker import Worker
 from pipeline.observe.events import (
     Degraded,
     EventSink,
+    JobRevised,
     JobStarted,
     Phase,
     PhaseWork,
     StageFinished,
     Warned,
+    WidthsChosen,
     WorkersReady,
     WorkersStarting,
 )
@@ -43,6 +51,8 @@ PHASES: dict[Kind, Phase] = {
     Kind.ADD: Phase.CALIBRATE,
     Kind.MERGE: Phase.CALIBRATE,
     Kind.FACTOR: Phase.SOLVE,
+    Kind.SENSE: Phase.CALIBRATE,
+    Kind.APPRAISE: Phase.SOLVE,
     Kind.SCALES: Phase.SOLVE,
     Kind.SOLVE: Phase.SOLVE,
     Kind.PACK: Phase.PACK,
@@ -63,8 +73,9 @@ def run_job(
     tuning: Tuning,
     sink: EventSink,
     stopping: Stopping,
-) -> tuple[JobUnits, Records]:
-    """Run what a conversion needs and return its units with the records of all goals.
+) -> tuple[Inputs, JobUnits, Records]:
+    """Run what a conversion needs and return its inputs, with all widths chosen, its units, and the records of all
+    goals.
 
     What an earlier run finished is found in the work store; when that is everything, no worker is started.
 
@@ -74,29 +85,26 @@ def run_job(
     """
     units, proofs = build_units(inputs, tuning), _proofs(inputs, work, context)
     num_workers = 1 if options.inline else options.workers
-    observer = _Telling(inputs, num_workers, options.max_memory_bytes, sink)
-    goals = {unit.place for unit in (*units.goals, *proofs)}
+    observer = _Telling(inputs, num_workers, options.max_memory_bytes, sink, units.goals if units.appraisals else ())
+    crew = _Crew(work, context, options, tuning, sink, stopping, observer)
 
     def make_goals(cut: Tuning) -> Sequence[WorkUnit]:
         return [*build_units(inputs, cut).goals, *proofs]
 
-    def drive() -> Records:
-        executor: Executor = _Absent()
-        if len(work.lookup_all(goals)) < len(goals):
-            sink.emit(WorkersStarting(num_workers))
-            executor = _executor(context, options, stopping)
-            observer.staffed(len(executor.workers))
-            heap.drop_code()
-        with closing(executor):
-            is_cancelled = stopping.is_cancelled
-            return Driver(make_goals, tuning, work, executor, observer, is_cancelled=is_cancelled).run()
-
     try:
-        records = drive()
+        with closing(crew):
+            if units.appraisals:
+                first = inputs
+                appraised = crew.drive(lambda cut: build_units(first, cut).appraisals)
+                inputs = _with_widths(inputs, units, appraised)
+                units = build_units(inputs, tuning)
+                observer.chosen(inputs)
+            records = crew.drive(make_goals)
         for _ in range(MAX_RECOVERIES):
             if not _discard_damaged(units, records, work, observer, stopping):
                 break
-            records = drive()
+            with closing(crew):
+                records = crew.drive(make_goals)
         require_proven(inputs, proofs, records, work)
     except CorruptWeightsError:
         # No worker is left that could still write something.
@@ -105,7 +113,57 @@ def run_job(
         raise
     for place in work.lookup_all(units.leftovers):
         work.discard(*place)
-    return units, records
+    return inputs, units, records
+
+
+def _with_widths(inputs: Inputs, units: JobUnits, records: Records) -> Inputs:
+    """Return the inputs with the widths that what was appraised speaks for."""
+
+    def damages(appraisals: Sequence[WorkUnit]) -> dict[str, float]:
+        return {name: value for unit in appraisals for name, value in records[unit.key].summary["damages"].items()}
+
+    plans = []
+    for plan in inputs.variants:
+        appraisals = units.variants[plan.spec.name].appraisals
+        found = {bits: damages(own) for bits, own in appraisals.items()}
+        plans.append(make_variant_plan(plan.spec, inputs.outline, found) if found else plan)
+    return replace(inputs, variants=plans)
+
+
+@dataclass
+class _Crew:
+    """The workers of a job, who are there from when there is something to do until ``close``."""
+
+    work: WorkStore
+    context: JobContext
+    options: RunOptions
+    tuning: Tuning
+    sink: EventSink
+    stopping: Stopping
+    observer: _Telling
+    _executor: Executor | None = field(default=None, init=False)
+
+    def drive(self, make_goals: Callable[[Tuning], Sequence[WorkUnit]]) -> Records:
+        """Run what the goals need, and return the records of those that are stored."""
+        goals = {unit.place for unit in make_goals(self.tuning)}
+        is_done = len(self.work.lookup_all(goals)) == len(goals)
+        executor = _Absent() if is_done and self._executor is None else self._staffed()
+        is_cancelled = self.stopping.is_cancelled
+        return Driver(make_goals, self.tuning, self.work, executor, self.observer, is_cancelled=is_cancelled).run()
+
+    def _staffed(self) -> Executor:
+        if self._executor is None:
+            self.sink.emit(WorkersStarting(self.observer.num_wanted))
+            self._executor = _executor(self.context, self.options, self.stopping)
+            heap.drop_code()
+        self.observer.staffed(len(self._executor.workers))
+        return self._executor
+
+    def close(self) -> None:
+        """Send them away."""
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
 
 
 def _proofs(inputs: Inputs, work: WorkStore, context: JobContext) -> list[WorkUnit]:
@@ -182,34 +240,53 @@ class _Absent:
 class _Telling(Observer):
     """Turns what the driver sees into events."""
 
-    def __init__(self, inputs: Inputs, num_workers: int, max_bytes: int | None, sink: EventSink) -> None:
-        self._inputs, self._num_wanted, self._max_bytes, self._sink = inputs, num_workers, max_bytes, sink
+    def __init__(
+        self,
+        inputs: Inputs,
+        num_workers: int,
+        max_bytes: int | None,
+        sink: EventSink,
+        to_come: Sequence[WorkUnit] = (),
+    ) -> None:
+        """Begin; ``to_come`` are goals that the first plan does not know of yet, as far as they can be foreseen."""
+        self._inputs, self.num_wanted, self._max_bytes, self._sink = inputs, num_workers, max_bytes, sink
+        self._to_come = to_come
         self._num_ready = 0
-        self._is_started = False
+        self._told: set[str] = set()
+        self._is_started = self._is_to_revise = False
 
     def staffed(self, num_workers: int) -> None:
         """Tell how many workers there are, when that has changed."""
         if num_workers != self._num_ready:
             self._num_ready = num_workers
-            self._sink.emit(WorkersReady(num_workers, self._num_wanted))
+            self._sink.emit(WorkersReady(num_workers, self.num_wanted))
 
     def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit], records: StoredRecords) -> None:
         """Announce the job once, and what an earlier run did of it."""
-        if self._is_started:
-            return
-        self._is_started = True
-        reused = [unit for unit in present if unit.is_durable]
-        counted = [*todo, *reused]
-        work = tuple(
-            PhaseWork(phase, len(own), sum(unit.cost for unit in own))
-            for phase in Phase
-            if (own := [unit for unit in counted if PHASES[unit.kind] is phase])
-        )
-        variants = tuple(plan.spec.name for plan in self._inputs.variants)
-        skeleton = self._inputs.outline.skeleton
-        self._sink.emit(JobStarted(self._inputs.spec.source, variants, skeleton.num_blocks, work))
+        reused = [unit for unit in present if unit.is_durable and unit.key not in self._told]
+        if not self._is_started:
+            foreseen = {unit.key: unit for unit in (*todo, *reused, *reachable_units(self._to_come))}
+            work = _phase_work(list(foreseen.values()))
+            variants = tuple(plan.spec.name for plan in self._inputs.variants)
+            num_blocks = self._inputs.outline.skeleton.num_blocks
+            self._sink.emit(JobStarted(self._inputs.spec.source, variants, num_blocks, work))
+            self._is_started = True
+        elif self._is_to_revise:
+            self._sink.emit(JobRevised(_phase_work([*todo, *reused])))
+            self._is_to_revise = False
         for unit in sorted(reused, key=lambda unit: unit.block):
             self._tell(unit, records.get(unit.place), 0.0, reused=True)
+
+    def chosen(self, inputs: Inputs) -> None:
+        """Tell which widths mixed precision has chosen; what is left to do is told when it is planned."""
+        self._is_to_revise = True
+        for before, plan in zip(self._inputs.variants, inputs.variants, strict=True):
+            if plan is not before:
+                schemes = [matrix.scheme for matrix in plan.matrices.values() if matrix.scheme is not None]
+                linears = Counter(scheme.bits for scheme in schemes)
+                widths = {str(bits): linears[bits] for bits in sorted(linears)}
+                self._sink.emit(WidthsChosen(plan.spec.name, widths, plan.predicted_kl))
+        self._inputs = inputs
 
     def finished(self, unit: WorkUnit, record: StageRecord | None, seconds: float, peak_bytes: int) -> None:
         """Tell of a unit, and once when a worker took more memory than it may."""
@@ -225,11 +302,20 @@ class _Telling(Observer):
 
     def _tell(self, unit: WorkUnit, record: StageRecord | None, seconds: float, reused: bool) -> None:
         """Tell of a unit, and of what a solver did otherwise than asked."""
+        self._told.add(unit.key)
         self._sink.emit(_finished(unit, record, seconds, reused))
         if unit.kind is Kind.PACK and record is not None:
             for name, report in record.summary["reports"].items():
                 for reason in report["degradations"]:
                     self._sink.emit(Degraded(unit.variant, name, reason))
+
+
+def _phase_work(units: Sequence[WorkUnit]) -> tuple[PhaseWork, ...]:
+    return tuple(
+        PhaseWork(phase, len(own), sum(unit.cost for unit in own))
+        for phase in Phase
+        if (own := [unit for unit in units if PHASES[unit.kind] is phase])
+    )
 
 
 def _finished(unit: WorkUnit, record: StageRecord | None, seconds: float, reused: bool) -> StageFinished:

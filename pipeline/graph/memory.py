@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 
 from pipeline.calibrate.collections import plan_collections
 from pipeline.calibrate.forward import MICRO_BATCH_TOKENS
+from pipeline.calibrate.sensitivity import LOGIT_ELEMENTS
 from pipeline.errors import PlanError
 from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, cut
 from pipeline.graph.cost import CostModel
 from pipeline.graph.dag import Kind
 from pipeline.graph.folds import MAX_SEARCHED_ROWS
+from pipeline.graph.mixed import SENSED_SEQUENCES
 from pipeline.graph.parts import PART_BYTES
 from pipeline.graph.shape import ModelShape
 from pipeline.graph.tuning import Tuning, make_tuning
@@ -52,6 +54,7 @@ UNITS_OF: dict[Kind, str] = {
     Kind.ADD: "add up statistics",
     Kind.MERGE: "add up statistics",
     Kind.FACTOR: "factor statistics",
+    Kind.SENSE: "measure sensitivity",
     Kind.SCALES: "search scales",
     Kind.SOLVE: "solve a linear group",
     Kind.PACK: "pack a block",
@@ -237,6 +240,14 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
         "score held-out text": embedding + 8 * FLOAT * CHUNK_ELEMENTS + 2 * hidden * heldout.slice_tokens,
         "continue prompts": embedding + dense + stored // 4,
     }
+    mixes = [variant.mix for variant in spec.variants if variant.mix is not None]
+    if mixes:
+        # All that a block computes for one sequence is kept until it is passed back, attention included; and what
+        # entered every block.
+        most = min(SENSED_SEQUENCES, max(mix.samples for mix in mixes))
+        widths = sum(columns + rows for columns, rows in groups) / len(block_names)
+        kept = FLOAT * 3 * int(widths) * own.length + 2 * hidden * own.length * most * len(block_names)
+        units["measure sensitivity"] = embedding + dense + stored // 4 + kept + 4 * FLOAT * LOGIT_ELEMENTS
     methods = {variant.method for variant in spec.variants}
     if Method.GPTQ in methods:
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4

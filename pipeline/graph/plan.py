@@ -17,7 +17,6 @@ from typing import Any
 
 from pipeline.calibrate.collections import plan_collections
 from pipeline.errors import PlanError
-from pipeline.formats.codec import codec_for
 from pipeline.formats.loaders import Contents, Limit, Loader, limits
 from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan
@@ -33,6 +32,7 @@ from pipeline.graph.forecast import (
     stage_rows,
 )
 from pipeline.graph.memory import MemoryPlan, plan_memory
+from pipeline.graph.mixed import RUNTIME_BYTES, packed_bytes
 from pipeline.graph.naming import ReleaseNames, name_releases
 from pipeline.graph.outline import Outline, make_outline
 from pipeline.graph.prediction import Cluster
@@ -49,9 +49,6 @@ from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
 """Context of one sequence that the fit table allows for, unless the model's own limit is lower."""
-
-RUNTIME_BYTES = 1_500_000_000
-"""What an inference engine takes besides weights and KV cache: code, activations, graphs. A rule of thumb."""
 
 DEVICES = {
     "8 GB GPU or laptop": 8,
@@ -303,10 +300,13 @@ def _report_variant(
     for row in rows:
         if row.note:
             notes[row.note] = notes.get(row.note, 0) + 1
+    if plan.candidates:
+        widths = " or ".join(map(str, plan.candidates))
+        notes[f"widths are provisional: conversion measures which of them get {widths} bits"] = len(quantized)
     known = limits(_contents(outline, plan))
     # Of files that vLLM does not load at all, the limit already says why.
     is_loaded = all(limit.loads for limit in known if limit.loader is Loader.VLLM)
-    if is_loaded and (refusal := kernel_refusal(plan.spec)):
+    if is_loaded and (refusal := kernel_refusal(plan.spec, {row.bits for row in quantized})):
         notes[refusal] = len(quantized)
     needed = size + cache_bytes + RUNTIME_BYTES
     return VariantReport(
@@ -329,9 +329,9 @@ def _report_variant(
 def _contents(outline: Outline, plan: VariantPlan) -> Contents:
     spec = plan.spec
     schemes = {name: matrix.scheme for name, matrix in plan.matrices.items() if matrix.scheme is not None}
-    sizes = {PER_CHANNEL if spec.group_size == PER_CHANNEL else scheme.group_size for scheme in schemes.values()}
-    architecture = outline.skeleton.architecture
-    return Contents(architecture, spec.format, spec.bits, spec.symmetric, frozenset(sizes), tuple(schemes))
+    whole_rows = spec.group_size == PER_CHANNEL
+    grids = {(scheme.bits, PER_CHANNEL if whole_rows else scheme.group_size) for scheme in schemes.values()}
+    return Contents(outline.skeleton.architecture, spec.format, spec.symmetric, frozenset(grids), tuple(schemes))
 
 
 def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -> MatrixRow:
@@ -341,9 +341,7 @@ def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -
     before = outline.tensor_bytes(name + ".weight")
     if scheme is None:
         return MatrixRow(name, matrix.block, rows, columns, 16, 0, matrix.note, before, before)
-    # compressed-tensors stores scales in the source's own dtype where that has 16 bits, else in float16.
-    scale_bytes = min(before // (rows * columns), 2)
-    after = codec_for(variant.format).num_bytes(rows, columns, scheme, scale_bytes)
+    after = packed_bytes(variant, matrix, outline)
     return MatrixRow(name, matrix.block, rows, columns, scheme.bits, scheme.group_size, matrix.note, before, after)
 
 
@@ -352,7 +350,7 @@ def _variant_flops(outline: Outline, plan: VariantPlan) -> float:
     shapes = [shape_of(part) for group in groups if (part := quantized_part(group, plan.matrices)) is not None]
     total = 0.0
     for shape in shapes:
-        total += cost.solve_flops(shape)
+        total += cost.solve_flops(shape) * max(1, len(plan.candidates))
         match plan.spec.method:
             case Method.GPTQ:
                 total += cost.factor_flops(shape)

@@ -31,6 +31,8 @@ LIMIT_OF: dict[Kind, Limit] = {
     Kind.ADD: Limit.REDUCTION,
     Kind.MERGE: Limit.REDUCTION,
     Kind.FACTOR: Limit.SOLVES,
+    Kind.SENSE: Limit.FORWARD,
+    Kind.APPRAISE: Limit.SOLVES,
     Kind.SCALES: Limit.SOLVES,
     Kind.SOLVE: Limit.SOLVES,
     Kind.PACK: Limit.PACKING,

@@ -4,6 +4,9 @@ Rules, in order: the spec's ignore patterns; what engines can load of the format
 divide in_features, by the variant's fallback; the format's own limits; and engines load q/k/v or gate/up as one matrix,
 so linears of one module that share an input share one scheme or stay unquantized together. So do all experts of a
 block, with gate, up and down, which engines load as one. Nothing is decided while saving.
+
+Widths are the variant's, its overrides for some linears, or with mixed precision what was allocated to each
+(``mixed.py``); what has one scheme has one width.
 """
 
 from __future__ import annotations
@@ -46,18 +49,55 @@ class MatrixPlan:
     note: str
 
 
-def plan_matrices(variant: VariantSpec, blocks: Sequence[Sequence[LinearGroup]]) -> dict[str, MatrixPlan]:
+def plan_matrices(
+    variant: VariantSpec, blocks: Sequence[Sequence[LinearGroup]], allocated: Mapping[str, int] | None = None
+) -> dict[str, MatrixPlan]:
     """Return the plan of every linear by name, in the order of the model.
 
+    Args:
+        variant: What is asked for.
+        blocks: The linear groups of each block.
+        allocated: The width of each linear by name, with mixed precision.
+
     Raises:
-        PlanError: when nothing could be quantized, or when the variant refuses a fallback that is needed.
+        PlanError: when nothing could be quantized, when the variant refuses a fallback that is needed, or when linears
+            that engines load as one would get several widths.
     """
     groups = [group for block in blocks for group in block]
     size = _checkpoint_group_size(variant, groups)
-    plans = {plan.linear.name: plan for group in groups for plan in _plan_group(variant, group, size)}
+    names = [linear.name for group in groups for linear in group.linears]
+    widths = allocated or {name: variant.bits_of(name) for name in names}
+    plans = {plan.linear.name: plan for group in groups for plan in _plan_group(variant, group, size, widths)}
     plans |= _alike(variant, plans)
+    for together in loaded_together(groups):
+        _require_one_width(variant, [plans[name] for name in together])
     _refuse_useless(variant, plans)
     return plans
+
+
+def loaded_together(groups: Iterable[LinearGroup]) -> list[tuple[str, ...]]:
+    """Return the names of linears that can only have one width, in the order of the model: those that share an input,
+    and all experts of a block."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for group in groups:
+        experts = {linear.experts for linear in group.linears if linear.expert}
+        # What shares its input with an expert, as a shared expert does, goes with the experts.
+        key = min(experts) if experts else group.linears[0].local_name
+        found.setdefault((group.block, key), []).extend(linear.name for linear in group.linears)
+    return [tuple(names) for names in found.values()]
+
+
+def _require_one_width(variant: VariantSpec, plans: Sequence[MatrixPlan]) -> None:
+    quantized = [plan for plan in plans if plan.scheme is not None]
+    for plan in quantized[1:]:
+        first = quantized[0]
+        if first.scheme and plan.scheme and first.scheme.bits != plan.scheme.bits:
+            raise PlanError(
+                f"variant {variant.name}: widths gives {first.linear.name} {first.scheme.bits} bits and "
+                f"{plan.linear.name} {plan.scheme.bits}, which engines load as one",
+                code="plan.widths",
+                hint="name both, or all experts of a block, with one entry: for example 're:(gate|up)_proj$'",
+            )
 
 
 def quantized_part(group: LinearGroup, plans: Mapping[str, MatrixPlan]) -> LinearGroup | None:
@@ -88,8 +128,8 @@ def require_whole_groups(variant: VariantSpec, groups: Iterable[LinearGroup], pl
             )
 
 
-def require_known_ignores(variant: VariantSpec, names: Iterable[str]) -> None:
-    """Return when every entry of the variant's ``ignore`` names a linear.
+def require_known_names(variant: VariantSpec, names: Iterable[str]) -> None:
+    """Return when every entry of the variant's ``ignore`` and ``widths`` names a linear.
 
     Args:
         variant: The variant.
@@ -99,10 +139,11 @@ def require_known_ignores(variant: VariantSpec, names: Iterable[str]) -> None:
         PlanError: naming the first entry that does not, with the closest names.
     """
     names = list(names)
-    for pattern in variant.ignore:
+    entries = [("ignore", pattern) for pattern in variant.ignore] + [("widths", pattern) for pattern in variant.widths]
+    for key, pattern in entries:
         if not any(is_named_by(pattern, name) for name in names):
             raise PlanError(
-                f"variant {variant.name}: ignore {pattern!r} names no linear of the model",
+                f"variant {variant.name}: {key} {pattern!r} names no linear of the model",
                 code="plan.ignore",
                 hint=f"there are, for example, {', '.join(_near(pattern, names))}; bitmill plan --matrices lists all",
             )
@@ -136,8 +177,11 @@ def _checkpoint_group_size(variant: VariantSpec, groups: Iterable[LinearGroup]) 
     return max(tried, key=lambda size: (sum(n for width, n in widths.items() if width % size == 0), size))
 
 
-def _plan_group(variant: VariantSpec, group: LinearGroup, size: int) -> list[MatrixPlan]:
-    decided = [MatrixPlan(linear, group.block, *_plan_linear(variant, linear, size)) for linear in group.linears]
+def _plan_group(variant: VariantSpec, group: LinearGroup, size: int, widths: Mapping[str, int]) -> list[MatrixPlan]:
+    decided = [
+        MatrixPlan(linear, group.block, *_plan_linear(variant, linear, size, widths[linear.name]))
+        for linear in group.linears
+    ]
     kept: dict[str, MatrixPlan] = {}
     for plan in decided:
         if plan.scheme is None:
@@ -189,13 +233,13 @@ def _kept_reason(variant: VariantSpec, linear: LinearRef) -> str:
     return ""
 
 
-def _plan_linear(variant: VariantSpec, linear: LinearRef, checkpoint_size: int) -> tuple[Scheme | None, str]:
+def _plan_linear(variant: VariantSpec, linear: LinearRef, checkpoint_size: int, bits: int) -> tuple[Scheme | None, str]:
     if reason := _kept_reason(variant, linear):
         return None, reason
     size, note = _group_size(variant, linear, checkpoint_size)
     if size is None:
         return None, note
-    scheme = Scheme(variant.bits, size, variant.symmetric)
+    scheme = Scheme(bits, size, variant.symmetric)
     unholdable = codec_for(variant.format).check(linear.name, linear.out_features, linear.in_features, scheme)
     return (None, f"left unquantized: {unholdable}") if unholdable else (scheme, note)
 

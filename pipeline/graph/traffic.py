@@ -59,13 +59,16 @@ class Traffic:
             case Kind.FORWARD:
                 if not unit.variant:
                     yield self._block(unit.block)
+            case Kind.SENSE:
+                yield Read("outer", self._outer_bytes, Route.WEIGHTS)
+                yield from map(self._block, range(self._outline.skeleton.num_blocks))
             case Kind.GENERATE | Kind.CONTINUE:
                 if not unit.variant:
                     yield Read("outer", self._outer_bytes, Route.WEIGHTS)
                     yield from map(self._block, self._continued_blocks(unit))
             case Kind.VERIFY:
                 yield Read(unit.label, unit.params["size_bytes"], Route.WEIGHTS)
-            case Kind.ADD | Kind.MERGE | Kind.FACTOR | Kind.SCORE:
+            case Kind.ADD | Kind.MERGE | Kind.FACTOR | Kind.APPRAISE | Kind.SCORE:
                 pass
 
     def ahead(self, unit: WorkUnit) -> Iterator[Read]:

@@ -1,12 +1,15 @@
 """How a job is cut into units: spans of token slices, ranges of rows. It changes no byte of any stored output.
 
-A span costs time of its own: every one takes in the weights of all blocks and hands on its sums. So a text is cut into
-one span for each worker, as long as that pays. What needs shorter spans for another reason, as memory does, asks for
-more of them, and gets them: what a ``Tuning`` says is what is made.
+A span costs time of its own: every one takes in the weights of all blocks and hands on its sums. So calibration text is
+cut into one span for each worker, as long as that pays, and held-out text into no more than it takes to pass a block as
+fast as calibration does: the packed weights of every variant have to be unpacked for each span of it too. What needs
+shorter spans for another reason, as memory does, asks for more of them, and gets them: what a ``Tuning`` says is what
+is made.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -46,12 +49,28 @@ def make_tuning(outline: ModelShape, spec: ConversionSpec, workers: int, costs: 
     groups = [[shape_of(group) for group in block] for block in outline.groups]
     tokens = spec.calibration.samples * spec.calibration.length
     heldout = spec.gates.heldout_samples * spec.gates.heldout_length
+    spans = timely_spans(outline, costs, tokens, workers, groups)
+    alone = [()] * len(groups)
+    span_s = _passing_s(outline, costs, tokens, groups) / spans
+    as_fast = math.ceil(_passing_s(outline, costs, heldout, alone) / span_s)
     return Tuning(
-        spans=timely_spans(outline, costs, tokens, workers, groups),
+        spans=spans,
         solve_s=costs.rates.solve_s,
-        heldout_spans=timely_spans(outline, costs, heldout, workers, [[] for _ in groups]),
+        heldout_spans=min(as_fast, timely_spans(outline, costs, heldout, workers, alone)),
         workers=workers,
     )
+
+
+def _passing_s(outline: ModelShape, costs: CostModel, num_tokens: int, summed: Iterable[Iterable[GroupShape]]) -> float:
+    """Return the seconds that one worker passes a text through all blocks in; arguments as of ``timely_spans``."""
+    return sum(
+        costs.forward_s(sum(map(outline.tensor_elements, names)), num_tokens, groups)
+        for names, groups in zip(_block_names(outline), summed, strict=True)
+    )
+
+
+def _block_names(outline: ModelShape) -> list[list[str]]:
+    return [list(outline.skeleton.block_tensors(block).values()) for block in range(outline.skeleton.num_blocks)]
 
 
 def timely_spans(
@@ -71,10 +90,9 @@ def timely_spans(
         workers: How many.
         summed: Of each block, the linear groups whose inputs' moments are added up.
     """
-    all_s = own_s = 0.0
-    for block, groups in enumerate(map(tuple, summed)):
-        names = outline.skeleton.block_tensors(block).values()
-        weights = sum(map(outline.tensor_bytes, names))
-        own_s += weights / costs.rates.weight_bytes + sum_bytes(groups) / costs.rates.peer_bytes
-        all_s += costs.forward_s(sum(map(outline.tensor_elements, names)), num_tokens, groups)
-    return max(1, min(workers, int(all_s / own_s)))
+    summed = [tuple(groups) for groups in summed]
+    own_s = sum(
+        sum(map(outline.tensor_bytes, names)) / costs.rates.weight_bytes + sum_bytes(groups) / costs.rates.peer_bytes
+        for names, groups in zip(_block_names(outline), summed, strict=True)
+    )
+    return max(1, min(workers, int(_passing_s(outline, costs, num_tokens, summed) / own_s)))

@@ -3,8 +3,10 @@
 A job says ``SourceAdvanced`` while the source's files come in, ``WorkersStarting`` when it asks for workers and
 ``WorkersReady`` whenever their number has changed (a job that finds everything done starts none), ``JobStarted`` once,
 then one ``StageFinished`` for every unit of work that it declared there, with ``Warned`` and ``Degraded`` where they
-arise. It ends with one ``Published`` or failing ``VariantJudged`` per variant, and with ``Failed`` when the command
-fails. Costs are estimated seconds on one worker of the reference machine, comparable over all phases.
+arise. With mixed precision it declares what can be foreseen; ``WidthsChosen`` for every such variant and one
+``JobRevised`` follow when the rest is known. It ends with one ``Published`` or failing ``VariantJudged`` per variant,
+and with ``Failed`` when the command fails. Costs are estimated seconds on one worker of the reference machine,
+comparable over all phases.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ class EventKind(StrEnum):
     WORKERS_STARTING = "workers_starting"
     WORKERS_READY = "workers_ready"
     JOB_STARTED = "job_started"
+    WIDTHS_CHOSEN = "widths_chosen"
+    JOB_REVISED = "job_revised"
     STAGE_FINISHED = "stage_finished"
     WARNED = "warned"
     DEGRADED = "degraded"
@@ -115,6 +119,34 @@ class JobStarted:
     variants: tuple[str, ...]
     num_blocks: int
     work: tuple[PhaseWork, ...]
+
+
+@dataclass(frozen=True)
+class WidthsChosen:
+    """Mixed precision has chosen the width of every linear of a variant.
+
+    Attributes:
+        variant: Its name.
+        linears: How many quantized linears have each width, by its number of bits.
+        predicted_kl: What their errors alone add to the divergence, as gradients predict it.
+    """
+
+    kind: ClassVar[EventKind] = EventKind.WIDTHS_CHOSEN
+    variant: str
+    linears: dict[str, int]
+    predicted_kl: float
+
+
+@dataclass(frozen=True)
+class JobRevised:
+    """What is left to do is known anew.
+
+    Attributes:
+        left: The phases with what will yet be finished of each.
+    """
+
+    kind: ClassVar[EventKind] = EventKind.JOB_REVISED
+    left: tuple[PhaseWork, ...]
 
 
 @dataclass(frozen=True)
@@ -229,6 +261,8 @@ Event = (
     | WorkersStarting
     | WorkersReady
     | JobStarted
+    | WidthsChosen
+    | JobRevised
     | StageFinished
     | Warned
     | Degraded

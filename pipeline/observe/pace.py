@@ -89,6 +89,15 @@ class Pace:
         self._clock_in(now_s)
         self._workers = max(1, num_workers)
 
+    def revise(self, left: Iterable[PhaseWork]) -> None:
+        """Take note of what is left of each phase, whatever was to be expected before."""
+        for item in left:
+            phase = self._phases.setdefault(item.phase, _PhasePace(0.0, 0.0))
+            phase.cost += item.cost - phase.cost_left
+            phase.cost_left = item.cost
+        # Nothing to settle down from: what was shown before was of another job.
+        self._estimate_s = None
+
     def add(self, event: StageFinished, now_s: float) -> None:
         """Take a unit that ended at a reading of the clock."""
         phase = self._phases.setdefault(event.phase, _PhasePace(0.0, 0.0))

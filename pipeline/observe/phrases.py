@@ -8,12 +8,14 @@ from pipeline.observe.events import (
     Degraded,
     Event,
     Failed,
+    JobRevised,
     JobStarted,
     Published,
     SourceAdvanced,
     StageFinished,
     VariantJudged,
     Warned,
+    WidthsChosen,
     WorkersReady,
     WorkersStarting,
 )
@@ -49,6 +51,10 @@ def announce(event: Event) -> Announcement | None:
             return Announcement("!", one_line(event.message), "yellow")
         case Degraded():
             return Announcement("!", one_line(f"{event.variant}: {event.module}: {event.reason}"), "yellow")
+        case WidthsChosen():
+            widths = ", ".join(f"{bits} bits for {number} linears" for bits, number in event.linears.items())
+            text = f"{event.variant}: {widths}; predicted KL {format_figure(event.predicted_kl)}"
+            return Announcement("+", one_line(text), "green")
         case VariantJudged(passed=False):
             reasons = "; ".join(event.failures) or "no check ran"
             return Announcement("x", one_line(f"{event.variant} failed: {reasons}"), "bold red")
@@ -57,7 +63,15 @@ def announce(event: Event) -> Announcement | None:
         case Published():
             size = format_bytes(event.size_bytes)
             return Announcement("+", one_line(f"{event.release} ({size}) published: {event.location}"), "green")
-        case SourceAdvanced() | WorkersStarting() | WorkersReady() | JobStarted() | StageFinished() | Failed():
+        case (
+            SourceAdvanced()
+            | WorkersStarting()
+            | WorkersReady()
+            | JobStarted()
+            | JobRevised()
+            | StageFinished()
+            | Failed()
+        ):
             return None
 
 

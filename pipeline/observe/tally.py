@@ -9,6 +9,7 @@ from pipeline.observe.events import (
     Degraded,
     Event,
     Failed,
+    JobRevised,
     JobStarted,
     Phase,
     Published,
@@ -16,6 +17,7 @@ from pipeline.observe.events import (
     StageFinished,
     VariantJudged,
     Warned,
+    WidthsChosen,
     WorkersReady,
     WorkersStarting,
 )
@@ -127,6 +129,11 @@ class Tally:
                 self.variants = {name: VariantTally(name, event.num_blocks) for name in event.variants}
                 self._pace = Pace(event.work)
                 self._pace.staff(self.num_workers, now_s)
+            case JobRevised():
+                for work in event.left:
+                    phase = self.phases.setdefault(work.phase, PhaseTally(work.phase, 0))
+                    phase.num_units = phase.num_done + work.num_units
+                self._pace.revise(event.left)
             case StageFinished():
                 self._add_stage(event)
                 self._pace.add(event, now_s)
@@ -140,7 +147,7 @@ class Tally:
                 self._variant(event.variant).state = VariantState.PUBLISHED
             case Failed():
                 self.failure = event
-            case Warned():
+            case Warned() | WidthsChosen():
                 pass
 
     @property

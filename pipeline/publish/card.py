@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from pipeline.facts import FACTS_FILE, OVERLAP_TOKENS, Check, ReleaseFacts, SourcePlace
+from pipeline.facts import FACTS_FILE, OVERLAP_TOKENS, Check, ReleaseFacts, SourcePlace, weights_by_width
 from pipeline.formats.loaders import Contents
 from pipeline.publish import figures, markdown
 from pipeline.publish.loading import loading_guide
@@ -75,7 +75,8 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
     elif base_models := [name for name in facts.source.base_models if _HUB_NAME.fullmatch(name)]:
         metadata["base_model"] = base_models if len(base_models) > 1 else base_models[0]
     variant = facts.variant
-    tags = [variant.method.value, f"{variant.bits}-bit", variant.format.value, "bitmill"]
+    widths = weights_by_width(facts.modules) or {variant.bits: 1}
+    tags = [variant.method.value, *(f"{bits}-bit" for bits in widths), variant.format.value, "bitmill"]
     return metadata | {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -108,6 +109,8 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
         "dropped": figures.fold_names(sorted(facts.dropped.items())),
         "degradations": figures.list_degradations(facts),
         "worst": figures.worst_modules(facts, NUM_WORST_MODULES),
+        "width_rows": figures.width_rows(facts),
+        "predicted_kl": figures.predicted_kl(facts),
         "expert_layers": expert_layers,
         "experts": figures.describe_experts(facts, expert_layers) if expert_layers else "",
         "max_listed": MAX_LISTED,

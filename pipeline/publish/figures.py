@@ -8,11 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pipeline.facts import ModuleFacts, ReleaseFacts
+from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts, ReleaseFacts, average_width, weights_by_width
 from pipeline.spec import PER_CHANNEL, ExpertStatistics, Format, Method, VariantSpec
-
-UNQUANTIZED_BITS = 16
-"""What facts state as the bits of a linear that was left unquantized."""
 
 _SCALE_BITS = 16
 _METHOD_NAMES = {Method.RTN: "round to nearest", Method.GPTQ: "GPTQ", Method.AWQ: "AWQ"}
@@ -48,6 +45,15 @@ class Folded:
     pattern: str
     count: int
     text: str
+
+
+@dataclass(frozen=True)
+class WidthRow:
+    """The blocks, as ranges, in which the linears of one name have one width."""
+
+    kind: str
+    bits: int
+    blocks: str
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,8 @@ def kind_of(module_name: str) -> str:
 
 def describe_scheme(variant: VariantSpec, modules: Iterable[ModuleFacts]) -> str:
     """Return for example ``4-bit GPTQ, symmetric, groups of 128``: what the linears have, and what was asked for where
-    none has it."""
+    none has it. Of several widths the average is said too."""
+    modules = tuple(modules)
     sizes = sorted({module.group_size for module in modules if module.bits < UNQUANTIZED_BITS}, reverse=True)
     group = f"groups of {' and '.join(map(str, sizes or [variant.group_size]))}"
     if variant.group_size == PER_CHANNEL:
@@ -147,7 +154,42 @@ def describe_scheme(variant: VariantSpec, modules: Iterable[ModuleFacts]) -> str
     elif sizes and variant.group_size not in sizes:
         group += f" ({variant.group_size} asked)"
     symmetry = "symmetric" if variant.symmetric else "asymmetric"
-    return f"{variant.bits}-bit {_METHOD_NAMES[variant.method]}, {symmetry}, {group}"
+    widths = weights_by_width(modules) or {variant.bits: 1}
+    *others, last = map(str, widths)
+    bits = f"{', '.join(f'{width}-' for width in others)}{' and ' if others else ''}{last}-bit"
+    if others:
+        bits += f" ({average_width(widths):.2f} on average)"
+    return f"{bits} {_METHOD_NAMES[variant.method]}, {symmetry}, {group}"
+
+
+def width_rows(facts: ReleaseFacts) -> tuple[WidthRow, ...]:
+    """Return which blocks hold which linears at which width, in the order of the facts; nothing where all have one."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for module in quantized_modules(facts):
+        found.setdefault((kind_of(module.name), module.bits), []).append(module.block)
+    if len({bits for _, bits in found}) < 2:
+        return ()
+    kinds = list(dict.fromkeys(kind for kind, _ in found))
+    rows = sorted(found.items(), key=lambda item: (kinds.index(item[0][0]), item[0][1]))
+    return tuple(WidthRow(kind, bits, _ranges(sorted(set(blocks)))) for (kind, bits), blocks in rows)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return for example ``0-3, 7`` for ascending numbers."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def predicted_kl(facts: ReleaseFacts) -> float | None:
+    """Return the sum of what each linear's error alone is predicted to add to the divergence; None where nobody
+    measured it."""
+    values = [module.predicted_kl for module in facts.modules if module.predicted_kl is not None]
+    return sum(values) if values else None
 
 
 def size_ratio(facts: ReleaseFacts) -> float:

@@ -55,7 +55,7 @@ def loading_guide(contents: Contents, variant: VariantSpec, release: str, *, run
     packages = (_packages_note(contents.format),) if loads else ()
     loads_vllm = all(limit.loads for limit in vllm)
     # Of files that vLLM does not load at all, the limit already says why.
-    refusal = kernel_refusal(variant) if loads_vllm else ""
+    refusal = kernel_refusal(variant, (bits for bits, _ in contents.grids)) if loads_vllm else ""
     refused = (f"{refusal[0].upper()}{refusal[1:]}.",) if refusal else ()
     return LoadingGuide(
         download_shell=shlex.join(["bitmill", "download", f"TARGET/releases/{release}", folder]),

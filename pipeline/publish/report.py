@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.facts import ModuleFacts, ReleaseFacts
+from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts, ReleaseFacts
 from pipeline.observe.terminal import one_line
 from pipeline.publish import figures
 from pipeline.units import format_bytes, format_count
@@ -101,6 +101,8 @@ def _identity(facts: ReleaseFacts) -> Table:
         f"perplexity {quality.perplexity:.4g} (source {quality.source_perplexity:.4g}), KL {quality.kl:.4g}, "
         f"top-1 agreement {100 * quality.top1_agreement:.2f} %",
     }
+    if widths := figures.width_rows(facts):
+        rows["widths"] = "; ".join(f"{row.kind} {row.bits} bits in blocks {row.blocks}" for row in widths)
     if layers := figures.expert_layers(facts):
         rows["experts"] = figures.describe_experts(facts, layers)
     if quality.heldout_overlap:
@@ -139,13 +141,13 @@ def _family(facts: ReleaseFacts) -> Table:
 
 def _module_cells(module: ModuleFacts) -> list[str | Text]:
     shape = f"{module.out_features} x {module.in_features}"
-    bits = "-" if module.bits >= figures.UNQUANTIZED_BITS else str(module.bits)
+    bits = "-" if module.bits >= UNQUANTIZED_BITS else str(module.bits)
     return [Text(one_line(module.name)), shape, bits, figures.group_word(module)]
 
 
 def _module_figures(module: ModuleFacts, budget: float | None) -> list[str | Text]:
     """Return the cells below ``_MODULE_FIGURES``."""
-    if module.bits >= figures.UNQUANTIZED_BITS:
+    if module.bits >= UNQUANTIZED_BITS:
         return ["-"] * len(_MODULE_FIGURES)
     is_over = budget is not None and not module.relative_error <= budget
     return [

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pipeline.errors import SpecError
-from pipeline.facts import CalibrationFacts, ReleaseFacts, SourceFacts, SourcePlace
+from pipeline.facts import CalibrationFacts, ReleaseFacts, SourceFacts, SourcePlace, weights_by_width
 from pipeline.precision import Precision
 from pipeline.spec import Budgets, CalibrationSpec, GateSpec, PromptSpec, VariantSpec, parse_variant, resolve_budgets
 
@@ -68,7 +68,7 @@ def _calibration(calibration: CalibrationFacts) -> dict[str, Any]:
 def _gates(facts: ReleaseFacts) -> dict[str, Any]:
     """Return what the gates were told otherwise than by default: a release that needed it would fail without."""
     default, verdict = GateSpec(), facts.verdict
-    usual = resolve_budgets(default, facts.variant)
+    usual = resolve_budgets(default, facts.variant, weights_by_width(facts.modules))
     budgets = {key: getattr(verdict.budgets, key) for key in Budgets.model_fields}
     gates: dict[str, Any] = {key: value for key, value in budgets.items() if value != getattr(usual, key)}
     prompts = tuple(PromptSpec(prompt=sample.prompt, expect=sample.expect) for sample in verdict.samples)

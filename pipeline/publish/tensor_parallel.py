@@ -26,9 +26,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pipeline.facts import ModuleFacts
+from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts
 from pipeline.formats.loaders import VLLM_BITS
-from pipeline.publish.figures import UNQUANTIZED_BITS
 from pipeline.spec import PER_CHANNEL, Format, VariantSpec
 
 TP_SIZES = (1, 2, 4, 8)
@@ -82,13 +81,14 @@ def tp_answers(
     return tuple(_answer(modules, variant, size) for size in sizes)
 
 
-def kernel_refusal(variant: VariantSpec) -> str:
-    """Return why vLLM has no kernel for such codes, whatever the shapes; empty when it has."""
-    if variant.bits not in VLLM_BITS:
-        marlin = f"vLLM's Marlin kernel takes codes of 4 and 8 bits only, not of {variant.bits}"
+def kernel_refusal(variant: VariantSpec, widths: Iterable[int]) -> str:
+    """Return why vLLM has no kernel for codes of one of these widths, whatever the shapes; empty when it has."""
+    widths = set(widths)
+    if unusual := sorted(widths - VLLM_BITS):
+        marlin = f"vLLM's Marlin kernel takes codes of 4 and 8 bits only, not of {' and '.join(map(str, unusual))}"
         is_other = variant.format is Format.COMPRESSED_TENSORS
         return f"{marlin} (its Humming kernel does, a package of its own, on NVIDIA GPUs)" if is_other else marlin
-    if variant.bits == 8 and not variant.symmetric:
+    if 8 in widths and not variant.symmetric:
         return (
             "vLLM's Marlin kernel takes zero points with 4-bit codes only, not with 8-bit ones "
             "(its Machete kernel does, on Hopper GPUs)"
@@ -97,7 +97,7 @@ def kernel_refusal(variant: VariantSpec) -> str:
 
 
 def _answer(modules: tuple[ModuleFacts, ...], variant: VariantSpec, size: int) -> TpAnswer:
-    if (reason := kernel_refusal(variant)) and any(module.bits < UNQUANTIZED_BITS for module in modules):
+    if reason := kernel_refusal(variant, (module.bits for module in modules if module.bits < UNQUANTIZED_BITS)):
         return TpAnswer(size, Loading.REFUSED, reason=reason)
     slow: TpAnswer | None = None
     # Without a zero point, and in AWQ's own format, vLLM has a second kernel to fall back to.

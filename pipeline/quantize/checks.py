@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import QuantizationError
+from pipeline.finite import is_finite
 from pipeline.quantize.types import Scheme, Statistics
 
 
@@ -43,9 +44,9 @@ def require_finite(name: str, tensor: Tensor) -> None:
     Raises:
         QuantizationError: with ``name``, the number of NaN or infinite values and the place of the first.
     """
-    finite = tensor.isfinite()
-    if bool(finite.all()):
+    if is_finite(tensor):
         return
+    finite = tensor.isfinite()
     bad = (~finite).nonzero()
     where = bad[0].tolist()
     raise QuantizationError(

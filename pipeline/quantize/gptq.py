@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.finite import is_finite
 from pipeline.quantize import kernels
 from pipeline.quantize.cholesky import LowerTiles
 from pipeline.quantize.types import Scheme
@@ -112,7 +113,7 @@ def factor(second_moment_II: Tensor, damping: float, act_order: bool) -> Factor 
         scaled = (tile / pivot_I[columns]).to(torch.float32)
         if rows == columns:
             scaled = scaled.tril_(-1)
-        if not bool(scaled.isfinite().all()):
+        if not is_finite(scaled):
             return None
         feedback_II[_reversed(rows, num_columns), _reversed(columns, num_columns)] = scaled.flip(0, 1)
     return Factor(order_I, feedback_II, damping)
@@ -184,7 +185,8 @@ def solve_columns(
     inverse_I[factored.order_I] = torch.arange(num_columns, device=inverse_I.device)
     step_OI = step_IR.index_select(0, inverse_I).t()
     code_OGg = step_OI.reshape(*scale_OG.shape, scheme.group_size) + zero_OG.to(step_OI.dtype)[..., None]
-    return code_OGg.to(torch.uint8).view(weight_OI.shape), error_IR.isfinite().all(0)
+    rows_finite = torch.ones_like(error_IR[0], dtype=torch.bool) if is_finite(error_IR) else error_IR.isfinite().all(0)
+    return code_OGg.to(torch.uint8).view(weight_OI.shape), rows_finite
 
 
 def _solve_block(

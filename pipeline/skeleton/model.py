@@ -328,6 +328,10 @@ class Skeleton:
     @torch.no_grad()
     def logits(self, hidden_BLH: Tensor) -> Tensor:
         """Return float32 logits [batch, length, vocabulary] of final hidden states. Needs ``attach_outer``."""
+        return self.logits_with_gradient(hidden_BLH)
+
+    def logits_with_gradient(self, hidden_BLH: Tensor) -> Tensor:
+        """Return what ``logits`` does, as torch may differentiate it by the hidden states."""
         zeros = torch.zeros(hidden_BLH.shape[:2], dtype=torch.long, device=self.device)
 
         def give(index: int, forward: BlockForward, call: BlockCall, hidden: Tensor) -> Tensor:
@@ -443,15 +447,15 @@ class Skeleton:
 
     def _tied_names(self) -> dict[str, str]:
         """Return the parameters that another one provides when the checkpoint does not hold them."""
-        if not getattr(self.net.config.get_text_config(), "tie_word_embeddings", False):
-            return {}
+        pairs = list(getattr(self.net, "all_tied_weights_keys", {}).items())
         head, embedding = self.net.get_output_embeddings(), self.net.get_input_embeddings()
-        found = {}
         names = {id(module): name for name, module in self.net.named_modules()}
-        if head is not None and id(head) in names and id(embedding) in names:
-            pair = (names[id(head)] + ".weight", names[id(embedding)] + ".weight")
-            found = {a: b for a, b in (pair, pair[::-1]) if a not in self.names}
-        return found
+        # Models that hold another one say it in the config of that one only.
+        is_tied = getattr(self.net.config.get_text_config(), "tie_word_embeddings", False)
+        if is_tied and head is not None and id(head) in names and id(embedding) in names:
+            pairs.append((f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight"))
+        both_ways = [pair for a, b in pairs for pair in ((a, b), (b, a))]
+        return {name: other for name, other in both_ways if name not in self.names and other in self.names}
 
     def _compute_by_parts(self) -> None:
         """Have token embedding and output head compute from tables where there are some. Others than torch's own

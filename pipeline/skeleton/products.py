@@ -82,6 +82,15 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
     return (x.to(torch.bfloat16) @ weight).to(x.dtype).add_(bias)
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b in the dtype of the factor that is no linear's weight: some blocks, as Mamba's, multiply by a linear's
+    weight without calling it."""
+    if a.dtype == b.dtype or torch.bfloat16 not in (a.dtype, b.dtype):
+        return torch.matmul(a, b)
+    wide = b.dtype if a.dtype is torch.bfloat16 else a.dtype
+    return torch.matmul(a.to(torch.bfloat16), b.to(torch.bfloat16)).to(wide)
+
+
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
 ) -> Tensor:
@@ -95,6 +104,9 @@ def _attention(
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     functional.linear: _linear,
     torch.addmm: _addmm,
+    torch.matmul: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.__matmul__: _matmul,
     functional.scaled_dot_product_attention: _attention,
 }
 """By the function of torch that a block calls."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CorruptWeightsError, SourceNotFoundError
+from pipeline.finite import is_finite
 from pipeline.tensors.dtypes import TORCH_DTYPES
 from pipeline.tensors.header import REFETCH_HINT, TensorEntry
 from pipeline.tensors.index import WeightIndex
@@ -135,9 +136,9 @@ def check_finite(name: str, tensor: Tensor) -> None:
     for start in range(0, flat.numel(), FINITE_CHUNK_ELEMENTS):
         chunk = flat[start : start + FINITE_CHUNK_ELEMENTS]
         chunk = chunk.to(torch.float32) if widen else chunk
-        bad = ~torch.isfinite(chunk)
-        if not bool(bad.any()):
+        if is_finite(chunk):
             continue
+        bad = ~torch.isfinite(chunk)
         num_nan += int(torch.isnan(chunk).sum())
         num_inf += int(torch.isinf(chunk).sum())
         if first < 0:

@@ -25,6 +25,7 @@ TIERS = [
         "settings",
         "errors",
         "disk",
+        "finite",
         "fingerprint",
         "heap",
         "strict_json",

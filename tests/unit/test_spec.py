@@ -64,6 +64,9 @@ def test_short_names_are_distinct() -> None:
         ("gptq-w5-g64", Format.COMPRESSED_TENSORS, True),
         ("awq-w6-g64", Format.COMPRESSED_TENSORS, False),
         ("rtn-w5-channel", Format.COMPRESSED_TENSORS, True),
+        ("gptq-w4.0-g64", Format.COMPRESSED_TENSORS, True),
+        ("gptq-w3.25-g64-gptq", Format.GPTQ, True),
+        ("awq-w4.5-g64", Format.COMPRESSED_TENSORS, False),
     ],
 )
 def test_what_a_name_leaves_out_is_what_its_format_holds(name: str, format_: Format, symmetric: bool) -> None:
@@ -84,6 +87,9 @@ def test_what_a_name_leaves_out_is_what_its_format_holds(name: str, format_: For
         ("awq-w2-g64-asym", "symmetric grids only"),
         ("awq-w4-g64-sym", "stores zero points"),
         ("gptq-w4-g12", "multiple of 8"),
+        ("awq-w4.5-g64-awq", "one width for all linears"),
+        ("gptq-w9.5-g64", "less than or equal to 8"),
+        ("gptq-w4.-g64", "method-wBITS-gGROUP"),
         ("gptq-w4-g128-", "method-wBITS-gGROUP"),
         ("GPTQ-w4-g128", "method-wBITS-gGROUP"),
     ],
@@ -179,6 +185,52 @@ def test_auto_budgets_depend_on_the_bits_and_null_is_not_judged(bits: int) -> No
     assert resolve_budgets(GateSpec(max_kl=0.5), variant).max_kl == 0.5
 
 
+def test_several_widths_are_held_to_the_least_one_and_to_their_average() -> None:
+    budgets = resolve_budgets(GateSpec(), parse_variant("gptq-w4.5-g64"), {3: 10, 4: 40, 6: 50})
+    assert budgets.max_relative_error == BUDGETS_BY_BITS[3]["max_relative_error"]
+    assert budgets.max_kl == BUDGETS_BY_BITS[4]["max_kl"]
+    assert resolve_budgets(GateSpec(), parse_variant("gptq-w7.5-g64"), {6: 25, 8: 75}).max_kl == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("gptq-w4.0-g64", (3, 4, 5, 6)),
+        ("gptq-w4.5-g64-gptq", (3, 4, 8)),
+        ("gptq-w3.0-g64", (3, 4, 5)),
+        ("gptq-w2.5-g64", (2, 3, 4)),
+        ("gptq-w5.7-g64", (4, 5, 6, 8)),
+        ("gptq-w8.0-g64", (6, 8)),
+        ("gptq-w4-g64", ()),
+    ],
+)
+def test_widths_to_choose_from_lie_around_the_average(name: str, choices: tuple[int, ...]) -> None:
+    assert parse_variant(name).choices == choices
+
+
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        ({}, "give one of average_bits, weights and memory, not none"),
+        ({"average_bits": 4.5, "weights": "1GB"}, "not average_bits and weights"),
+        ({"weights": "some"}, "'some' is no size"),
+        ({"average_bits": 4.5, "choices": [4]}, "nothing to choose from: .* holds 4 of"),
+        ({"average_bits": 4.5, "choices": [4, 7]}, "Input should be 2, 3, 4, 5, 6 or 8"),
+    ],
+)
+def test_a_mix_that_cannot_be_meant_is_refused_with_the_reason(mix: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError, match=words):
+        build_spec({"source": "x", "targets": ["y"], "variants": [{"method": "gptq", "mix": mix}]}, "test")
+
+
+def test_widths_and_mix_exclude_each_other_and_need_a_format_that_holds_them() -> None:
+    both = {"method": "gptq", "mix": {"average_bits": 4.5}, "widths": {"re:down": 8}}
+    unheld = {"method": "gptq", "format": "gptq", "widths": {"re:down": 6}}
+    for fields, words in ((both, "mix chooses every width itself"), (unheld, "holds 2, 3, 4, 8 bits, not 6")):
+        with pytest.raises(SpecError, match=words):
+            build_spec({"source": "x", "targets": ["y"], "variants": [fields]}, "test")
+
+
 def test_what_a_short_name_does_not_say_is_in_the_name_all_the_same() -> None:
     plain = VariantSpec(method=Method.GPTQ, format=Format.GPTQ, group_size=64)
     others = [
@@ -188,5 +240,10 @@ def test_what_a_short_name_does_not_say_is_in_the_name_all_the_same() -> None:
     assert plain.name == "gptq-w4-g64"
     assert len(set(others)) == 4
     assert all(name.startswith("gptq-w4-g64-x") for name in others)
+    mixes = [{"weights": "1GB"}, {"weights": "2GB"}, {"average_bits": 4.5}, {"average_bits": 4.5, "samples": 4}]
+    mixed = [VariantSpec.model_validate({"method": "gptq", "mix": mix}).name for mix in mixes]
+    assert len(set(mixed)) == 4
+    assert mixed[2] == "gptq-w4.5-g128"
+    assert all(name.startswith("gptq-mix-g128-x") for name in mixed[:2])
     named = VariantSpec.model_validate({**plain.model_dump(), "name": "mine", "damping": 0.05})
     assert named.name == "mine"

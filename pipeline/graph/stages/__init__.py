@@ -11,6 +11,7 @@ from pipeline.graph.stages.calibrate import add_spans, calibrate, embed, forward
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.evaluate import continue_part, generate, score
 from pipeline.graph.stages.pack import outer, pack
+from pipeline.graph.stages.sensitivity import appraise, sense
 from pipeline.graph.stages.solve import factor_group, scales, solve_range
 from pipeline.graph.stages.verify import verify
 
@@ -32,6 +33,8 @@ STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {
     Kind.ADD: add_spans,
     Kind.MERGE: merge_spans,
     Kind.FACTOR: factor_group,
+    Kind.SENSE: sense,
+    Kind.APPRAISE: appraise,
     Kind.SCALES: scales,
     Kind.SOLVE: solve_range,
     Kind.PACK: pack,

@@ -96,7 +96,7 @@ def _stack(call: Call, results: Mapping[int, ScaleResult]) -> Tensor:
     first, last = call.params["rows"]
     wanted: dict[str, tuple[LinearRef, int, int]] = {}
     above = 0
-    for linear in _members(call, call.unit):
+    for linear in members_of(call, call.unit):
         low, high = max(first - above, 0), min(last - above, linear.out_features)
         if low < high:
             wanted[linear.local_name + ".weight"] = linear, low, high
@@ -106,7 +106,7 @@ def _stack(call: Call, results: Mapping[int, ScaleResult]) -> Tensor:
     return torch.cat([linear.to_rows(folded[name])[low:high].float() for name, (linear, low, high) in wanted.items()])
 
 
-def _members(call: Call, unit: WorkUnit) -> list[LinearRef]:
+def members_of(call: Call, unit: WorkUnit) -> list[LinearRef]:
     """Return the linears of its group that a unit solves."""
     group = call.source.outline.groups[call.unit.block][unit.params["group"]]
     return [linear for linear in group.linears if linear.local_name in unit.params["members"]]
@@ -116,12 +116,12 @@ def expert_tokens(call: Call, part: WorkUnit) -> dict[str, int]:
     """Return for the members of a solved linear group that are parts of experts, by name, how many tokens the router
     sent to the expert."""
     routed = call.summary(part).get("expert_tokens", {})
-    return {linear.name: routed[linear.expert] for linear in _members(call, part) if linear.expert}
+    return {linear.name: routed[linear.expert] for linear in members_of(call, part) if linear.expert}
 
 
 def solved_group(call: Call, parts: Sequence[WorkUnit]) -> dict[str, QuantizedLinear]:
     """Return a linear group's quantized members by name from the row ranges that they were solved in, in order."""
-    members = _members(call, parts[0])
+    members = members_of(call, parts[0])
     rows = SolvedRows.join([SolvedRows(**call.get(part)) for part in parts])
     facts = call.summary(parts[0])
     sizes = [linear.out_features for linear in members]

@@ -125,7 +125,8 @@ def contents(
 ) -> Contents:
     spec: VariantSpec = parse_variant(variant)
     quantized = tuple(names.split()) or ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
-    return Contents(architecture, spec.format, spec.bits, spec.symmetric, sizes, quantized)
+    grids = frozenset((spec.bits, size) for size in sizes)
+    return Contents(architecture, spec.format, spec.symmetric, grids, quantized)
 
 
 def known(found: Contents, loader: Loader) -> tuple[Limit, ...]:
@@ -230,10 +231,10 @@ def test_the_contents_of_a_release_are_those_of_its_quantized_linears() -> None:
     )
     names = ("model.layers.0.a", "model.layers.0.b")
     assert Contents.of_release(make_facts("gptq-w4-g64", modules=modules)) == Contents(
-        "LlamaForCausalLM", Format.GPTQ, 4, True, frozenset({64, 32}), names
+        "LlamaForCausalLM", Format.GPTQ, True, frozenset({(4, 64), (4, 32)}), names
     )
     rows = Contents.of_release(make_facts("rtn-w4-channel", modules=modules))
-    assert rows.group_sizes == frozenset({PER_CHANNEL})
+    assert rows.grids == frozenset({(4, PER_CHANNEL)})
 
 
 EXPERTS = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.up_proj")
@@ -255,9 +256,9 @@ def test_experts_are_loaded_by_transformers_from_symmetric_compressed_tensors_al
     variant: str, said: set[tuple[Loader, str]]
 ) -> None:
     spec = parse_variant(variant)
-    found = limits(Contents("MixtralForCausalLM", spec.format, 4, spec.symmetric, frozenset({64}), EXPERTS))
+    found = limits(Contents("MixtralForCausalLM", spec.format, spec.symmetric, frozenset({(4, 64)}), EXPERTS))
     assert {limit.loader for limit in found if not limit.loads} == {loader for loader, _ in said}
     for loader, text in said:
         assert any(limit.loader is loader and text in limit.text for limit in found)
-    dense = Contents("MixtralForCausalLM", spec.format, 4, spec.symmetric, frozenset({64}), EXPERTS[:1])
+    dense = Contents("MixtralForCausalLM", spec.format, spec.symmetric, frozenset({(4, 64)}), EXPERTS[:1])
     assert limits(dense) == ()

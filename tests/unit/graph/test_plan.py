@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import PlanError
-from pipeline.graph.build import make_variant_plan
+from pipeline.graph.build import make_variant_plan, quantized_groups
 from pipeline.graph.chains import shape_of
 from pipeline.graph.cost import cost_model
 from pipeline.graph.memory import plan_memory
@@ -92,7 +92,7 @@ def test_part_of_a_group_is_left_out_unless_its_input_would_be_scaled(
     outline = open_folder(make_model("phi", tmp_path / "phi")).outline
     gptq = {"name": "some", "method": "gptq", "group_size": 64, "ignore": [pattern]}
     plan = make_variant_plan(make_spec(variants=[gptq]).variants[0], outline)
-    parts = {position: part.label for position, part, _ in plan.quantized(outline.groups[0])}
+    parts = {position: part.label for position, part, _ in quantized_groups(outline.groups[0], plan.matrices)}
     assert parts[0] == ("q_proj+k_proj+v_proj" if "fc1" in pattern else "fc1")
     with pytest.raises(PlanError, match="cannot stay unquantized alone") as caught:
         make_variant_plan(make_spec(variants=[{**gptq, "method": "awq", "symmetric": False}]).variants[0], outline)

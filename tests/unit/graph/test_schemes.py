@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import PlanError
-from pipeline.graph.schemes import plan_matrices, quantized_part, require_known_ignores
+from pipeline.graph.schemes import plan_matrices, quantized_part, require_known_names
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup, LinearRef
 from pipeline.spec import VariantSpec, parse_variant
@@ -169,9 +169,9 @@ def test_the_width_of_an_ignored_linear_lowers_no_group_size() -> None:
 )
 def test_an_ignore_that_names_nothing_is_an_error_with_what_is_near(pattern: str, hint: str) -> None:
     names = [*plan_matrices(parse_variant("gptq-w4-g64"), MODEL), "lm_head"]
-    require_known_ignores(ignoring("lm_head", "re:down$", "model.layers.0.attn.q"), names)
+    require_known_names(ignoring("lm_head", "re:down$", "model.layers.0.attn.q"), names)
     with pytest.raises(PlanError) as caught:
-        require_known_ignores(ignoring("re:down$", pattern), names)
+        require_known_names(ignoring("re:down$", pattern), names)
     assert f"ignore {pattern!r} names no linear" in caught.value.message
     assert hint in caught.value.hint
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.graph.chains import cut
+from pipeline.graph.chains import cut, shape_of
 from pipeline.graph.cost import CPU_RATES, CostModel, cost_model
 from pipeline.graph.shapes import ShapeOutline
 from pipeline.graph.tuning import Tuning, make_tuning
@@ -42,17 +42,32 @@ def spec(samples: int, heldout_samples: int = 4) -> ConversionSpec:
 
 
 def test_a_long_text_has_a_span_for_each_worker() -> None:
-    assert make_tuning(SHAPE, spec(8), 12, FREE) == Tuning(12, CPU_RATES.solve_s, 12, 12)
+    assert make_tuning(SHAPE, spec(8), 12, FREE).spans == 12
     costs = cost_model("cpu")
-    assert make_tuning(SHAPE, spec(4096, 4096), 12, costs) == Tuning(12, costs.rates.solve_s, 12, 12)
+    assert make_tuning(SHAPE, spec(4096, 4096), 12, costs) == Tuning(12, costs.rates.solve_s, 8, 12)
+
+
+@pytest.mark.parametrize(("samples", "heldout_samples"), [(4096, 16), (4096, 1000), (4096, 4096), (512, 4096)])
+def test_held_out_text_passes_as_fast_as_calibration_in_no_more_spans_than_it_takes(
+    samples: int, heldout_samples: int
+) -> None:
+    costs = cost_model("cpu")
+    made = make_tuning(SHAPE, spec(samples, heldout_samples), 12, costs)
+    assert made.spans == 12
+    block = [SHAPE.tensor_elements(name) for name in SHAPE.skeleton.block_tensors(0).values()]
+    groups = [shape_of(group) for group in SHAPE.groups[0]]
+    calibration_s = costs.forward_s(sum(block), 64 * samples, groups) / made.spans
+    heldout_s = costs.forward_s(sum(block), 64 * heldout_samples)
+    assert heldout_s / made.heldout_spans <= calibration_s or made.heldout_spans == 12
+    assert made.heldout_spans == 1 or heldout_s / (made.heldout_spans - 1) > calibration_s
 
 
 def test_a_text_of_which_a_span_would_take_longer_to_begin_than_to_pass_has_fewer_and_at_least_one() -> None:
     cuts = [make_tuning(SHAPE, spec(samples, samples), 12, cost_model("cpu")) for samples in (1, 4, 16, 128)]
-    for spans in ([made.spans for made in cuts], [made.heldout_spans for made in cuts]):
+    for spans, most in (([made.spans for made in cuts], 12), ([made.heldout_spans for made in cuts], 8)):
         assert spans[0] == 1
         assert spans == sorted(spans)
-        assert spans[1] < spans[2] <= spans[3] == 12
+        assert spans[1] < spans[2] <= spans[3] == most
 
 
 @pytest.mark.parametrize("num_slices", [1, 2, 3, 5, 8, 13, 40])

@@ -90,6 +90,8 @@ def test_all_keys_differ_from_each_other(make_spec: MakeSpec, gather: Gather) ->
         Kind.ADD: 0,
         Kind.MERGE: 8,
         Kind.FACTOR: 8,
+        Kind.SENSE: 0,
+        Kind.APPRAISE: 0,
         Kind.SCALES: 8,
         Kind.SOLVE: 2 * 8,
         Kind.PACK: 2 * 2,
@@ -106,7 +108,9 @@ def test_what_others_can_use_again_is_durable(make_spec: MakeSpec, gather: Gathe
     units = every(gather(make_spec()))
     assert {unit.kind for unit in units if not unit.is_durable} == PASSING - {Kind.ADD, Kind.CONTINUE}
     # Files are only verified at the end where weights were streamed.
-    assert {unit.kind for unit in units if unit.is_durable} == set(Kind) - PASSING - {Kind.VERIFY}
+    # Nothing is appraised without mixed precision.
+    absent = {Kind.SENSE, Kind.APPRAISE, Kind.VERIFY}
+    assert {unit.kind for unit in units if unit.is_durable} == set(Kind) - PASSING - absent
 
 
 def test_keys_do_not_know_paths_targets_names_or_costs(
@@ -383,3 +387,17 @@ def test_held_out_text_too_short_for_both_says_what_was_taken(
     shared = {"heldout": str(tmp_path / "calibration.txt"), "heldout_samples": 10_000}
     with pytest.raises(CalibrationError, match=r"10000 x 32 are needed after the first 192"):
         gather(make_spec(gates=shared))
+
+
+def test_what_is_appraised_does_not_depend_on_how_solves_are_cut(
+    make_spec: MakeSpec, gather: Gather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TILE_ROWS, "cpu", 64)
+    inputs = gather(make_spec(variants=["gptq-w4.5-g64"]))
+    appraised = [
+        {unit.key for unit in every(inputs, tuning) if unit.kind is Kind.APPRAISE}
+        for tuning in (TUNING, replace(TUNING, solve_s=1e-9))
+    ]
+    assert appraised[0] == appraised[1]
+    # Four widths to choose from, two blocks of four groups.
+    assert len(appraised[0]) == 4 * 2 * 4

@@ -13,6 +13,7 @@ from pipeline.observe.events import (
     Event,
     EventKind,
     Failed,
+    JobRevised,
     JobStarted,
     Phase,
     PhaseWork,
@@ -21,6 +22,7 @@ from pipeline.observe.events import (
     StageFinished,
     VariantJudged,
     Warned,
+    WidthsChosen,
     WorkersReady,
     WorkersStarting,
     to_json,
@@ -38,6 +40,8 @@ EVERY_EVENT: tuple[Event, ...] = (
     SourceAdvanced("model.safetensors", 5, 10),
     WorkersStarting(2),
     WorkersReady(1, 2),
+    WidthsChosen("a", {"3": 10, "4": 20}, 0.0123),
+    JobRevised((PhaseWork(Phase.PACK, 2, 1.0),)),
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 from pipeline.observe.events import (
     Degraded,
     Failed,
+    JobRevised,
     JobStarted,
     Phase,
     PhaseWork,
@@ -47,6 +48,21 @@ def test_the_time_left_is_that_of_the_workers_there_are() -> None:
     for number in range(100):
         tally.add(StageFinished(Phase.SOLVE, 1.0, 1.0), number // 2 + 1.0)
     assert tally.eta_s(50.0) == pytest.approx(50.0, rel=0.1)
+
+
+def test_what_is_left_can_be_known_anew() -> None:
+    tally = start(PhaseWork(Phase.SOLVE, 100, 100.0))
+    for number in range(20):
+        tally.add(StageFinished(Phase.SOLVE, 1.0, 1.0), 101.0 + number)
+    tally.add(JobRevised((PhaseWork(Phase.SOLVE, 30, 30.0), PhaseWork(Phase.PACK, 4, 4.0))), 120.0)
+    assert tally.phases[Phase.SOLVE].num_units == 50
+    assert tally.phases[Phase.PACK].num_units == 4
+    tally.add(StageFinished(Phase.SOLVE, 1.0, 1.0), 121.0)
+    assert tally.eta_s(121.0) == pytest.approx(33.0, rel=0.35)
+    for phase, number in ((Phase.SOLVE, 29), (Phase.PACK, 4)):
+        for _ in range(number):
+            tally.add(StageFinished(phase, 1.0, 1.0), 150.0)
+    assert all(phase.is_complete for phase in tally.phases.values())
 
 
 def test_a_phase_shows_the_furthest_block_whatever_ends_last() -> None:

@@ -62,7 +62,7 @@ def test_two_and_three_bits_have_no_kernel_whatever_the_shapes(variant: str) -> 
     assert loadings(linear("q_proj", 4096, 4096, bits=16, group_size=0), variant=variant) == [FAST] * 4
 
 
-@pytest.mark.parametrize(("bits", "outputs", "fill"), [(2, 1040, 16), (3, 1056, 32), (4, 1032, 8), (8, 1028, 4)])
+@pytest.mark.parametrize(("bits", "outputs", "fill"), [(4, 1032, 8), (8, 1028, 4)])
 def test_outputs_per_rank_fill_whole_words_of_zero_points(bits: int, outputs: int, fill: int) -> None:
     fits, does_not = (linear("q_proj", size, 1024, bits=bits) for size in (outputs, outputs + fill // 2))
     (answer,) = tp_answers([does_not], parse_variant("gptq-w4-g128"), (1,))

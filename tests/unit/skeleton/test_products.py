@@ -41,6 +41,17 @@ def test_only_what_is_kept_in_bfloat16_is_rounded() -> None:
     assert torch.equal(rounded, expected)
 
 
+def test_a_weight_that_is_multiplied_without_its_linear_is_rounded_alike() -> None:
+    weight, x = torch.randn(3, 8), torch.randn(8, 5)
+    expected = (weight.bfloat16() @ x.bfloat16()).float()
+    with products(Precision.BFLOAT16):
+        for found in (weight.bfloat16() @ x, torch.matmul(weight.bfloat16(), x), weight.bfloat16().matmul(x)):
+            assert found.dtype is torch.float32
+            assert torch.equal(found, expected)
+        assert torch.equal(x.T @ weight.bfloat16().T, expected.T)
+        assert (weight.bfloat16() @ x.bfloat16()).dtype is torch.bfloat16
+
+
 def test_attention_is_rounded_with_its_mask() -> None:
     query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
     mask = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1)
