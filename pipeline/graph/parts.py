@@ -66,7 +66,8 @@ def cut_rows(outlines: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, R
         row_bytes = tensor.nbytes // max(num_rows, 1)
         first = 0
         while True:
-            last = min(num_rows, first + left // max(row_bytes, 1))
+            # A row that is larger than a part may be leaves less than nothing of it.
+            last = min(num_rows, first + max(left, 0) // max(row_bytes, 1))
             if last == first < num_rows and not parts[-1]:
                 last = first + 1
             if last > first or not num_rows:

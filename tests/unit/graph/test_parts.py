@@ -58,6 +58,7 @@ def test_small_tensors_share_a_part_and_large_ones_are_cut() -> None:
     assert cut_rows(small, 100) == [{"a": (0, 2), "b": (0, 2)}]
     assert cut_rows({"a": torch.ones(5, 2), "n": torch.tensor(3)}, 24) == [{"a": (0, 3)}, {"a": (3, 5), "n": (0, 1)}]
     assert cut_rows({}, 24) == [{}]
+    assert cut_rows({"a": torch.ones(1, 8), "b": torch.ones(3)}, 24) == [{"a": (0, 1)}, {"b": (0, 3)}]
 
 
 def test_what_was_joined_is_a_copy() -> None:
