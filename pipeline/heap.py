@@ -197,3 +197,10 @@ def _lines(path: Path) -> list[str]:
 @lru_cache(maxsize=4)
 def _function(name: str) -> Any:
     return getattr(ctypes.CDLL(None), name, None)
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out; torch has an exception of its own for that on accelerators only."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pipeline import heap
 from pipeline.errors import CalibrationError
 from pipeline.finite import is_finite
 from pipeline.precision import Precision
@@ -106,12 +107,12 @@ def _prediction_gradient(
 def _back_through(skeleton: Skeleton, index: int, entered_BLH: Tensor, gradient_BLH: Tensor) -> Tensor:
     """Return the gradient with respect to what enters a block from that with respect to what leaves it."""
     leaf_BLH = entered_BLH.detach().requires_grad_()
+    with torch.enable_grad():
+        left_BLH = skeleton.calls(*leaf_BLH.shape[:2])[index].run(skeleton.block(index), leaf_BLH)
     try:
-        with torch.enable_grad():
-            left_BLH = skeleton.calls(*leaf_BLH.shape[:2])[index].run(skeleton.block(index), leaf_BLH)
         (found,) = torch.autograd.grad(left_BLH, leaf_BLH, gradient_BLH)
     except RuntimeError as error:  # torch has no class of its own for what has no gradient
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if heap.is_lack_of_memory(error):
             raise
         raise CalibrationError(
             f"block {index} of {skeleton.architecture} gives no gradients: {error}",

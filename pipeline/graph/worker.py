@@ -113,7 +113,7 @@ class Worker:
         except PipelineError as caught:
             error = caught
         except (MemoryError, RuntimeError) as caught:
-            if not _is_lack_of_memory(caught):
+            if not heap.is_lack_of_memory(caught):
                 raise
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
         if heap.private_bytes() > self._kept_bytes + self.shelf.memory_bytes:
@@ -192,11 +192,6 @@ def _shelf_bytes(context: JobContext) -> int:
         return context.shelf_bytes
     total: int = torch.cuda.get_device_properties(0).total_memory
     return max(context.shelf_bytes, int(SHELF_SHARE * total))
-
-
-def _is_lack_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out; torch has an exception of its own for that on accelerators only."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def lost_output(key: str) -> GraphError:
