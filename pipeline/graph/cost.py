@@ -233,8 +233,8 @@ class CostModel:
         return self.rates.passing_s + factor_flops(group) / self.rates.factor_flops
 
     def sense_s(self, parameters: float, tokens: float) -> float:
-        """Return the seconds of a pass forwards and back; going back is two passes, and computes the way there anew."""
-        return self.rates.unit_s + 4 * forward_flops(parameters, tokens) / self.rates.forward_flops
+        """Return the seconds of a pass forwards and back, which computes each block anew; weights need no gradients."""
+        return self.rates.unit_s + 3 * forward_flops(parameters, tokens) / self.rates.forward_flops
 
     def appraise_s(self, group: GroupShape) -> float:
         """Return the seconds of weighing a solved group's losses: its codes are read with them."""
