@@ -7,7 +7,7 @@ same bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict
@@ -135,11 +135,6 @@ def weights_by_width(modules: Iterable[ModuleFacts]) -> dict[int, int]:
         if module.bits < UNQUANTIZED_BITS:
             found[module.bits] += module.out_features * module.in_features
     return dict(sorted(found.items()))
-
-
-def average_width(weights: Mapping[int, int]) -> float:
-    """Return the mean width of codes, from the number of weights by width."""
-    return sum(bits * number for bits, number in weights.items()) / sum(weights.values())
 
 
 class Check(Facts):

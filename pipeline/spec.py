@@ -48,6 +48,7 @@ __all__ = [
     "PromptSpec",
     "Strict",
     "VariantSpec",
+    "average_width",
     "build_spec",
     "load_spec",
     "parse_variant",
@@ -255,6 +256,11 @@ class Budgets(Strict):
     max_degradations: int | None
 
 
+def average_width(weights: Mapping[int, int]) -> float:
+    """Return the mean width of codes, from the number of weights by width."""
+    return sum(bits * number for bits, number in weights.items()) / sum(weights.values())
+
+
 def resolve_budgets(gates: GateSpec, variant: VariantSpec, widths: Mapping[int, int] | None = None) -> Budgets:
     """Return the budgets of a variant: the spec's own, or ``BUDGETS_BY_BITS`` where it says ``auto``.
 
@@ -265,8 +271,7 @@ def resolve_budgets(gates: GateSpec, variant: VariantSpec, widths: Mapping[int, 
             of the least one, and the whole model to that of their average, rounded down.
     """
     widths = widths or {variant.bits: 1}
-    average = sum(bits * number for bits, number in widths.items()) / sum(widths.values())
-    auto = BUDGETS_BY_BITS[max(bits for bits in BUDGETS_BY_BITS if bits <= average)]
+    auto = BUDGETS_BY_BITS[max(bits for bits in BUDGETS_BY_BITS if bits <= average_width(widths))]
     auto = auto | {"max_relative_error": BUDGETS_BY_BITS[min(widths)]["max_relative_error"]}
     given = {key: getattr(gates, key) for key in auto}
     resolved = {key: auto[key] if value == "auto" else value for key, value in given.items()}

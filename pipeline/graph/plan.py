@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.calibrate.collections import plan_collections
 from pipeline.errors import PlanError
+from pipeline.facts import UNQUANTIZED_BITS
 from pipeline.formats.loaders import Contents, Limit, Loader, limits
 from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan
@@ -340,7 +341,7 @@ def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -
     rows, columns = linear.out_features, linear.in_features
     before = outline.tensor_bytes(name + ".weight")
     if scheme is None:
-        return MatrixRow(name, matrix.block, rows, columns, 16, 0, matrix.note, before, before)
+        return MatrixRow(name, matrix.block, rows, columns, UNQUANTIZED_BITS, 0, matrix.note, before, before)
     after = packed_bytes(variant, matrix, outline)
     return MatrixRow(name, matrix.block, rows, columns, scheme.bits, scheme.group_size, matrix.note, before, after)
 

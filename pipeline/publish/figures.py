@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts, ReleaseFacts, average_width, weights_by_width
-from pipeline.spec import PER_CHANNEL, ExpertStatistics, Format, Method, VariantSpec
+from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts, ReleaseFacts, weights_by_width
+from pipeline.spec import PER_CHANNEL, ExpertStatistics, Format, Method, VariantSpec, average_width
 
 _SCALE_BITS = 16
 _METHOD_NAMES = {Method.RTN: "round to nearest", Method.GPTQ: "GPTQ", Method.AWQ: "AWQ"}

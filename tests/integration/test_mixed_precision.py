@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline.facts import ReleaseFacts, average_width, weights_by_width
+from pipeline.facts import ReleaseFacts, weights_by_width
 from pipeline.graph.convert import RunOptions, convert
 from pipeline.graph.dag import Kind
 from pipeline.observe.events import JobRevised, JobStarted, Phase, StageFinished, WidthsChosen
 from pipeline.publish.card import render_card
 from pipeline.settings import Settings
-from pipeline.spec import build_spec
+from pipeline.spec import average_width, build_spec
 from tests.architectures import make_model, published_net, source_net
 from tests.integration.test_architectures import (
     ERROR_FACTOR,
