@@ -262,7 +262,10 @@ class _Telling(Observer):
             self._sink.emit(WorkersReady(num_workers, self.num_wanted))
 
     def planned(self, todo: Sequence[WorkUnit], present: Sequence[WorkUnit], records: StoredRecords) -> None:
-        """Announce the job once, and what an earlier run did of it."""
+        """Announce the job once, and what is left of it once more when widths are chosen; and what an earlier run did
+        of it."""
+        if self._is_started and not self._is_to_revise:
+            return
         reused = [unit for unit in present if unit.is_durable and unit.key not in self._told]
         if not self._is_started:
             foreseen = {unit.key: unit for unit in (*todo, *reused, *reachable_units(self._to_come))}
@@ -271,7 +274,7 @@ class _Telling(Observer):
             num_blocks = self._inputs.outline.skeleton.num_blocks
             self._sink.emit(JobStarted(self._inputs.spec.source, variants, num_blocks, work))
             self._is_started = True
-        elif self._is_to_revise:
+        else:
             self._sink.emit(JobRevised(_phase_work([*todo, *reused])))
             self._is_to_revise = False
         for unit in sorted(reused, key=lambda unit: unit.block):
