@@ -82,11 +82,11 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
     return (x.to(torch.bfloat16) @ weight).to(x.dtype).add_(bias)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
     """Return a b in the dtype of the factor that is no linear's weight: some blocks, as Mamba's, multiply by a linear's
     weight without calling it."""
-    if a.dtype == b.dtype or torch.bfloat16 not in (a.dtype, b.dtype):
-        return torch.matmul(a, b)
+    if kwargs or a.dtype == b.dtype or torch.bfloat16 not in (a.dtype, b.dtype):
+        return torch.matmul(a, b, **kwargs)
     wide = b.dtype if a.dtype is torch.bfloat16 else a.dtype
     return torch.matmul(a.to(torch.bfloat16), b.to(torch.bfloat16)).to(wide)
 

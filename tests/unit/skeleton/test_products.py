@@ -50,6 +50,7 @@ def test_a_weight_that_is_multiplied_without_its_linear_is_rounded_alike() -> No
             assert torch.equal(found, expected)
         assert torch.equal(x.T @ weight.bfloat16().T, expected.T)
         assert (weight.bfloat16() @ x.bfloat16()).dtype is torch.bfloat16
+        assert torch.equal(torch.matmul(weight, x, out=torch.empty(3, 5)), weight @ x)
 
 
 def test_attention_is_rounded_with_its_mask() -> None:
