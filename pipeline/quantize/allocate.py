@@ -21,7 +21,8 @@ import numpy as np
 from pipeline.errors import QuantizationError
 
 MAX_CELLS = 200_000
-"""Most units that a budget is counted in: with 400 parts of 6 choices half a second, and 100 MB for what was chosen."""
+"""Most units that a budget is counted in: with 400 parts of 6 choices 1.8 s (one core of a Xeon,
+2026-11-26), and 80 MB for what was chosen."""
 
 
 @dataclass(frozen=True)
