@@ -187,7 +187,8 @@ def test_damaged_files_and_shelves_on_disk_change_no_byte(inline: Contents, tmp_
     sink = Sink(flip, [130])
     assert run(tmp_path, sink, workers=2, shelf_bytes=0) == inline
     assert sink.at == []
-    assert any("is damaged" in warning for warning in sink.warnings)
+    # By a worker that needed it, or by the driver before it publishes.
+    assert any(" damaged: " in warning for warning in sink.warnings)
     DirectoryWorkStore(tmp_path / "work").sweep()  # killed workers cannot clean up: the next run does
     assert not [path for path in (tmp_path / "work" / ".tmp").iterdir() if path.is_dir()]
 
