@@ -8,10 +8,10 @@ channel i the error of the group's step divided by s_i. s = (mean|x|)^exponent, 
 exponent is searched, coarse to fine, for the least tr(dW H dW^T) with dW = Q(W s) / s - W. This is the same loss as
 re-running the layer on all tokens, from the second moment alone: matrix products only, no tokens.
 
-The exponent 0 (no scaling) is among the candidates, and the winner is compared with it over all rows at the end, so
-scaling is never worse than leaving it. While searching, at most SEARCH_ROWS rows, evenly spread over the stack, stand
-for all, on grids that span the range: the loss depends on both, its dependence on the exponent hardly does. The final
-comparison is on all rows and on searched grids (if they are to be searched).
+The exponent 0 (no scaling) is among the candidates, and the winner is compared with it once more at the end, on grids
+that are searched if those of the solve are to be. SEARCH_ROWS rows at most, evenly spread over the stack, stand for
+all throughout; until the end their grids span the range, as the loss depends on that but its dependence on the exponent
+hardly does. On these rows scaling is never worse than leaving it.
 
 The change of basis itself (weights, statistics and whatever produces the input) belongs to the block, and so does its
 rounding to the model's dtype. ``solve`` then gets the scaled weight with ``statistics.rescale``d statistics.
@@ -30,12 +30,12 @@ from pipeline.quantize.loss import row_losses
 from pipeline.quantize.solve import SolveOptions
 from pipeline.quantize.types import Scheme, Statistics, dequantize
 
-COARSE_EXPONENTS = tuple(k / 10 for k in range(11))
-FINE_OFFSETS = (-0.05, 0.05, -0.025, 0.025)
+COARSE_EXPONENTS = tuple(k / 5 for k in range(6))
+FINE_OFFSETS = (-0.1, 0.1, -0.05, 0.05, -0.025, 0.025)
 """Tried around the best exponent so far, one after the other."""
 
 SEARCH_ROWS = 512
-"""Rows that the exponent is searched on."""
+"""Rows that the exponent is searched on, at most."""
 
 MEAN_FLOOR = 1e-3
 """Least mean|x| of a channel as a fraction of the average: a channel that calibration never woke is not shrunk away."""
@@ -51,7 +51,7 @@ class AwqScales:
     Attributes:
         scale_I: float32 [I], positive; all ones when scaling does not help.
         exponent: The exponent of mean|x| that gave them; 0 when scaling does not help.
-        loss_unscaled: tr(dW H dW^T) / num_tokens of rounding to nearest without scaling.
+        loss_unscaled: tr(dW H dW^T) / num_tokens of rounding the searched rows to nearest without scaling.
         loss_scaled: The same with the scales, never larger.
     """
 
@@ -80,20 +80,20 @@ def search_scales(weight_OI: Tensor, statistics: Statistics, scheme: Scheme, opt
     stride = -(-weight_OI.shape[0] // SEARCH_ROWS)
     sample_OI = weight_OI[::stride].contiguous()
 
-    def loss_of(exponent: float, rows_OI: Tensor, search: bool = False) -> float:
-        return _scaled_loss(rows_OI, scales_for(mean_I, exponent), second_moment_II, scheme, search)
+    def loss_of(exponent: float, search: bool = False) -> float:
+        return _scaled_loss(sample_OI, scales_for(mean_I, exponent), second_moment_II, scheme, search)
 
-    best, best_loss = 0.0, loss_of(0.0, sample_OI)
+    best, best_loss = 0.0, loss_of(0.0)
     tried = {0.0}
     for exponent, is_offset in [(e, False) for e in COARSE_EXPONENTS] + [(e, True) for e in FINE_OFFSETS]:
         candidate = round(best + exponent if is_offset else exponent, 4)
         if candidate in tried or not 0.0 <= candidate <= 1.0:
             continue
         tried.add(candidate)
-        if (loss := loss_of(candidate, sample_OI)) < best_loss:
+        if (loss := loss_of(candidate)) < best_loss:
             best, best_loss = candidate, loss
-    unscaled = loss_of(0.0, weight_OI, options.clip_search)
-    scaled = loss_of(best, weight_OI, options.clip_search) if best else unscaled
+    unscaled = loss_of(0.0, options.clip_search)
+    scaled = loss_of(best, options.clip_search) if best else unscaled
     if not scaled < unscaled:
         best, scaled = 0.0, unscaled
     per_token = 1 / statistics.num_tokens

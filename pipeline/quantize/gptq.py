@@ -46,28 +46,54 @@ BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True)
+class SolvedColumns:
+    """What solving the columns of some rows gave. Of rows that did not stay finite nothing means anything.
+
+    Attributes:
+        codes_OI: uint8 [O, I].
+        loss_O: float64 [O], e H e^T, from the residuals: the damped loss is sum_j R_jj^2 residual_j^2, and what damping
+            made of it is taken off again. Its error is some float32 roundings of the damped loss.
+        error_norm_O: float64 [O], |e|^2.
+        is_finite_O: bool [O], which rows stayed finite.
+    """
+
+    codes_OI: Tensor
+    loss_O: Tensor
+    error_norm_O: Tensor
+    is_finite_O: Tensor
+
+
+@dataclass(frozen=True)
 class Factor:
     """What the columns need of H; rows share it.
 
     Attributes:
         order_I: int64 [I], the column that is solved at each step.
         feedback_II: float32 [I, I] in solving order, strictly upper: F_kj = R_kj / R_jj.
+        pivot_I: float64 [I] in solving order: R_jj^2.
+        added_I: float64 [I] in solving order: what was added to H's diagonal before it was factored.
         damping: Fraction of the mean diagonal that was added to the diagonal.
     """
 
     order_I: Tensor
     feedback_II: Tensor
+    pivot_I: Tensor
+    added_I: Tensor
     damping: float
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the factor as named tensors; ``of`` is the exact inverse."""
         damping = torch.tensor([self.damping], dtype=torch.float64)
-        return {"order": self.order_I, "feedback": self.feedback_II, "damping": damping}
+        columns = {"order": self.order_I, "pivot": self.pivot_I, "added": self.added_I}
+        return {**columns, "feedback": self.feedback_II, "damping": damping}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Factor:
         """Return the factor that ``tensors`` were made from."""
-        return cls(tensors["order"], tensors["feedback"], float(tensors["damping"].item()))
+        order_I, feedback_II, pivot_I, added_I, damping = (
+            tensors[name] for name in ("order", "feedback", "pivot", "added", "damping")
+        )
+        return cls(order_I, feedback_II, pivot_I, added_I, float(damping.item()))
 
 
 def damping_ladder(first: float) -> Iterator[float]:
@@ -97,6 +123,7 @@ def factor(second_moment_II: Tensor, damping: float, act_order: bool) -> Factor 
     mean = damped_I.mean()
     if not mean > 0:
         mean = torch.ones_like(mean)
+    undamped_I = damped_I
     damped_I = torch.where(damped_I == 0, mean, damped_I) + damping * mean
 
     def damped_rows(first: int, last: int) -> Tensor:
@@ -116,7 +143,7 @@ def factor(second_moment_II: Tensor, damping: float, act_order: bool) -> Factor 
         if not is_finite(scaled):
             return None
         feedback_II[_reversed(rows, num_columns), _reversed(columns, num_columns)] = scaled.flip(0, 1)
-    return Factor(order_I, feedback_II, damping)
+    return Factor(order_I, feedback_II, pivot_I.square().flip(0), (damped_I - undamped_I).flip(0), damping)
 
 
 def _reversed(span: slice, length: int) -> slice:
@@ -131,10 +158,10 @@ def solve_columns(
     scheme: Scheme,
     factored: Factor,
     block_size: int = BLOCK_SIZE,
-) -> tuple[Tensor, Tensor]:
-    """Return codes (uint8 [O, I]) and which rows stayed finite (bool [O]); codes of other rows mean nothing.
+) -> SolvedColumns:
+    """Return the codes of every row, and what they err.
 
-    Accumulates in the dtype of the weight and the factor (float32 in use).
+    Accumulates in the dtype of the weight and the factor (float32 in use), losses in float64.
 
     Args:
         weight_OI: [O, I], finite.
@@ -150,6 +177,7 @@ def solve_columns(
     group_I = factored.order_I // scheme.group_size
     error_IR = torch.empty_like(weight_IR)
     step_IR = torch.empty_like(weight_IR)
+    loss_R, error_norm_R = (weight_IR.new_zeros(weight_IR.shape[1], dtype=torch.float64) for _ in range(2))
     for start in range(0, num_columns, block_size):
         block = slice(start, min(start + block_size, num_columns))
         target_BR = weight_IR[block].clone()
@@ -166,8 +194,12 @@ def solve_columns(
                 scale_GR.numpy(),
                 zero_GR.numpy(),
                 np.float32(scheme.max_code),
+                factored.pivot_I[block].numpy(),
+                factored.added_I[block].numpy(),
                 step_IR[block].numpy(),
                 error_IR[block].numpy(),
+                loss_R.numpy(),
+                error_norm_R.numpy(),
             )
         else:
             _solve_block(
@@ -178,15 +210,20 @@ def solve_columns(
                 scale_GR,
                 zero_GR,
                 scheme,
+                factored.pivot_I[block],
+                factored.added_I[block],
                 step_IR[block],
                 error_IR[block],
+                loss_R,
+                error_norm_R,
             )
     inverse_I = torch.empty_like(factored.order_I)
     inverse_I[factored.order_I] = torch.arange(num_columns, device=inverse_I.device)
     step_OI = step_IR.index_select(0, inverse_I).t()
     code_OGg = step_OI.reshape(*scale_OG.shape, scheme.group_size) + zero_OG.to(step_OI.dtype)[..., None]
-    rows_finite = torch.ones_like(error_IR[0], dtype=torch.bool) if is_finite(error_IR) else error_IR.isfinite().all(0)
-    return code_OGg.to(torch.uint8).view(weight_OI.shape), rows_finite
+    is_finite_R = torch.ones_like(loss_R, dtype=torch.bool) if is_finite(error_IR) else error_IR.isfinite().all(0)
+    codes_OI = code_OGg.to(torch.uint8).view(weight_OI.shape)
+    return SolvedColumns(codes_OI, loss_R.clamp_min_(0.0), error_norm_R, is_finite_R)
 
 
 def _solve_block(
@@ -197,21 +234,31 @@ def _solve_block(
     scale_GR: Tensor,
     zero_GR: Tensor,
     scheme: Scheme,
+    pivot_B: Tensor,
+    added_B: Tensor,
     step_BR: Tensor,
     error_BR: Tensor,
+    loss_R: Tensor,
+    error_norm_R: Tensor,
 ) -> None:
-    """Fill ``step_BR`` (code - zero) and ``error_BR`` (weight - dequantized) of one block, column after column, on any
-    device and in any dtype: what ``kernels.solve_block`` does for float32 on the CPU.
+    """Fill ``step_BR`` (code - zero) and ``error_BR`` (weight - dequantized) of one block, column after column, and add
+    to ``loss_R`` and ``error_norm_R``, on any device and in any dtype: what ``kernels.solve_block`` does for float32 on
+    the CPU.
 
     ``target_BR`` holds the weights with the errors of earlier blocks fed back, and is used up.
     """
     low_GR = -zero_GR
     high_GR = low_GR + scheme.max_code
+    residual_BR = torch.empty_like(target_BR)
     for j, group in enumerate(group_B.tolist()):
         target_R, step_R, scale_R = target_BR[j], step_BR[j], scale_GR[group]
         if j:
             target_R.addmv_(error_BR[:j].t(), feedback_BB[j, :j])
         torch.div(target_R, scale_R, out=step_R).round_()
         torch.clamp(step_R, low_GR[group], high_GR[group], out=step_R)
+        torch.addcmul(target_R, step_R, scale_R, value=-1, out=residual_BR[j])
         torch.mul(step_R, scale_R, out=target_R)
         torch.sub(weight_BR[j], target_R, out=error_BR[j])
+    squared_BR = error_BR.to(torch.float64).square()
+    loss_R += pivot_B @ residual_BR.to(torch.float64).square_() - added_B @ squared_BR
+    error_norm_R += squared_BR.sum(0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.compiled import LANES, compiled
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 _PUSH = np.float32(12582912.0)
 _ONE = np.float32(1.0)
@@ -255,8 +256,12 @@ def solve_block(
     scale_GR: Floats,
     zero_GR: Floats,
     max_code: np.float32,
+    pivot_B: Doubles,
+    added_B: Doubles,
     step_BR: Floats,
     error_BR: Floats,
+    loss_R: Doubles,
+    error_norm_R: Doubles,
 ) -> None:
     """Fill ``step_BR`` (code - zero) and ``error_BR`` (weight - dequantized) of one block, column after column.
 
@@ -268,19 +273,26 @@ def solve_block(
         scale_GR: By group and row.
         zero_GR: By group and row.
         max_code: The largest code.
+        pivot_B: Weight of each column's squared residual in the loss.
+        added_B: Weight of each column's squared error in what is taken off the loss.
         step_BR: To fill.
         error_BR: To fill.
+        loss_R: Loss of the columns before; those of the block are added.
+        error_norm_R: Squared errors of the columns before; those of the block are added.
     """
     num_columns, num_rows = target_BR.shape
     error_BL = np.empty((num_columns, LANES), np.float32)
     target_L, scale_L, zero_L = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     weight_L, step_L = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    loss_L, error_norm_L = np.empty(LANES, np.float64), np.empty(LANES, np.float64)
     for lane in range(LANES):
         target_L[lane] = weight_L[lane] = zero_L[lane] = _ZERO
         scale_L[lane] = _ONE
     for start in range(0, num_rows, LANES):
         rows = slice(start, min(start + LANES, num_rows))
         count = rows.stop - start
+        for lane in range(LANES):
+            loss_L[lane] = error_norm_L[lane] = 0.0
         for j in range(num_columns):
             target_L[:count] = target_BR[j, rows]
             weight_L[:count] = weight_BR[j, rows]
@@ -292,8 +304,15 @@ def solve_block(
                 step = (min(max(step, -zero_L[lane]), max_code - zero_L[lane]) + _PUSH) - _PUSH
                 step_L[lane] = step
                 error_BL[j, lane] = weight_L[lane] - step * scale_L[lane]
+                residual = np.float64(target_L[lane] - step * scale_L[lane])
+                error = np.float64(error_BL[j, lane])
+                loss_L[lane] += pivot_B[j] * (residual * residual) - added_B[j] * (error * error)
+                error_norm_L[lane] += error * error
             step_BR[j, rows] = step_L[:count]
             error_BR[j, rows] = error_BL[j, :count]
+        for lane in range(count):
+            loss_R[start + lane] += loss_L[lane]
+            error_norm_R[start + lane] += error_norm_L[lane]
 
 
 def load() -> None:
@@ -305,5 +324,19 @@ def load() -> None:
         fit_grid(
             np.ones((1, importance.shape[1]), np.float32), importance, True, few[0], True, few, few, scale_OG, zero_OG
         )
-    group_B = np.zeros(1, np.int64)
-    solve_block(one_BR.copy(), one_BR, one_BR, group_B, one_BR, one_BR, few[0], one_BR.copy(), one_BR.copy())
+    group_B, one_R = np.zeros(1, np.int64), np.ones(1, np.float64)
+    solve_block(
+        one_BR.copy(),
+        one_BR,
+        one_BR,
+        group_B,
+        one_BR,
+        one_BR,
+        few[0],
+        one_R,
+        one_R,
+        one_BR.copy(),
+        one_BR.copy(),
+        one_R.copy(),
+        one_R.copy(),
+    )

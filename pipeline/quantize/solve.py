@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -99,8 +99,20 @@ class SolvedRows:
         return cls(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
-_TileSolver = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
-"""weight [R, I] -> codes, scale, zero, loss [R], is_finite [R]."""
+@dataclass(frozen=True)
+class _SolvedTile:
+    """A tile's codes and grids as ``SolvedRows`` has them, and which rows stayed finite (bool [R])."""
+
+    codes_RI: Tensor
+    scale_RG: Tensor
+    zero_RG: Tensor
+    loss_R: Tensor
+    error_norm_R: Tensor
+    is_finite_R: Tensor
+
+
+_TileSolver = Callable[[Tensor], _SolvedTile]
+"""Solves a tile of the weight [R, I]."""
 
 
 def prepare_factor(second_moment_II: Tensor, options: SolveOptions) -> Factor:
@@ -261,12 +273,7 @@ def _attempts(
     """Yield tile solvers from the one asked for to the most damped, each with its damping (0: nothing factored)."""
 
     def rounding(importance: Tensor) -> _TileSolver:
-        def solve_tile(weight_RI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-            codes_RI, scale_RG, zero_RG = round_rows(weight_RI, importance, scheme, options.clip_search)
-            loss_R = _losses(weight_RI, codes_RI, scale_RG, zero_RG, second_moment_II, scheme)
-            return codes_RI, scale_RG, zero_RG, loss_R, torch.ones_like(loss_R, dtype=torch.bool)
-
-        return solve_tile
+        return lambda weight_RI: _round_tile(weight_RI, importance, second_moment_II, scheme, options)
 
     match method:
         case Method.RTN:
@@ -285,25 +292,29 @@ def _attempts(
 def _gptq_solver(second_moment_II: Tensor, factored: Factor, scheme: Scheme, options: SolveOptions) -> _TileSolver:
     importance_I = channel_importance(second_moment_II.diagonal())
 
-    def solve_tile(weight_RI: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        nearest_RI, scale_RG, zero_RG = round_rows(weight_RI, importance_I, scheme, options.clip_search)
-        codes_RI, is_finite_R = solve_columns(weight_RI, scale_RG, zero_RG, scheme, factored)
-        loss_R, nearest_loss_R = (
-            _losses(weight_RI, tried_RI, scale_RG, zero_RG, second_moment_II, scheme)
-            for tried_RI in (codes_RI, nearest_RI)
+    def solve_tile(weight_RI: Tensor) -> _SolvedTile:
+        nearest = _round_tile(weight_RI, importance_I, second_moment_II, scheme, options)
+        solved = solve_columns(weight_RI, nearest.scale_RG, nearest.zero_RG, scheme, factored)
+        is_worse_R = solved.loss_O > nearest.loss_R
+        return replace(
+            nearest,
+            codes_RI=torch.where(is_worse_R[:, None], nearest.codes_RI, solved.codes_OI),
+            loss_R=torch.where(is_worse_R, nearest.loss_R, solved.loss_O),
+            error_norm_R=torch.where(is_worse_R, nearest.error_norm_R, solved.error_norm_O),
+            is_finite_R=solved.is_finite_O,
         )
-        is_worse_R = loss_R > nearest_loss_R
-        best_RI = torch.where(is_worse_R[:, None], nearest_RI, codes_RI)
-        return best_RI, scale_RG, zero_RG, torch.minimum(loss_R, nearest_loss_R), is_finite_R
 
     return solve_tile
 
 
-def _losses(
-    weight_RI: Tensor, codes_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor, second_moment_II: Tensor, scheme: Scheme
-) -> Tensor:
+def _round_tile(
+    weight_RI: Tensor, importance: Tensor, second_moment_II: Tensor, scheme: Scheme, options: SolveOptions
+) -> _SolvedTile:
+    codes_RI, scale_RG, zero_RG = round_rows(weight_RI, importance, scheme, options.clip_search)
     delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(weight_RI)
-    return row_losses(delta_RI, second_moment_II)
+    loss_R = row_losses(delta_RI, second_moment_II)
+    error_norm_R = delta_RI.square_().sum(-1, dtype=torch.float64)
+    return _SolvedTile(codes_RI, scale_RG, zero_RG, loss_R, error_norm_R, torch.ones_like(loss_R, dtype=torch.bool))
 
 
 def _solve_in_tiles(
@@ -316,21 +327,20 @@ def _solve_in_tiles(
     for weight_RI in torch.split(weight_OI, tile_rows):
         num_rows = weight_RI.shape[0]
         padded_RI = torch.nn.functional.pad(weight_RI, (0, 0, 0, tile_rows - num_rows))
-        codes_RI, scale_RG, zero_RG, loss_R, is_finite_R = tile_solver(padded_RI)
-        delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(padded_RI)
+        tile = tile_solver(padded_RI)
         num_below_R, num_above_R = unstorable_groups(padded_RI, scheme)
         solved = SolvedRows(
-            codes_OI=codes_RI,
-            scale_OG=scale_RG,
-            zero_OG=zero_RG,
-            loss_O=loss_R,
+            codes_OI=tile.codes_RI,
+            scale_OG=tile.scale_RG,
+            zero_OG=tile.zero_RG,
+            loss_O=tile.loss_R,
             energy_O=row_losses(padded_RI, second_moment_II),
-            error_norm_O=delta_RI.square_().sum(-1, dtype=torch.float64),
+            error_norm_O=tile.error_norm_R,
             norm_O=padded_RI.square().sum(-1, dtype=torch.float64),
-            damping_O=torch.full_like(loss_R, damping),
+            damping_O=torch.full_like(tile.loss_R, damping),
             num_below_O=num_below_R,
             num_above_O=num_above_R,
         )
         tiles.append(SolvedRows(*(tensor[:num_rows] for tensor in vars(solved).values())))
-        finite.append(is_finite_R[:num_rows])
+        finite.append(tile.is_finite_R[:num_rows])
     return SolvedRows.join(tiles), torch.cat(finite)

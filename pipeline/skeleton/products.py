@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -55,6 +56,12 @@ def prefer_onednn() -> None:
 
 
 class _BFloat16Products(TorchFunctionMode):
+    """Replaces what makes products. Linears that follow each other on one input, as q, k and v do, round it once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rounded = _Rounded()
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -63,16 +70,35 @@ class _BFloat16Products(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is functional.linear:
+            return self._linear(*args, **kwargs)
         replacement = _REPLACEMENTS.get(func)
         return func(*args, **kwargs) if replacement is None else replacement(*args, **kwargs)
 
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return x W^T + bias in the dtype of x, ``input``; the sum with the bias is made there."""
+        if weight.dtype is not torch.bfloat16:
+            return functional.linear(input, weight, bias)
+        output = functional.linear(self._rounded.of(input), weight).to(input.dtype)
+        return output if bias is None else output.add_(bias)
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + bias in the dtype of ``x``; the sum with the bias is made there."""
-    if weight.dtype is not torch.bfloat16:
-        return functional.linear(x, weight, bias)
-    output = functional.linear(x.to(torch.bfloat16), weight).to(x.dtype)
-    return output if bias is None else output.add_(bias)
+
+class _Rounded:
+    """The bfloat16 form of the last tensor that was asked for, as long as that exists and is what it was."""
+
+    def __init__(self) -> None:
+        self._of: Callable[[], Tensor | None] = lambda: None
+        self._version = 0
+        self._tensor: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return ``x`` in bfloat16; never kept where gradients are wanted: it would be part of two graphs."""
+        if torch.is_grad_enabled():
+            return x.to(torch.bfloat16)
+        if self._of() is not x or self._version != x._version or self._tensor is None:
+            self._tensor = None  # never two of them
+            self._of, self._version, self._tensor = ref(x), x._version, x.to(torch.bfloat16)
+        return self._tensor
 
 
 def _addmm(bias: Tensor, x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
@@ -102,7 +128,6 @@ def _attention(
 
 
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    functional.linear: _linear,
     torch.addmm: _addmm,
     torch.matmul: _matmul,
     torch.Tensor.matmul: _matmul,

@@ -16,9 +16,9 @@ from pipeline.graph.stages.solve import factor_group, scales, solve_range
 from pipeline.graph.stages.verify import verify
 
 ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
-    Kind.FACTOR: 3,
-    Kind.SCALES: 3,
-    Kind.SOLVE: 3,
+    Kind.FACTOR: 4,
+    Kind.SCALES: 4,
+    Kind.SOLVE: 4,
     Kind.CALIBRATE: 4,
     Kind.FORWARD: 4,
     Kind.SCORE: 4,

@@ -76,15 +76,18 @@ def test_columns_are_rounded_as_with_torch(scheme: Scheme, with_torch: pytest.Mo
     scale, zero = grid.fit_grid(weight, grid.channel_importance(moment.diagonal()), scheme, True)
     factored = gptq.factor(moment, 0.01, act_order=True)
     assert factored is not None
-    slow, is_finite = gptq.solve_columns(weight, scale, zero, scheme, factored)
+    slow = gptq.solve_columns(weight, scale, zero, scheme, factored)
     with_torch.undo()
-    fast, also_finite = gptq.solve_columns(weight, scale, zero, scheme, factored)
-    assert bool(is_finite.all())
-    assert bool(also_finite.all())
+    fast = gptq.solve_columns(weight, scale, zero, scheme, factored)
+    assert bool(slow.is_finite_O.all())
+    assert bool(fast.is_finite_O.all())
     # At a near tie another code is taken, and what follows in that row makes up for another error.
-    assert (fast == slow).float().mean() > 0.98
-    a, b = (row_losses(dequantize(c, scale, zero, scheme.group_size) - weight, moment).sum() for c in (fast, slow))
-    assert float(a) == pytest.approx(float(b), rel=5e-3)
+    assert (fast.codes_OI == slow.codes_OI).float().mean() > 0.98
+    assert float(fast.loss_O.sum()) == pytest.approx(float(slow.loss_O.sum()), rel=5e-3)
+    for solved in (fast, slow):
+        delta = dequantize(solved.codes_OI, scale, zero, scheme.group_size) - weight
+        torch.testing.assert_close(solved.loss_O, row_losses(delta, moment), rtol=1e-4, atol=0)
+        torch.testing.assert_close(solved.error_norm_O, delta.double().square().sum(-1), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 60, True), Scheme(3, 16, False)], ids=str)
@@ -99,13 +102,12 @@ def test_a_row_alone_is_what_it_is_among_others(scheme: Scheme) -> None:
     factored = gptq.factor(moment, 0.01, act_order=True)
     assert factored is not None
     # One block, so that no matrix product of another shape is among the steps.
-    codes, _ = gptq.solve_columns(weight, scale, zero, scheme, factored, block_size=240)
+    solved = gptq.solve_columns(weight, scale, zero, scheme, factored, block_size=240)
     for row in (0, 63, 64, 134):
         rows = slice(row, row + 1)
-        alone, _ = gptq.solve_columns(
-            weight[rows].contiguous(), scale[rows], zero[rows], scheme, factored, block_size=240
-        )
-        assert torch.equal(alone[0], codes[row])
+        alone = gptq.solve_columns(weight[rows].contiguous(), scale[rows], zero[rows], scheme, factored, block_size=240)
+        assert torch.equal(alone.codes_OI[0], solved.codes_OI[row])
+        assert float(alone.loss_O[0]) == float(solved.loss_O[row])
 
 
 def test_rows_that_overflow_are_said_to() -> None:
@@ -115,7 +117,7 @@ def test_rows_that_overflow_are_said_to() -> None:
     scale, zero = torch.full((70, 4), 0.01), torch.full((70, 4), 8, dtype=torch.uint8)
     factored = gptq.factor(moment, 0.01, act_order=True)
     assert factored is not None
-    _, is_finite = gptq.solve_columns(weight, scale, zero, scheme, factored)
+    is_finite = gptq.solve_columns(weight, scale, zero, scheme, factored).is_finite_O
     assert is_finite.tolist() == [row != 9 for row in range(70)]
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pipeline.graph.outline import open_folder
 from pipeline.precision import Precision
-from pipeline.skeleton.products import products
+from pipeline.skeleton.products import _Rounded, products
 from tests.architectures import DENSE, make_model
 
 
@@ -70,3 +70,29 @@ def test_afterwards_everything_is_as_before() -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     x, weight = torch.randn(4, 8), torch.randn(3, 8)
     assert torch.allclose(functional.linear(x, weight), x @ weight.T, rtol=1e-5, atol=1e-6)
+
+
+def test_an_input_that_several_linears_share_is_rounded_once() -> None:
+    x, weights = torch.randn(3, 64), [torch.randn(8, 64).to(torch.bfloat16) for _ in range(3)]
+    with torch.no_grad(), products(Precision.BFLOAT16):
+        one = _Rounded()
+        assert one.of(x) is one.of(x)
+        before = [functional.linear(x, weight) for weight in weights]
+        kept = one.of(x)
+        x.mul_(2)
+        assert one.of(x) is not kept, "it is another input now"
+        after = [functional.linear(x, weight) for weight in weights]
+        again = [functional.linear(x.clone(), weight) for weight in weights]
+    for small, large, alone in zip(before, after, again, strict=True):
+        assert torch.equal(2 * small, large)
+        assert torch.equal(large, alone)
+
+
+def test_what_is_rounded_is_told_from_what_came_before_at_its_place() -> None:
+    rounded = _Rounded()
+    with torch.no_grad():
+        for value in range(5):
+            x = torch.full((4,), float(value))  # the one before is gone, and its memory is taken again
+            assert torch.equal(rounded.of(x).float(), x)
+    x = torch.ones(4, requires_grad=True)
+    assert rounded.of(x) is not rounded.of(x)
