@@ -1,8 +1,9 @@
 """What units cost: floating-point operations and bytes, and from these the seconds on one worker.
 
 Formulas, for a linear [r, n] and T tokens: forward 2 r n T; second moment 2 n^2 T; factorization n^3 / 3 in float64;
-column updates and scale search r n^2 and some forty passes over r n. Every cost is linear in the reciprocals of the
-rates and in the fixed seconds, so rates can be fitted to a run by least squares (``benchmarks/rates.py``).
+column updates r n^2 and some passes over r n, and the like for a search of scales, on at most ``SEARCH_ROWS`` rows.
+Every cost is linear in the reciprocals of the rates and in the fixed seconds, so rates can be fitted to a run by least
+squares (``benchmarks/rates.py``).
 
 Costs set the order of magnitude of a plan before anything has run; a run learns its own pace.
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from pipeline.precision import Precision
+from pipeline.quantize.awq import SEARCH_ROWS
 from pipeline.quantize.solve import TILE_ROWS, TILE_ROWS_DEVICE
 from pipeline.validate.generation import ROWS
 
@@ -179,9 +181,9 @@ def factor_flops(group: GroupShape) -> float:
 
 
 def scale_flops(group: GroupShape) -> float:
-    """Return the operations of a search for activation-aware scales: a dozen losses on a sample of the rows, two on
-    all; of a loss half of the products are made, as they are symmetric."""
-    return 15 * 1.0 * min(group.rows, 512) * group.width**2 + 2.0 * group.rows * group.width**2
+    """Return the operations of a search for activation-aware scales: a dozen losses on a sample of the rows, and two at
+    the end; of a loss half of the products are made, as they are symmetric."""
+    return 14.0 * min(group.rows, SEARCH_ROWS) * group.width**2
 
 
 def sum_bytes(groups: Iterable[GroupShape]) -> float:
@@ -242,7 +244,8 @@ class CostModel:
 
     def scales_s(self, group: GroupShape) -> float:
         """Return the seconds of a search for activation-aware scales."""
-        passes = (15 * min(group.rows, 512) + 40 * group.rows) * group.width / SEARCH_PASSES
+        # Its dozen grids are spanned, its last two searched.
+        passes = (12 + 2 * SEARCH_PASSES) * min(group.rows, SEARCH_ROWS) * group.width / SEARCH_PASSES
         return self.rates.unit_s + scale_flops(group) / self.rates.forward_flops + passes / self.rates.grid_weights
 
     def solve_s(self, group: GroupShape, is_gptq: bool) -> float:
