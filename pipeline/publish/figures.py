@@ -49,9 +49,9 @@ class Folded:
 
 @dataclass(frozen=True)
 class WidthRow:
-    """The blocks, as ranges, in which the linears of one name have one width."""
+    """The blocks, as ranges, in which the linears of some names have one width."""
 
-    kind: str
+    kinds: tuple[str, ...]
     bits: int
     blocks: str
 
@@ -163,15 +163,17 @@ def describe_scheme(variant: VariantSpec, modules: Iterable[ModuleFacts]) -> str
 
 
 def width_rows(facts: ReleaseFacts) -> tuple[WidthRow, ...]:
-    """Return which blocks hold which linears at which width, in the order of the facts; nothing where all have one."""
-    found: dict[tuple[str, int], list[int]] = {}
+    """Return which blocks hold which linears at which width, in the order of the facts; nothing where all have one.
+    Linears that have the same widths in the same blocks, as those have that engines load as one, share rows."""
+    blocks: dict[str, dict[int, set[int]]] = {}
     for module in quantized_modules(facts):
-        found.setdefault((kind_of(module.name), module.bits), []).append(module.block)
-    if len({bits for _, bits in found}) < 2:
+        blocks.setdefault(kind_of(module.name), {}).setdefault(module.bits, set()).add(module.block)
+    if len({bits for own in blocks.values() for bits in own}) < 2:
         return ()
-    kinds = list(dict.fromkeys(kind for kind, _ in found))
-    rows = sorted(found.items(), key=lambda item: (kinds.index(item[0][0]), item[0][1]))
-    return tuple(WidthRow(kind, bits, _ranges(sorted(set(blocks)))) for (kind, bits), blocks in rows)
+    alike: dict[tuple[tuple[int, str], ...], list[str]] = {}
+    for kind, own in blocks.items():
+        alike.setdefault(tuple((bits, _ranges(sorted(own[bits]))) for bits in sorted(own)), []).append(kind)
+    return tuple(WidthRow(tuple(kinds), bits, ranges) for rows, kinds in alike.items() for bits, ranges in rows)
 
 
 def _ranges(numbers: Sequence[int]) -> str:

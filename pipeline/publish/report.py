@@ -102,7 +102,7 @@ def _identity(facts: ReleaseFacts) -> Table:
         f"top-1 agreement {100 * quality.top1_agreement:.2f} %",
     }
     if widths := figures.width_rows(facts):
-        rows["widths"] = "; ".join(f"{row.kind} {row.bits} bits in blocks {row.blocks}" for row in widths)
+        rows["widths"] = "; ".join(f"{', '.join(row.kinds)} {row.bits} bits in blocks {row.blocks}" for row in widths)
     if layers := figures.expert_layers(facts):
         rows["experts"] = figures.describe_experts(facts, layers)
     if quality.heldout_overlap:

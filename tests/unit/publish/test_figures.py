@@ -160,19 +160,19 @@ def test_a_scheme_states_the_groups_that_the_linears_have(sizes: tuple[int, ...]
 def test_several_widths_are_said_with_their_average_and_where_they_are() -> None:
     modules = [
         make_module(f"model.layers.{block}.{name}", block=block, bits=bits)
-        for name, widths in {"q_proj": (3, 4, 4, 4, 6), "down_proj": (4, 4, 4, 4, 4)}.items()
+        for name, widths in {"q_proj": (3, 4, 4, 4, 6), "k_proj": (3, 4, 4, 4, 6), "down_proj": (4,) * 5}.items()
         for block, bits in enumerate(widths)
     ]
     modules.append(make_module("model.layers.0.o_proj", bits=16, group_size=0))
     facts = make_facts("gptq-w4.0-g128", modules=tuple(modules))
     assert describe_scheme(facts.variant, facts.modules).startswith(
-        "3-, 4- and 6-bit (4.10 on average) GPTQ, symmetric"
+        "3-, 4- and 6-bit (4.13 on average) GPTQ, symmetric"
     )
     assert width_rows(facts) == (
-        WidthRow("q_proj", 3, "0"),
-        WidthRow("q_proj", 4, "1-3"),
-        WidthRow("q_proj", 6, "4"),
-        WidthRow("down_proj", 4, "0-4"),
+        WidthRow(("q_proj", "k_proj"), 3, "0"),
+        WidthRow(("q_proj", "k_proj"), 4, "1-3"),
+        WidthRow(("q_proj", "k_proj"), 6, "4"),
+        WidthRow(("down_proj",), 4, "0-4"),
     )
     assert predicted_kl(facts) is None
     foretold = make_facts(modules=tuple(module.model_copy(update={"predicted_kl": 0.25}) for module in modules[:2]))
