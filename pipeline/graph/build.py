@@ -244,7 +244,7 @@ class UnitBuilder:
                     self.chains.merge_key(chain.identities[block], group),
                     {"group": position, **blended},
                     parts,
-                    rank=block - 0.5,
+                    rank=chain.merge_rank(block),
                     cost=self.costs.merge_s(shape_of(group), len(parts)),
                     out_bytes=4.0 * group.in_features**2,
                     block=block,

@@ -304,3 +304,23 @@ def test_a_span_waits_for_what_reads_its_sums_some_blocks_before(
                     assert chain.blocks[held][position] in adds[key]
                     older = block - 2 * chains.MIN_HELD_BLOCKS
                     assert set(unit.after) - {key} == (merged[older] if older >= 0 else set())
+
+
+@pytest.mark.parametrize("held_bytes", [1.0, 1e15])
+def test_sums_are_added_up_before_the_chain_goes_on_where_it_could_not_go_far(
+    builder: ChainBuilder, held_bytes: float
+) -> None:
+    bounded = ChainBuilder(
+        builder.keys,
+        replace(builder.costs, rates=replace(builder.costs.rates, held_bytes=held_bytes)),
+        expert_shrinkage=0.1,
+    )
+    chain = bounded.calibration(tokens("calibration", 4), 4)
+    is_short = held_bytes == 1.0
+    assert (chain.lead == chains.MIN_HELD_BLOCKS) == is_short
+    for block in range(NUM_BLOCKS - 1):
+        own, later = chain.blocks[block][0].rank, chain.blocks[block + 1][0].rank
+        assert own < chain.merge_rank(block)
+        # Solves of a block have its number for a rank.
+        assert chain.merge_rank(block) < block
+        assert (chain.merge_rank(block) < later) == is_short
