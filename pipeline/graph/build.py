@@ -213,17 +213,14 @@ class UnitBuilder:
         self.continuations = ContinuationBuilder(self.keys, costs, tuning.workers)
         self.num_blocks = inputs.outline.skeleton.num_blocks
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
+        calibration = Tokens.of("calibration", inputs.calibration, inputs.spec.calibration.slice_sequences)
+        self.calibration = self.chains.calibration(calibration, tuning.spans)
 
     def build(self) -> JobUnits:
         """Return every unit."""
-        spec, tuning = self.inputs.spec, self.tuning
-        texts = (
-            Tokens.of("calibration", self.inputs.calibration, spec.calibration.slice_sequences),
-            Tokens.of("held-out", self.inputs.heldout, HELDOUT_SLICE_SEQUENCES),
-        )
-        calibration = self.chains.calibration(texts[0], tuning.spans)
-        heldout = self.chains.heldout(texts[1], tuning.heldout_spans)
-        merged = [self._merges(calibration, block) for block in range(self.num_blocks)]
+        text = Tokens.of("held-out", self.inputs.heldout, HELDOUT_SLICE_SEQUENCES)
+        calibration, heldout = self.calibration, self.chains.heldout(text, self.tuning.heldout_spans)
+        merged = [self._merges(block) for block in range(self.num_blocks)]
         outer, source_generation = self._outer(), self._generation({}, (), (), (), "")
         built = {
             plan.spec.name: self._variant(plan, merged, heldout, outer, source_generation)
@@ -233,8 +230,9 @@ class UnitBuilder:
         leftovers = [*calibration.saves, *heldout.saves, *(p for _, chain in built.values() for p in chain.saves)]
         return JobUnits(variants, outer, source_generation, tuple(leftovers))
 
-    def _merges(self, chain: Chain, block: int) -> list[WorkUnit]:
+    def _merges(self, block: int) -> list[WorkUnit]:
         """Return for each linear group of a block the unit that adds up its statistics."""
+        chain = self.calibration
         units, parts = [], self.chains.sums(chain, block)
         for position, group in enumerate(self.outline.groups[block]):
             blended = self.chains.blended(group)
@@ -326,7 +324,7 @@ class UnitBuilder:
                 self.keys.key(Kind.APPRAISE, {**identity, "members": _names(group)}),
                 {"group": position},
                 (*sensed, *parts),
-                rank=block,
+                rank=self.calibration.solve_rank(block),
                 cost=self.costs.appraise_s(shape_of(group)),
                 block=block,
                 variant=plan.spec.name,
@@ -374,7 +372,7 @@ class UnitBuilder:
             self.keys.key(Kind.PACK, identity),
             {"format": spec.format.value},
             (*scales, *solves),
-            rank=block,
+            rank=self.calibration.solve_rank(block),
             cost=self.costs.pack_s(self.keys.block_parameters(block)),
             out_bytes=codes_bytes + 2 * kept + self.keys.block_parameters(block) * PACKED_EXTRA,
             block=block,
@@ -393,7 +391,7 @@ class UnitBuilder:
             self.keys.key(Kind.SCALES, {**identity, "statistics": merged.key}),
             {"group": position, "scheme": scheme, "options": options},
             (merged,),
-            rank=group.block,
+            rank=self.calibration.solve_rank(group.block),
             cost=self.costs.scales_s(_searched(group)),
             out_bytes=4.0 * group.in_features,
             block=group.block,
@@ -435,7 +433,7 @@ class UnitBuilder:
                     self.keys.key(Kind.SOLVE, {"solve": identity, "rows": rows}),
                     {"group": position, "members": members, "rows": rows, "identity": identity, **options},
                     (merged, *factors, *scales),
-                    rank=group.block,
+                    rank=self.calibration.solve_rank(group.block),
                     cost=self.costs.solve_s(part, is_gptq),
                     out_bytes=float(part.rows * part.width),
                     block=group.block,
@@ -454,7 +452,7 @@ class UnitBuilder:
             {"group": position, "options": used},
             (merged,),
             is_durable=False,
-            rank=group.block,
+            rank=self.calibration.solve_rank(group.block),
             cost=self.costs.factor_s(shape_of(group)),
             out_bytes=4.0 * group.in_features**2,
             block=group.block,

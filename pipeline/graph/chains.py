@@ -111,13 +111,18 @@ class Chain:
     saves: tuple[Stored, ...]
 
     def merge_rank(self, block: int) -> float:
-        """Return the rank of what adds up the sums at a block.
+        """Return the rank of what adds up the sums at a block."""
+        return self.solve_rank(block) - 0.5
 
-        Chains go first, and sums wait: on 64 simulated GPUs that is sooner done by 3 % than adding up in time. Where
-        they may wait for two blocks only, it gains nothing, and a kill would lose both blocks' sums.
+    def solve_rank(self, block: int) -> float:
+        """Return the rank of what is made of a block's statistics.
+
+        Chains go first, and sums wait as long as they may: on 64 simulated GPUs that is sooner done by 3 % than adding
+        them up before the next block. Where they may wait for two blocks only, it gains nothing: sums are added up
+        first, as a kill would lose them, and solved while the next block is passed, as statistics would pile up.
         """
         is_short = self.lead <= MIN_HELD_BLOCKS
-        return self.blocks[block][0].rank + 0.5 if is_short else block - 0.5
+        return self.blocks[block][0].rank + 1.25 if is_short else float(block)
 
 
 class ChainBuilder:

@@ -307,7 +307,7 @@ def test_a_span_waits_for_what_reads_its_sums_some_blocks_before(
 
 
 @pytest.mark.parametrize("held_bytes", [1.0, 1e15])
-def test_sums_are_added_up_before_the_chain_goes_on_where_it_could_not_go_far(
+def test_where_the_chain_may_not_go_far_a_block_is_solved_while_the_next_one_is_passed(
     builder: ChainBuilder, held_bytes: float
 ) -> None:
     bounded = ChainBuilder(
@@ -316,11 +316,14 @@ def test_sums_are_added_up_before_the_chain_goes_on_where_it_could_not_go_far(
         expert_shrinkage=0.1,
     )
     chain = bounded.calibration(tokens("calibration", 4), 4)
-    is_short = held_bytes == 1.0
-    assert (chain.lead == chains.MIN_HELD_BLOCKS) == is_short
-    for block in range(NUM_BLOCKS - 1):
-        own, later = chain.blocks[block][0].rank, chain.blocks[block + 1][0].rank
-        assert own < chain.merge_rank(block)
-        # Solves of a block have its number for a rank.
-        assert chain.merge_rank(block) < block
-        assert (chain.merge_rank(block) < later) == is_short
+    ranks = [row[0].rank for row in chain.blocks]
+    if held_bytes == 1.0:
+        assert chain.lead == chains.MIN_HELD_BLOCKS
+        for block in range(NUM_BLOCKS - 2):
+            assert ranks[block] < chain.merge_rank(block) < ranks[block + 1]
+            assert ranks[block + 1] < chain.solve_rank(block) < ranks[block + 2]
+    else:
+        assert chain.lead > NUM_BLOCKS
+        # The whole chain first, then block by block.
+        later = [rank for block in range(NUM_BLOCKS) for rank in (chain.merge_rank(block), chain.solve_rank(block))]
+        assert [*ranks, *later] == sorted({*ranks, *later})
