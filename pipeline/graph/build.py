@@ -10,7 +10,7 @@ in such a piece is keyed by it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -43,9 +43,6 @@ from pipeline.weights import INDEX_FILE
 
 UNREAD_FILES = (CARD_FILE, INDEX_FILE)
 """Companions that say nothing to whoever continues a prompt; where tensors are is in keys already."""
-
-BEFORE_LAST_BLOCK = -1.5
-"""Rank between the calibration of the last two blocks (``Chain``)."""
 
 PACKED_EXTRA = 0.02
 """Bytes of a packed weight besides its code: scales and zero points of groups of 128."""
@@ -520,10 +517,7 @@ class UnitBuilder:
             ),
             variant=variant,
         )
-        if self.continuations.is_split:
-            return self.continuations.split(unit, packs, outer, source)
-        # A worker that waits for the chain makes the source's, or else both would be what the end waits for.
-        return unit if needs else replace(unit, rank=BEFORE_LAST_BLOCK)
+        return self.continuations.split(unit, packs, outer, source) if self.continuations.is_split else unit
 
 
 def build_units(inputs: UnitInputs, tuning: Tuning, costs: CostModel | None = None) -> JobUnits:
