@@ -25,6 +25,7 @@ from pipeline.variants import (
     GroupFallback,
     Method,
     MixSpec,
+    Propagate,
     VariantSpec,
     parse_variant,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "MixSpec",
     "PriceSpec",
     "PromptSpec",
+    "Propagate",
     "Strict",
     "VariantSpec",
     "average_width",

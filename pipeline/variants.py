@@ -31,6 +31,15 @@ class Method(StrEnum):
     AWQ = "awq"
 
 
+class Propagate(StrEnum):
+    """Of which inputs the statistics of a linear are."""
+
+    FLOAT = "float"
+    """Those that it has in the source."""
+    QUANTIZED = "quantized"
+    """Those that it has behind the blocks that are quantized already."""
+
+
 class Format(StrEnum):
     """How codes are stored."""
 
@@ -54,6 +63,9 @@ class GroupFallback(StrEnum):
     SKIP = "skip"
     REFUSE = "refuse"
 
+
+SEQUENTIAL_SUFFIX = "seq"
+"""What a short name ends with for blocks that are solved one after the other (``Propagate.QUANTIZED``)."""
 
 EXPRESSION_MARK = "re:"
 """What a regular expression in ``ignore`` starts with."""
@@ -142,6 +154,10 @@ class VariantSpec(Strict):
     """For in_features that the group size does not divide: `divisor` takes the largest of 128, 64, 32 that does
     (compressed-tensors for each matrix, the other formats for the whole file) and leaves unquantized what none divides;
     `skip` leaves the matrix unquantized, `refuse` is an error."""
+    propagate: Propagate = Propagate.FLOAT
+    """Inputs that statistics are of: `float`, those of the source, so that all blocks are solved side by side and all
+    variants share them; or `quantized`, those behind the variant's own blocks, one block after the other, at the price
+    of two passes over the calibration text for each such variant."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """GPTQ: first rung of the damping ladder, as a fraction of the mean diagonal of the second moment."""
     act_order: bool = True
@@ -194,13 +210,16 @@ class VariantSpec(Strict):
         return f"{self.short_name()}-x{fingerprint(rest)[:6]}" if rest else self.short_name()
 
     def short_name(self) -> str:
-        """Return the shortest name that ``parse_variant`` reads back as these method, bits, group, symmetry, format."""
+        """Return the shortest name that ``parse_variant`` reads back as these method, bits, group, symmetry, format and
+        schedule."""
         group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         parts = [self.method.value, self._width(), group]
         if self.format is not _default_format(self.method, self.bits, is_mixed=self.mix is not None):
             parts.append("ct" if self.format is Format.COMPRESSED_TENSORS else self.format.value)
         if self.symmetric != _default_symmetry(self.method, self.format):
             parts.append("sym" if self.symmetric else "asym")
+        if self.propagate is Propagate.QUANTIZED:
+            parts.append(SEQUENTIAL_SUFFIX)
         return "-".join(parts)
 
     def _width(self) -> str:
@@ -248,6 +267,7 @@ _OWN_FORMATS = {Method.GPTQ: (Format.GPTQ,), Method.AWQ: (Format.AWQ,), Method.R
 _VARIANT_NAME = re.compile(
     r"(?P<method>rtn|gptq|awq)-w(?P<bits>\d+(?:\.\d+)?)-(?P<group>g\d+|channel)"
     r"(?:-(?P<format>gptq|awq|ct))?(?:-(?P<symmetry>sym|asym))?"
+    rf"(?:-(?P<schedule>{SEQUENTIAL_SUFFIX}))?"
 )
 
 
@@ -274,8 +294,9 @@ def _default_symmetry(method: Method, format_: Format) -> bool:
 
 
 def parse_variant(name: str) -> VariantSpec:
-    """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym]``. Bits
-    with a decimal point, as in ``gptq-w4.5-g64``, are an average: mixed precision.
+    """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym][-seq]``.
+    Bits with a decimal point, as in ``gptq-w4.5-g64``, are an average: mixed precision. ``-seq`` solves one block after
+    the other, on the inputs that it has behind those that are quantized already.
 
     Raises:
         SpecError: when the name cannot be read or means a combination that no format holds.
@@ -292,11 +313,19 @@ def parse_variant(name: str) -> VariantSpec:
     if match["format"]:
         format_ = Format.COMPRESSED_TENSORS if match["format"] == "ct" else Format(match["format"])
     symmetric = match["symmetry"] == "sym" if match["symmetry"] else _default_symmetry(method, format_)
+    propagate = Propagate.QUANTIZED if match["schedule"] else Propagate.FLOAT
     group = PER_CHANNEL if match["group"] == "channel" else int(match["group"][1:])
     width = {"mix": {"average_bits": float(match["bits"])}} if is_mixed else {"bits": bits}
     try:
         return VariantSpec.model_validate(
-            {"method": method, **width, "group_size": group, "symmetric": symmetric, "format": format_}
+            {
+                "method": method,
+                **width,
+                "group_size": group,
+                "symmetric": symmetric,
+                "format": format_,
+                "propagate": propagate,
+            }
         )
     except ValidationError as error:
         reason = "; ".join(problems(error, VariantSpec))

@@ -18,7 +18,15 @@ import torch
 
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.formats.config import quantization_config
-from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, Chain, ChainBuilder, Tokens, shape_of
+from pipeline.graph.chains import (
+    HELDOUT_SLICE_SEQUENCES,
+    SOLVED_AFTER,
+    Chain,
+    ChainBuilder,
+    Sums,
+    Tokens,
+    shape_of,
+)
 from pipeline.graph.continuations import ContinuationBuilder, expected_passes
 from pipeline.graph.cost import CostModel, GroupShape, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
@@ -38,7 +46,7 @@ from pipeline.graph.tuning import Tuning
 from pipeline.hub.selection import CARD_FILE
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup
-from pipeline.spec import CalibrationSpec, ConversionSpec, Method, VariantSpec
+from pipeline.spec import CalibrationSpec, ConversionSpec, Method, Propagate, VariantSpec
 from pipeline.weights import INDEX_FILE
 
 UNREAD_FILES = (CARD_FILE, INDEX_FILE)
@@ -220,32 +228,31 @@ class UnitBuilder:
         """Return every unit."""
         text = Tokens.of("held-out", self.inputs.heldout, HELDOUT_SLICE_SEQUENCES)
         calibration, heldout = self.calibration, self.chains.heldout(text, self.tuning.heldout_spans)
-        merged = [self._merges(block) for block in range(self.num_blocks)]
+        merged = [self._merges(self.chains.sums(calibration, block)) for block in range(self.num_blocks)]
         outer, source_generation = self._outer(), self._generation({}, (), (), (), "")
         built = {
             plan.spec.name: self._variant(plan, merged, heldout, outer, source_generation)
             for plan in self.inputs.variants
         }
         variants = {name: units for name, (units, _) in built.items()}
-        leftovers = [*calibration.saves, *heldout.saves, *(p for _, chain in built.values() for p in chain.saves)]
+        leftovers = [*calibration.saves, *heldout.saves, *(place for _, saves in built.values() for place in saves)]
         return JobUnits(variants, outer, source_generation, tuple(leftovers))
 
-    def _merges(self, block: int) -> list[WorkUnit]:
+    def _merges(self, sums: Sums) -> list[WorkUnit]:
         """Return for each linear group of a block the unit that adds up its statistics."""
-        chain = self.calibration
-        units, parts = [], self.chains.sums(chain, block)
-        for position, group in enumerate(self.outline.groups[block]):
+        units = []
+        for position, group in enumerate(self.outline.groups[sums.block]):
             blended = self.chains.blended(group)
             units.append(
                 WorkUnit(
                     Kind.MERGE,
-                    self.chains.merge_key(chain.identities[block], group),
+                    self.chains.merge_key(sums.identity, group),
                     {"group": position, **blended},
-                    parts,
-                    rank=chain.merge_rank(block),
-                    cost=self.costs.merge_s(shape_of(group), len(parts)),
+                    sums.units,
+                    rank=sums.rank,
+                    cost=self.costs.merge_s(shape_of(group), len(sums.units)),
                     out_bytes=4.0 * group.in_features**2,
-                    block=block,
+                    block=sums.block,
                     label=group.label,
                 )
             )
@@ -263,8 +270,9 @@ class UnitBuilder:
         heldout: Chain,
         outer: WorkUnit,
         source_generation: WorkUnit,
-    ) -> tuple[VariantUnits, Chain]:
-        packs = [self._block(plan, block, merged[block]) for block in range(self.num_blocks)]
+    ) -> tuple[VariantUnits, tuple[Stored, ...]]:
+        """Return a variant's units, and the places at which hidden states are saved for them."""
+        packs, saves = self._packs(plan, merged)
         chain = self.chains.variant(heldout, plan.spec.name, plan.quantization_config, packs)
         scores = self._scores(plan, heldout, chain, outer)
         generation = self._generation(plan.quantization_config, packs, (outer,), (source_generation,), plan.spec.name)
@@ -277,7 +285,20 @@ class UnitBuilder:
             )
             for bits, matrices in plan.candidates.items()
         }
-        return VariantUnits(tuple(packs), tuple(scores), generation, appraisals), chain
+        return VariantUnits(tuple(packs), tuple(scores), generation, appraisals), (*saves, *chain.saves)
+
+    def _packs(self, plan: VariantPlan, merged: list[list[WorkUnit]]) -> tuple[list[WorkUnit], tuple[Stored, ...]]:
+        """Return the units that pack a variant's blocks, from statistics of the source's inputs or of its own, and the
+        places at which hidden states are saved for them."""
+        if plan.spec.propagate is Propagate.FLOAT:
+            return [self._block(plan, block, merged[block]) for block in range(self.num_blocks)], ()
+        text = self.chains.propagation(self.calibration, plan.spec.name, plan.quantization_config)
+        # Nothing is quantized before the first block.
+        packs = [self._block(plan, 0, merged[0])]
+        for block in range(1, self.num_blocks):
+            text = self.chains.propagated(text, packs[-1])
+            packs.append(self._block(plan, block, self._merges(self.chains.propagated_sums(text))))
+        return packs, text.saves
 
     def _sensed(self, plan: VariantPlan) -> tuple[WorkUnit, ...]:
         """Return the units that measure how much predictions change with linears' outputs."""
@@ -324,7 +345,7 @@ class UnitBuilder:
                 self.keys.key(Kind.APPRAISE, {**identity, "members": _names(group)}),
                 {"group": position},
                 (*sensed, *parts),
-                rank=self.calibration.solve_rank(block),
+                rank=merged[position].rank + SOLVED_AFTER,
                 cost=self.costs.appraise_s(shape_of(group)),
                 block=block,
                 variant=plan.spec.name,
@@ -372,7 +393,7 @@ class UnitBuilder:
             self.keys.key(Kind.PACK, identity),
             {"format": spec.format.value},
             (*scales, *solves),
-            rank=self.calibration.solve_rank(block),
+            rank=merged[0].rank + SOLVED_AFTER,
             cost=self.costs.pack_s(self.keys.block_parameters(block)),
             out_bytes=codes_bytes + 2 * kept + self.keys.block_parameters(block) * PACKED_EXTRA,
             block=block,
@@ -391,7 +412,7 @@ class UnitBuilder:
             self.keys.key(Kind.SCALES, {**identity, "statistics": merged.key}),
             {"group": position, "scheme": scheme, "options": options},
             (merged,),
-            rank=self.calibration.solve_rank(group.block),
+            rank=merged.rank + SOLVED_AFTER,
             cost=self.costs.scales_s(_searched(group)),
             out_bytes=4.0 * group.in_features,
             block=group.block,
@@ -433,7 +454,7 @@ class UnitBuilder:
                     self.keys.key(Kind.SOLVE, {"solve": identity, "rows": rows}),
                     {"group": position, "members": members, "rows": rows, "identity": identity, **options},
                     (merged, *factors, *scales),
-                    rank=self.calibration.solve_rank(group.block),
+                    rank=merged.rank + SOLVED_AFTER,
                     cost=self.costs.solve_s(part, is_gptq),
                     out_bytes=float(part.rows * part.width),
                     block=group.block,
@@ -452,7 +473,7 @@ class UnitBuilder:
             {"group": position, "options": used},
             (merged,),
             is_durable=False,
-            rank=self.calibration.solve_rank(group.block),
+            rank=merged.rank + SOLVED_AFTER,
             cost=self.costs.factor_s(shape_of(group)),
             out_bytes=4.0 * group.in_features**2,
             block=group.block,

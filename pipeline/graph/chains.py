@@ -44,8 +44,14 @@ ADDED_SPANS = 8
 """Spans whose sums one unit adds up: as many as a node of a cluster has workers, as a rule. A power of two, so that
 what they add up to is a node of the tree."""
 
+SOLVED_AFTER = 0.5
+"""How much later than a block's sums are to be added up what is made of its statistics is wanted, as a rank."""
+
 HELDOUT_SLICE_SEQUENCES = 2
 """Held-out sequences in a slice; their sums add up exactly, so only speed depends on it."""
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""The configuration of what is not quantized."""
 
 Span = tuple[int, int]
 """First slice, and the slice after the last."""
@@ -111,11 +117,7 @@ class Chain:
     saves: tuple[Stored, ...]
 
     def merge_rank(self, block: int) -> float:
-        """Return the rank of what adds up the sums at a block."""
-        return self.solve_rank(block) - 0.5
-
-    def solve_rank(self, block: int) -> float:
-        """Return the rank of what is made of a block's statistics.
+        """Return the rank of what adds up the sums at a block.
 
         Chains go first, and sums wait as long as they may: 64 simulated GPUs are through in 43 s so, and in 57 s when
         sums are added up before the next block. Where they may wait for two blocks only, nothing is gained by waiting:
@@ -123,7 +125,77 @@ class Chain:
         would pile up.
         """
         is_short = self.lead <= MIN_HELD_BLOCKS
-        return self.blocks[block][0].rank + 1.25 if is_short else float(block)
+        return self.blocks[block][0].rank + 0.75 if is_short else block - SOLVED_AFTER
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The sums over all tokens of a text at one block.
+
+    Attributes:
+        identity: Of the chain that they were made on, after the block.
+        units: What has them between them.
+        block: The block.
+        rank: Of what makes statistics of them.
+    """
+
+    identity: str
+    units: tuple[WorkUnit, ...]
+    block: int
+    rank: float
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What the units that take a text through the blocks have in common.
+
+    Attributes:
+        tokens: The text.
+        spans: How its slices are cut.
+        kind: Of the units.
+        variant: Whose blocks they are; empty for the source's.
+        config: How the variant's are read.
+        save_every: Blocks between two places at which hidden states are saved.
+        held_blocks: Blocks whose outputs a span may have outstanding.
+        lead: As of ``Chain``.
+    """
+
+    tokens: Tokens
+    spans: tuple[Span, ...]
+    kind: Kind
+    variant: str
+    config: Mapping[str, Any]
+    save_every: int
+    held_blocks: int
+    lead: int
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the end is saved for good: every variant, and every later one, is compared with the source's."""
+        return self.kind is Kind.FORWARD and not self.variant
+
+    def home(self, span: Span) -> str:
+        """Return the home of a span's units. Text that a variant is calibrated on is a chain of its own: its spans
+        spread over the workers, wherever those of others are."""
+        name = self.tokens.name if self.kind is not Kind.PROPAGATE else f"{self.tokens.name} of {self.variant}"
+        return f"{name}:{self.variant}:{span[0]}"
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """Calibration text on its way through a variant's own blocks, as these come to be.
+
+    Attributes:
+        walk: What its units have in common.
+        identities: Of the text's hidden states before the first block, and after each block that was passed.
+        row: The units that took it so far, one a span.
+        saves: Places at which hidden states are saved on the way.
+    """
+
+    walk: _Walk
+    identities: tuple[str, ...]
+    row: tuple[WorkUnit, ...]
+    saves: tuple[Stored, ...] = ()
 
 
 class ChainBuilder:
@@ -145,23 +217,27 @@ class ChainBuilder:
         """Return the chain of held-out text through the source; its end is saved for every variant to come."""
         return self._chain(tokens, num_spans, Kind.FORWARD)
 
-    def sums(self, chain: Chain, block: int) -> tuple[WorkUnit, ...]:
-        """Return units that have between them the sums over all tokens at one block, no more than ``ADDED_SPANS``:
-        those of the chain, or what adds up neighbouring ones of them, level by level."""
-        parts = chain.blocks[block]
+    def sums(self, chain: Chain, block: int) -> Sums:
+        """Return the sums over all tokens of the chain at one block."""
+        identity = chain.identities[block]
+        return Sums(identity, self._added(identity, chain.blocks[block]), block, chain.merge_rank(block))
+
+    def _added(self, identity: str, parts: tuple[WorkUnit, ...]) -> tuple[WorkUnit, ...]:
+        """Return units that have between them what ``parts`` have summed, no more than ``ADDED_SPANS``: these, or what
+        adds up neighbouring ones of them, level by level."""
         while len(parts) > ADDED_SPANS:
             rows = [parts[first : first + ADDED_SPANS] for first in range(0, len(parts), ADDED_SPANS)]
-            parts = tuple(self._add(chain, block, row) for row in rows)
+            parts = tuple(self._add(identity, row) for row in rows)
         return parts
 
-    def _add(self, chain: Chain, block: int, parts: Sequence[WorkUnit]) -> WorkUnit:
+    def _add(self, identity: str, parts: Sequence[WorkUnit]) -> WorkUnit:
         if len(parts) == 1:
             return parts[0]
-        span = parts[0].params["low"], parts[-1].params["high"]
+        span, block = (parts[0].params["low"], parts[-1].params["high"]), parts[0].block
         shapes = self._summed(block, Kind.CALIBRATE)
         return WorkUnit(
             Kind.ADD,
-            self._add_key(chain.identities[block], span),
+            self._add_key(identity, span),
             {"low": span[0], "high": span[1]},
             tuple(parts),
             is_durable=False,
@@ -186,13 +262,13 @@ class ChainBuilder:
         is_blended = self._experts is ExpertStatistics.SHRINKAGE and group.expert
         return {"shrinkage": self._shrinkage} if is_blended else {}
 
-    def _after(
-        self, spans: Sequence[Span], number: int, block: int, identities: Sequence[str], held_blocks: int, lead: int
-    ) -> tuple[str, ...]:
-        """Return the keys of the units that have to have run before a span may pass a block: those that read its sums
-        ``held_blocks`` before, and those that make statistics of them ``lead`` blocks before."""
+    def _after(self, walk: _Walk, number: int, identities: Sequence[str]) -> tuple[str, ...]:
+        """Return the keys of the units that have to have run before a span may pass the last block that ``identities``
+        are of: those that read its sums ``held_blocks`` before, and those that make statistics of them ``lead`` blocks
+        before."""
         keys: list[str] = []
-        added, merged = block - held_blocks, block - lead
+        block, spans = len(identities) - 1, walk.spans
+        added, merged = block - walk.held_blocks, block - walk.lead
         if len(spans) > ADDED_SPANS and added >= 0:
             row = spans[number - number % ADDED_SPANS :][:ADDED_SPANS]
             keys += [self._add_key(identities[added], (row[0][0], row[-1][1]))] if len(row) > 1 else []
@@ -216,34 +292,70 @@ class ChainBuilder:
         start = identity = self.keys.key(Kind.EMBED, begin)
         identities = []
         for block in range(self.num_blocks):
-            weights = self.keys.places(self.keys.block_names(block))
-            # What experts are run on rounds what they give another way, and decides what is added up.
-            has_experts = any(linear.expert for group in self.keys.outline.groups[block] for linear in group.linears)
-            seen = [self._experts] if has_experts and kind is Kind.CALIBRATE else []
-            identity = fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], weights, self.keys.precision, *seen])
+            identity = self._past_source(identity, block, kind)
             identities.append(identity)
         embeds = tuple(self._embed(tokens, span, start) for span in spans)
-        return self._through(tokens, spans, start, embeds, kind, identities)
+        return self._through(self._walk(tokens, spans, kind), start, embeds, identities)
+
+    def _past_source(self, identity: str, block: int, kind: Kind) -> str:
+        """Return the identity of a chain after a block of the source, from that before it."""
+        weights = self.keys.places(self.keys.block_names(block))
+        # What experts are run on rounds what they give another way, and decides what is added up.
+        has_experts = any(linear.expert for group in self.keys.outline.groups[block] for linear in group.linears)
+        seen = [self._experts] if has_experts and kind is Kind.CALIBRATE else []
+        return fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], weights, self.keys.precision, *seen])
+
+    def _past_pack(self, identity: str, kind: Kind, pack: WorkUnit) -> str:
+        """Return the identity of a chain after a variant's packed block, from that before it."""
+        return fingerprint([identity, ALGORITHM_VERSIONS[kind], pack.key, self.keys.precision])
 
     def variant(self, source: Chain, variant: str, config: dict[str, Any], packs: Sequence[WorkUnit]) -> Chain:
         """Return the chain of held-out text through a variant's packed blocks, read as its configuration says."""
         identity = fingerprint([source.start, config])
         identities = []
         for pack in packs:
-            identity = fingerprint([identity, ALGORITHM_VERSIONS[Kind.FORWARD], pack.key, self.keys.precision])
+            identity = self._past_pack(identity, Kind.FORWARD, pack)
             identities.append(identity)
-        start, kind = source.start, Kind.FORWARD
-        return self._through(
-            source.tokens,
-            source.spans,
-            start,
-            source.embeds,
-            kind,
-            identities,
-            variant=variant,
-            config=config,
-            packs=packs,
-        )
+        walk = self._walk(source.tokens, source.spans, Kind.FORWARD, variant, config)
+        return self._through(walk, source.start, source.embeds, identities, packs)
+
+    def propagation(self, source: Chain, variant: str, config: Mapping[str, Any]) -> Propagation:
+        """Return the text of a chain about to pass a variant's blocks, read as its configuration says."""
+        walk = self._walk(source.tokens, source.spans, Kind.PROPAGATE, variant, config)
+        return Propagation(walk, (fingerprint([source.start, config]),), source.embeds)
+
+    def propagated(self, before: Propagation, pack: WorkUnit) -> Propagation:
+        """Return the text past one more block, which ``pack`` packs."""
+        identities = (*before.identities, self._past_pack(before.identities[-1], Kind.PROPAGATE, pack))
+        row = self._row(before.walk, identities[1:], before.row, pack)
+        saves = tuple(place for unit in row for place in unit.saves)
+        return Propagation(before.walk, identities, row, before.saves + saves)
+
+    def propagated_sums(self, before: Propagation) -> Sums:
+        """Return the sums at the next block: of what its linears read where the source's block stands behind those of
+        the variant that the text has passed."""
+        walk, block = before.walk, len(before.identities) - 1
+        identity = self._past_source(before.identities[-1], block, Kind.CALIBRATE)
+        units = []
+        for span, previous in zip(walk.spans, before.row, strict=True):
+            summed = self._summed(block, Kind.CALIBRATE)
+            units.append(
+                WorkUnit(
+                    Kind.CALIBRATE,
+                    self.keys.key(Kind.CALIBRATE, {"chain": identity, "span": span}),
+                    {"low": span[0], "high": span[1], "precision": self.keys.precision, "is_end": True},
+                    (previous,),
+                    stand_ins={previous.key: previous.saves} if previous.saves else {},
+                    is_durable=False,
+                    home=walk.home(span),
+                    rank=self._rank(Kind.CALIBRATE, block),
+                    cost=self._cost(walk.tokens.count(span), block, Kind.CALIBRATE),
+                    out_bytes=sum_bytes(summed),
+                    block=block,
+                    variant=walk.variant,
+                )
+            )
+        return Sums(identity, self._added(identity, tuple(units)), block, units[0].rank + 0.1)
 
     def _embed(self, tokens: Tokens, span: Span, start: str) -> WorkUnit:
         low, high = span
@@ -264,72 +376,86 @@ class ChainBuilder:
             out_bytes=4.0 * count * self._hidden,
         )
 
-    def _through(
+    def _walk(
         self,
         tokens: Tokens,
         spans: tuple[Span, ...],
-        start: str,
-        embeds: tuple[WorkUnit, ...],
         kind: Kind,
-        identities: list[str],
-        *,
         variant: str = "",
-        config: Mapping[str, Any] = MappingProxyType({}),
-        packs: Sequence[WorkUnit] = (),
-    ) -> Chain:
-        blocks: list[tuple[WorkUnit, ...]] = []
-        saves: list[Stored] = []
-        before: tuple[WorkUnit, ...] = embeds
+        config: Mapping[str, Any] = NOTHING,
+    ) -> _Walk:
         # Of all slices, whatever the spans: a run with other workers must look where this one saves.
         every = self._save_every(tokens, (0, len(tokens.slices)), kind)
         largest = max(self._out_bytes(tokens.count(spans[0]), block, kind) for block in range(self.num_blocks))
         held_blocks = max(MIN_HELD_BLOCKS, int(self.costs.rates.held_bytes / largest))
         # One worker of each row has what the row adds up to.
         lead = held_blocks * (ADDED_SPANS // 2 if len(spans) > ADDED_SPANS else 1)
-        for block, identity in enumerate(identities):
-            row = []
-            for place, (span, previous) in enumerate(zip(spans, before, strict=True)):
-                numbers = range(*span)
-                is_end = block == self.num_blocks - 1
-                is_kept = is_end and kind is Kind.FORWARD and not variant
-                is_saved = is_kept or (not is_end and _is_save(block, every))
-                places = tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else ()
-                saves += () if is_kept else places
-                old = block - 2 * every
-                needs = (previous, packs[block]) if packs else (previous,)
-                params = {
-                    "low": span[0],
-                    "high": span[1],
-                    "quantization_config": dict(config),
-                    "precision": self.keys.precision,
-                }
-                row.append(
-                    WorkUnit(
-                        kind,
-                        self.keys.key(kind, {"chain": identity, "span": span}),
-                        params,
-                        needs,
-                        after=self._after(spans, place, block, identities, held_blocks, lead)
-                        if kind is Kind.CALIBRATE
-                        else (),
-                        stand_ins={previous.key: previous.saves} if previous.saves else {},
-                        saves=places,
-                        obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)
-                        if is_saved and old >= 0 and _is_save(old, every)
-                        else (),
-                        is_durable=False,
-                        home=f"{tokens.name}:{variant}:{span[0]}",
-                        # What judges a variant waits for what all of them wait for.
-                        rank=block - self.num_blocks if kind is Kind.CALIBRATE else -0.5,
-                        cost=self._cost(tokens.count(span), block, kind) + self._saving_s(tokens.count(span), places),
-                        out_bytes=self._out_bytes(tokens.count(span), block, kind),
-                        block=block,
-                        variant=variant,
-                    )
+        return _Walk(tokens, spans, kind, variant, config, every, held_blocks, lead)
+
+    def _through(
+        self,
+        walk: _Walk,
+        start: str,
+        embeds: tuple[WorkUnit, ...],
+        identities: Sequence[str],
+        packs: Sequence[WorkUnit] = (),
+    ) -> Chain:
+        """Return the chain that walks through all blocks, those of ``packs`` where there are some."""
+        blocks: list[tuple[WorkUnit, ...]] = []
+        before = embeds
+        for block in range(self.num_blocks):
+            before = self._row(walk, identities[: block + 1], before, packs[block] if packs else None)
+            blocks.append(before)
+        passing = blocks[:-1] if walk.is_kept else blocks
+        saves = tuple(place for row in passing for unit in row for place in unit.saves)
+        return Chain(walk.tokens, walk.spans, start, embeds, tuple(blocks), tuple(identities), walk.lead, saves)
+
+    def _row(
+        self, walk: _Walk, identities: Sequence[str], before: Sequence[WorkUnit], pack: WorkUnit | None
+    ) -> tuple[WorkUnit, ...]:
+        """Return the units that take every span through the last block that ``identities`` are of."""
+        block, identity, kind = len(identities) - 1, identities[-1], walk.kind
+        is_end, old = block == self.num_blocks - 1, block - 2 * walk.save_every
+        is_saved = walk.is_kept if is_end else _is_save(block, walk.save_every)
+        params = {"quantization_config": dict(walk.config), "precision": self.keys.precision}
+        row = []
+        for place, (span, previous) in enumerate(zip(walk.spans, before, strict=True)):
+            numbers, count = range(*span), walk.tokens.count(span)
+            places = tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else ()
+            is_after = kind is Kind.CALIBRATE
+            row.append(
+                WorkUnit(
+                    kind,
+                    self.keys.key(kind, {"chain": identity, "span": span}),
+                    {"low": span[0], "high": span[1], **params},
+                    (previous,) if pack is None else (previous, pack),
+                    after=self._after(walk, place, identities) if is_after else (),
+                    stand_ins={previous.key: previous.saves} if previous.saves else {},
+                    saves=places,
+                    obsoletes=tuple(self.keys.saved(identities[old], number) for number in numbers)
+                    if is_saved and old >= 0 and _is_save(old, walk.save_every)
+                    else (),
+                    is_durable=False,
+                    home=walk.home(span),
+                    rank=self._rank(kind, block),
+                    cost=self._cost(count, block, kind) + self._saving_s(count, places),
+                    out_bytes=self._out_bytes(count, block, kind),
+                    block=block,
+                    variant=walk.variant,
                 )
-            blocks.append(tuple(row))
-            before = tuple(row)
-        return Chain(tokens, spans, start, embeds, tuple(blocks), tuple(identities), lead, tuple(saves))
+            )
+        return tuple(row)
+
+    def _rank(self, kind: Kind, block: int) -> float:
+        match kind:
+            case Kind.CALIBRATE:
+                return block - self.num_blocks
+            case Kind.PROPAGATE:
+                # After the solves of the block, before anything of the next one.
+                return block - self.num_blocks + 0.9
+            case _:
+                # What judges a variant waits for what all of them wait for.
+                return -0.5
 
     def _saving_s(self, count: int, places: Sequence[Stored]) -> float:
         return 4.0 * count * self._hidden / self.costs.rates.touched_bytes if places else 0.0

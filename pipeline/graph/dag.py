@@ -21,6 +21,7 @@ class Kind(StrEnum):
 
     EMBED = "embed"
     CALIBRATE = "calibrate"
+    PROPAGATE = "propagate"
     ADD = "add"
     MERGE = "merge"
     FACTOR = "factor"

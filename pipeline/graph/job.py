@@ -48,6 +48,7 @@ Records = dict[str, StageRecord]
 PHASES: dict[Kind, Phase] = {
     Kind.EMBED: Phase.CALIBRATE,
     Kind.CALIBRATE: Phase.CALIBRATE,
+    Kind.PROPAGATE: Phase.CALIBRATE,
     Kind.ADD: Phase.CALIBRATE,
     Kind.MERGE: Phase.CALIBRATE,
     Kind.FACTOR: Phase.SOLVE,

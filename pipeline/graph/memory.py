@@ -27,7 +27,7 @@ from pipeline.heap import FREED_BYTES, LEAST_FREED_BYTES
 from pipeline.quantize.solve import TILE_ROWS
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import HEAD_PART_ELEMENTS, TABLE_ELEMENTS
-from pipeline.spec import ConversionSpec, Method
+from pipeline.spec import ConversionSpec, Method, Propagate
 from pipeline.units import format_bytes
 from pipeline.validate.divergence import CHUNK_ELEMENTS
 
@@ -50,6 +50,7 @@ FLOAT, DOUBLE = 4, 8
 UNITS_OF: dict[Kind, str] = {
     Kind.EMBED: "embed tokens",
     Kind.CALIBRATE: "calibrate on a block",
+    Kind.PROPAGATE: "pass calibration text",
     Kind.FORWARD: "pass held-out text",
     Kind.ADD: "add up statistics",
     Kind.MERGE: "add up statistics",
@@ -248,6 +249,8 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
         widths = sum(columns + rows for columns, rows in groups) / len(block_names)
         kept = FLOAT * 3 * int(widths) * own.length + 2 * hidden * own.length * most * len(block_names)
         units["measure sensitivity"] = embedding + dense + stored // 4 + kept + 4 * FLOAT * LOGIT_ELEMENTS
+    if any(variant.propagate is Propagate.QUANTIZED for variant in spec.variants):
+        units["pass calibration text"] = dense + stored // 4 + passing(calibration)
     methods = {variant.method for variant in spec.variants}
     if Method.GPTQ in methods:
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4

@@ -27,6 +27,7 @@ class Limit(StrEnum):
 LIMIT_OF: dict[Kind, Limit] = {
     Kind.EMBED: Limit.FORWARD,
     Kind.CALIBRATE: Limit.FORWARD,
+    Kind.PROPAGATE: Limit.FORWARD,
     Kind.FORWARD: Limit.FORWARD,
     Kind.ADD: Limit.REDUCTION,
     Kind.MERGE: Limit.REDUCTION,

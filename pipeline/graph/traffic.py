@@ -68,12 +68,14 @@ class Traffic:
                     yield from map(self._block, self._continued_blocks(unit))
             case Kind.VERIFY:
                 yield Read(unit.label, unit.params["size_bytes"], Route.WEIGHTS)
-            case Kind.ADD | Kind.MERGE | Kind.FACTOR | Kind.APPRAISE | Kind.SCORE:
+            case Kind.PROPAGATE | Kind.ADD | Kind.MERGE | Kind.FACTOR | Kind.APPRAISE | Kind.SCORE:
                 pass
 
     def ahead(self, unit: WorkUnit) -> Iterator[Read]:
         """Yield what is read ahead while a unit runs: the source's next block, where the next unit needs it."""
-        is_walk = unit.kind in (Kind.EMBED, Kind.CALIBRATE) or (unit.kind is Kind.FORWARD and not unit.variant)
+        is_walk = unit.kind in (Kind.EMBED, Kind.CALIBRATE, Kind.PROPAGATE) or (
+            unit.kind is Kind.FORWARD and not unit.variant
+        )
         if is_walk and unit.block + 1 < self._outline.skeleton.num_blocks:
             yield self._block(unit.block + 1)
 

@@ -7,12 +7,17 @@ a model calls torch's own. Norms, residual streams, rotary tables and everything
 Other float32 products may be made from bfloat16 factors too, with float32 sums and results: second moments, whose
 factors the linears round likewise, and the output head. oneDNN does it where it is faster, on CPUs with AMX; on others
 its float32 products are exact, and twice as fast as MKL's on some.
+
+Where a CPU has no instructions for it (x86 before AVX-512 BF16), a bfloat16 product takes four times as long as one of
+float32. There the rounded factors are multiplied as float32, where every product of two is exact, and the result is
+rounded: the same but for the order of the sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 from weakref import ref
 
@@ -36,7 +41,8 @@ def products(precision: Precision) -> AbstractContextManager[Any]:
 def _bfloat16_products() -> Iterator[None]:
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    if _capabilities().get("amx_bf16"):
+        matmul.fp32_precision = "bf16"
     try:
         with _BFloat16Products():
             yield
@@ -45,14 +51,44 @@ def _bfloat16_products() -> Iterator[None]:
 
 
 def prefer_onednn() -> None:
-    """Have this process's float32 products made by oneDNN where these are float32 then too: on x86 without AMX.
+    """Have this process's float32 products made by oneDNN where these are float32 then too, and faster: on x86 that is
+    not Intel's and has no AMX.
 
-    torch makes them with MKL, which takes twice as long on processors that are not Intel's. That oneDNN may round
-    factors is how it is asked for; it does so where it is faster, with AMX.
+    torch makes them with MKL, which takes twice as long there. That oneDNN may round factors is how it is asked for; it
+    does so where it is faster, with AMX. On Intel's processors MKL is as fast or twice as fast.
     """
-    capabilities = torch.cpu.get_capabilities()
-    if capabilities.get("architecture") == "x86_64" and not capabilities.get("amx_bf16"):
+    known = _capabilities()
+    if (
+        known.get("architecture") == "x86_64"
+        and not known.get("amx_bf16")
+        and not _is_intel(str(known.get("cpu_name")))
+    ):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+
+
+def _is_intel(cpu_name: str) -> bool:
+    return cpu_name.startswith("Intel")
+
+
+@cache
+def _capabilities() -> Mapping[str, Any]:
+    """What torch knows of this machine's processor."""
+    return torch.cpu.get_capabilities()
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for products of bfloat16; of other processors than x86 it is taken for
+    granted."""
+    known = _capabilities()
+    is_without = known.get("architecture") == "x86_64" and not (known.get("avx512_bf16") or known.get("amx_bf16"))
+    return device.type != "cpu" or not is_without
+
+
+def _product(multiply: Callable[..., Tensor], *factors: Tensor) -> Tensor:
+    """Return the bfloat16 product of bfloat16 factors, summed up in float32."""
+    if _multiplies_bfloat16(factors[0].device):
+        return multiply(*factors)
+    return multiply(*(factor.float() for factor in factors)).to(torch.bfloat16)
 
 
 class _BFloat16Products(TorchFunctionMode):
@@ -79,7 +115,7 @@ class _BFloat16Products(TorchFunctionMode):
         """Return x W^T + bias in the dtype of x, ``input``; the sum with the bias is made there."""
         if weight.dtype is not torch.bfloat16:
             return functional.linear(input, weight, bias)
-        output = functional.linear(self._rounded.of(input), weight).to(input.dtype)
+        output = _product(functional.linear, self._rounded.of(input), weight).to(input.dtype)
         return output if bias is None else output.add_(bias)
 
 
@@ -105,7 +141,7 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
     """Return bias + x W in the dtype of ``x``: the product of GPT-2's transposed linears."""
     if weight.dtype is not torch.bfloat16 or kwargs:
         return torch.addmm(bias, x, weight, **kwargs)
-    return (x.to(torch.bfloat16) @ weight).to(x.dtype).add_(bias)
+    return _product(torch.matmul, x.to(torch.bfloat16), weight).to(x.dtype).add_(bias)
 
 
 def _matmul(a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
@@ -114,7 +150,7 @@ def _matmul(a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
     if kwargs or a.dtype == b.dtype or torch.bfloat16 not in (a.dtype, b.dtype):
         return torch.matmul(a, b, **kwargs)
     wide = b.dtype if a.dtype is torch.bfloat16 else a.dtype
-    return torch.matmul(a.to(torch.bfloat16), b.to(torch.bfloat16)).to(wide)
+    return _product(torch.matmul, a.to(torch.bfloat16), b.to(torch.bfloat16)).to(wide)
 
 
 def _attention(

@@ -89,6 +89,7 @@ def convert_folder(
     variants: Sequence[str | dict[str, Any]],
     calibration: dict[str, Any] | None = None,
     gates: dict[str, Any] | None = None,
+    **more: Any,
 ) -> Converted:
     target.mkdir()
     settings = Settings("http://127.0.0.1:9", None, target.parent / "cache", s3_endpoint=None, ray_address=None)
@@ -101,6 +102,7 @@ def convert_folder(
             "targets": [str(target)],
             "gates": {**OPEN_GATES, "heldout": str(text), **(gates or {})},
             "calibration": {"text": str(text), "samples": 16, "length": 64, **(calibration or {})},
+            **more,
         },
         "test",
     )

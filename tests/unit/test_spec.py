@@ -17,6 +17,7 @@ from pipeline.spec import (
     Format,
     GateSpec,
     Method,
+    Propagate,
     VariantSpec,
     build_spec,
     load_spec,
@@ -229,6 +230,17 @@ def test_widths_and_mix_exclude_each_other_and_need_a_format_that_holds_them() -
     for fields, words in ((both, "mix chooses every width itself"), (unheld, "holds 2, 3, 4, 8 bits, not 6")):
         with pytest.raises(SpecError, match=words):
             build_spec({"source": "x", "targets": ["y"], "variants": [fields]}, "test")
+
+
+@pytest.mark.parametrize(
+    "name", ["gptq-w4-g64-seq", "awq-w3-g128-ct-sym-seq", "gptq-w4.5-g64-seq", "rtn-w8-channel-seq"]
+)
+def test_a_short_name_says_that_blocks_follow_one_another(name: str) -> None:
+    found, plain = parse_variant(name), parse_variant(name.removesuffix("-seq"))
+    assert found.name == name
+    assert found.propagate is Propagate.QUANTIZED
+    assert plain.propagate is Propagate.FLOAT
+    assert found.model_copy(update={"propagate": Propagate.FLOAT, "name": plain.name}) == plain
 
 
 def test_what_a_short_name_does_not_say_is_in_the_name_all_the_same() -> None:

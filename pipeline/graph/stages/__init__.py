@@ -20,6 +20,7 @@ ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
     Kind.SCALES: 4,
     Kind.SOLVE: 4,
     Kind.CALIBRATE: 4,
+    Kind.PROPAGATE: 4,
     Kind.FORWARD: 4,
     Kind.SCORE: 4,
     Kind.CONTINUE: 3,
@@ -30,6 +31,7 @@ ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
 STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {
     Kind.EMBED: embed,
     Kind.CALIBRATE: calibrate,
+    Kind.PROPAGATE: forward,
     Kind.ADD: add_spans,
     Kind.MERGE: merge_spans,
     Kind.FACTOR: factor_group,

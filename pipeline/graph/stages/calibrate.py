@@ -27,6 +27,9 @@ from pipeline.quantize.types import Statistics
 
 Node = TypeVar("Node")
 
+HIDDEN_KINDS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.PROPAGATE, Kind.FORWARD})
+"""Units whose output hidden states are part of."""
+
 HIDDEN_PREFIX = "hidden."
 """What the names of hidden states start with among a unit's tensors."""
 
@@ -69,17 +72,20 @@ def embed(call: Call) -> dict[str, Any]:
 
 
 def calibrate(call: Call) -> dict[str, Any]:
-    """Make one block's output hidden states for a span of slices, and the sums over all its tokens."""
+    """Make one block's output hidden states for a span of slices, and the sums over all its tokens; the sums alone
+    where nobody reads the hidden states."""
     low, high = call.params["low"], call.params["high"]
     skeleton, index = call.skeleton, call.unit.block
-    collections, is_last = collections_of(call), index == skeleton.num_blocks - 1
+    # Nobody calibrates on what leaves the last block, nor the source's where a variant's own follows.
+    is_end = call.params.get("is_end", False) or index == skeleton.num_blocks - 1
+    collections = collections_of(call)
     hidden = hidden_states(call)
 
     def slice_sums(start: int, end: int) -> list[Sums] | None:
         if end - start > 1:
             return None
         output, sums = forward_block(skeleton, index, hidden.pop(start), collections)
-        if not is_last:  # nobody calibrates on what leaves the last block
+        if not is_end:
             call.put({hidden_name(start): output})
         return sums
 
@@ -148,12 +154,13 @@ def _sum_of_needs(call: Call, position: int, low: int, high: int) -> Sums:
 
 
 def forward(call: Call) -> dict[str, Any]:
-    """Make one block's output hidden states for a span of held-out slices, with the source's weights or a variant's."""
+    """Make one block's output hidden states for a span of slices, with the source's weights or a variant's."""
     skeleton, index = call.skeleton, call.unit.block
     hidden = hidden_states(call)
+    # What a variant makes of held-out text is judged by a gate; nobody can calibrate on what is not finite.
+    is_judged = call.unit.kind is Kind.FORWARD and bool(call.unit.variant)
     with _attached(call, VariantReader(call)(index)):
         for number in list(hidden):
-            is_judged = bool(call.unit.variant)
             output, _ = forward_block(skeleton, index, hidden.pop(number), Collections(), must_be_finite=not is_judged)
             call.put({hidden_name(number): output})
     save_hidden(call)
@@ -173,7 +180,7 @@ def hidden_name(number: int) -> str:
 
 def hidden_states(call: Call) -> dict[int, Tensor]:
     """Return the hidden states that enter the unit's block, by slice."""
-    before = next(need for need in call.unit.needs if need.kind in (Kind.EMBED, Kind.CALIBRATE, Kind.FORWARD))
+    before = next(need for need in call.unit.needs if need.kind in HIDDEN_KINDS)
     return slice_states(call, before, range(call.params["low"], call.params["high"]))
 
 

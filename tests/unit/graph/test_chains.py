@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.fingerprint import fingerprint
 from pipeline.graph import chains
-from pipeline.graph.chains import ADDED_SPANS, Chain, ChainBuilder, Span, Tokens, cut
+from pipeline.graph.chains import ADDED_SPANS, SOLVED_AFTER, Chain, ChainBuilder, Span, Tokens, cut
 from pipeline.graph.cost import CPU_RATES, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import HIDDEN_STAGE, Keyring
@@ -265,7 +265,7 @@ def test_neighbouring_spans_are_added_up_by_one_of_their_own_in_turn(
     monkeypatch.setattr(chains, "ADDED_SPANS", 4)
     chain = builder.calibration(tokens("calibration", 18), 18)
     for block in (0, 1, 5):
-        tops = builder.sums(chain, block)
+        tops = builder.sums(chain, block).units
         assert [(top.params["low"], top.params["high"]) for top in tops] == [(0, 16), (16, 18)]
         rows = list(tops[0].needs)
         assert [(row.params["low"], row.params["high"]) for row in rows] == [(0, 4), (4, 8), (8, 12), (12, 16)]
@@ -274,7 +274,7 @@ def test_neighbouring_spans_are_added_up_by_one_of_their_own_in_turn(
         assert [need for row in rows for need in row.needs] == list(chain.blocks[block][:16])
         assert tops[1].needs == chain.blocks[block][16:]
     few = builder.calibration(tokens("calibration", 4), 4)
-    assert builder.sums(few, 0) == few.blocks[0]
+    assert builder.sums(few, 0).units == few.blocks[0]
 
 
 def test_a_span_waits_for_what_reads_its_sums_some_blocks_before(
@@ -295,7 +295,7 @@ def test_a_span_waits_for_what_reads_its_sums_some_blocks_before(
         ]
         for block in range(chains.MIN_HELD_BLOCKS, NUM_BLOCKS):
             held = block - chains.MIN_HELD_BLOCKS
-            adds = {add.key: set(add.needs) for add in bounded.sums(chain, held) if add.kind is Kind.ADD}
+            adds = {add.key: set(add.needs) for add in bounded.sums(chain, held).units if add.kind is Kind.ADD}
             for position, unit in enumerate(chain.blocks[block]):
                 if reads == "merge":
                     assert set(unit.after) == merged[held]
@@ -321,9 +321,10 @@ def test_where_the_chain_may_not_go_far_a_block_is_solved_while_the_next_one_is_
         assert chain.lead == chains.MIN_HELD_BLOCKS
         for block in range(NUM_BLOCKS - 2):
             assert ranks[block] < chain.merge_rank(block) < ranks[block + 1]
-            assert ranks[block + 1] < chain.solve_rank(block) < ranks[block + 2]
+            assert ranks[block + 1] < chain.merge_rank(block) + SOLVED_AFTER < ranks[block + 2]
     else:
         assert chain.lead > NUM_BLOCKS
         # The whole chain first, then block by block.
-        later = [rank for block in range(NUM_BLOCKS) for rank in (chain.merge_rank(block), chain.solve_rank(block))]
+        merges = [chain.merge_rank(block) for block in range(NUM_BLOCKS)]
+        later = [rank for merge in merges for rank in (merge, merge + SOLVED_AFTER)]
         assert [*ranks, *later] == sorted({*ranks, *later})

@@ -29,7 +29,8 @@ Gather = Callable[..., Inputs]
 UP = "model.layers.1.mlp.up_proj.weight"
 TUNING = Tuning(spans=2, solve_s=20.0, heldout_spans=2, workers=2)
 GPTQ, AWQ = "gptq-w4-g64", "awq-w4-g64"
-PASSING = {Kind.EMBED, Kind.CALIBRATE, Kind.ADD, Kind.FACTOR, Kind.FORWARD, Kind.CONTINUE}
+SEQUENTIAL = "gptq-w4-g64-seq"
+PASSING = {Kind.EMBED, Kind.CALIBRATE, Kind.PROPAGATE, Kind.ADD, Kind.FACTOR, Kind.FORWARD, Kind.CONTINUE}
 Place = tuple[Kind, int, str]
 Keys = dict[tuple[Kind, int, str, str], list[str]]
 
@@ -87,6 +88,7 @@ def test_all_keys_differ_from_each_other(make_spec: MakeSpec, gather: Gather) ->
     assert counts == {
         Kind.EMBED: 2 + 1,
         Kind.CALIBRATE: 2 * 2,
+        Kind.PROPAGATE: 0,
         Kind.ADD: 0,
         Kind.MERGE: 8,
         Kind.FACTOR: 8,
@@ -106,7 +108,7 @@ def test_all_keys_differ_from_each_other(make_spec: MakeSpec, gather: Gather) ->
 
 def test_what_others_can_use_again_is_durable(make_spec: MakeSpec, gather: Gather) -> None:
     units = every(gather(make_spec()))
-    assert {unit.kind for unit in units if not unit.is_durable} == PASSING - {Kind.ADD, Kind.CONTINUE}
+    assert {unit.kind for unit in units if not unit.is_durable} == PASSING - {Kind.PROPAGATE, Kind.ADD, Kind.CONTINUE}
     # Files are only verified at the end where weights were streamed.
     # Nothing is appraised without mixed precision.
     absent = {Kind.SENSE, Kind.APPRAISE, Kind.VERIFY}
@@ -191,6 +193,44 @@ def test_more_variants_change_no_key_of_the_others(make_spec: MakeSpec, gather: 
     # Factors belong to no variant, and AWQ needs none.
     kept = {place: own for place, own in both.items() if place[2] != GPTQ and place[0] is not Kind.FACTOR}
     assert alone == kept
+
+
+def test_a_block_is_calibrated_behind_the_variant_s_own(make_spec: MakeSpec, gather: Gather) -> None:
+    """Of two blocks the first one has nothing quantized before it: it is shared, and its factor with it."""
+    built = build_units(gather(make_spec(variants=[GPTQ, SEQUENTIAL])), TUNING)
+    units, packs = reachable_units(built.goals), built.variants[SEQUENTIAL].packs
+    assert [pack.key == other.key for pack, other in zip(packs, built.variants[GPTQ].packs, strict=True)] == [
+        True,
+        False,
+    ]
+    own = set(reachable_units(packs[1:]))
+    assert packs[0] in own
+    by_kind = {kind: [unit for unit in own if unit.kind is kind and unit.block == 1] for kind in Kind}
+    assert {unit.variant for unit in by_kind[Kind.CALIBRATE]} == {SEQUENTIAL}
+    assert len(by_kind[Kind.MERGE]) == 4
+    passed = [unit for unit in own if unit.kind is Kind.PROPAGATE]
+    assert {unit.block for unit in passed} == {0}
+    assert len(passed) == len(by_kind[Kind.CALIBRATE]) == TUNING.spans
+    assert sum(unit.kind is Kind.MERGE for unit in units) == 3 * 4
+    # What it stores on the way is of no use afterwards.
+    assert {place for unit in passed for place in unit.saves} <= set(built.leftovers)
+
+
+def test_what_changes_a_block_changes_the_statistics_behind_it(make_spec: MakeSpec, gather: Gather) -> None:
+    damped = parse_variant(SEQUENTIAL).model_copy(update={"damping": 0.05})
+    before = keys(gather(make_spec(variants=[SEQUENTIAL])))
+    after = keys(gather(make_spec(variants=[damped])))
+    kinds = {(kind, block) for kind, block, _ in changed(before, after) if kind in (Kind.MERGE, Kind.CALIBRATE)}
+    assert kinds == {(Kind.MERGE, 1), (Kind.CALIBRATE, 1)}
+
+
+@pytest.mark.parametrize("number", [1, 3, 8])
+def test_spans_are_in_no_stored_key_behind_own_blocks(make_spec: MakeSpec, gather: Gather, number: int) -> None:
+    calibration = {"samples": 12, "slice_sequences": 2}
+    inputs = gather(make_spec(variants=[SEQUENTIAL], calibration=calibration, gates={"heldout_samples": 12}))
+    two, many = every(inputs), every(inputs, Tuning(number, TUNING.solve_s, number, number))
+    assert durable(two).keys() == durable(many).keys()
+    assert {place for unit in two for place in unit.saves} == {place for unit in many for place in unit.saves}
 
 
 def test_variants_that_differ_in_the_grid_share_statistics_and_factors(make_spec: MakeSpec, gather: Gather) -> None:
