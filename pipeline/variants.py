@@ -29,6 +29,18 @@ class Method(StrEnum):
     RTN = "rtn"
     GPTQ = "gptq"
     AWQ = "awq"
+    AWQ_GPTQ = "awq-gptq"
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether activation-aware scales are searched first."""
+        return self in (Method.AWQ, Method.AWQ_GPTQ)
+
+    @property
+    def codes(self) -> Method:
+        """How codes are found once weights are scaled: ``gptq`` feeds errors back, ``rtn`` and ``awq`` round to nearest
+        on grids of their own."""
+        return Method.GPTQ if self is Method.AWQ_GPTQ else self
 
 
 class Propagate(StrEnum):
@@ -133,7 +145,7 @@ class VariantSpec(Strict):
     """Name of the variant in paths and on the card; made from the other fields when empty: the short name, and a digest
     of what that does not say."""
     method: Method
-    """How codes are found: `rtn`, `gptq` or `awq`."""
+    """How codes are found: `rtn`, `gptq`, `awq`, or `awq-gptq`, which finds GPTQ's codes after AWQ's scales."""
     bits: Bits = 4
     """Width of a code; format `awq` holds 4 bits only, and `gptq` no 5 and 6. With `mix` it is of no effect."""
     group_size: int = 128
@@ -262,10 +274,15 @@ def is_named_by(pattern: str, linear_name: str) -> bool:
     return pattern == linear_name
 
 
-_OWN_FORMATS = {Method.GPTQ: (Format.GPTQ,), Method.AWQ: (Format.AWQ,), Method.RTN: ()}
+_OWN_FORMATS = {
+    Method.GPTQ: (Format.GPTQ,),
+    Method.AWQ: (Format.AWQ,),
+    Method.AWQ_GPTQ: (Format.AWQ,),
+    Method.RTN: (),
+}
 
 _VARIANT_NAME = re.compile(
-    r"(?P<method>rtn|gptq|awq)-w(?P<bits>\d+(?:\.\d+)?)-(?P<group>g\d+|channel)"
+    r"(?P<method>rtn|awq-gptq|gptq|awq)-w(?P<bits>\d+(?:\.\d+)?)-(?P<group>g\d+|channel)"
     r"(?:-(?P<format>gptq|awq|ct))?(?:-(?P<symmetry>sym|asym))?"
     rf"(?:-(?P<schedule>{SEQUENTIAL_SUFFIX}))?"
 )
@@ -290,7 +307,7 @@ def _default_symmetry(method: Method, format_: Format) -> bool:
         case Format.AWQ:
             return False
         case Format.COMPRESSED_TENSORS:
-            return method is not Method.AWQ
+            return not method.has_scales
 
 
 def parse_variant(name: str) -> VariantSpec:

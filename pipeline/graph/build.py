@@ -364,7 +364,7 @@ class UnitBuilder:
         scales = [
             self._scales(plan, group, position, scheme, merged[position])
             for position, group, scheme in quantized
-            if plan.spec.method is Method.AWQ
+            if plan.spec.method.has_scales
         ]
         solves = [
             self._solves(
@@ -431,9 +431,10 @@ class UnitBuilder:
     ) -> list[WorkUnit]:
         """Return the units that solve one linear group, a range of rows each."""
         spec, shape = plan.spec, shape_of(group)
-        options = {"scheme": scheme, "options": plan.solver_options, "method": spec.method.value}
-        is_gptq = spec.method is Method.GPTQ
-        factors = (self._factor(plan, group, position, merged),) if is_gptq else ()
+        options = {"scheme": scheme, "options": plan.solver_options, "method": spec.method.codes.value}
+        is_gptq = spec.method.codes is Method.GPTQ
+        own_scales = [unit for unit in scales if unit.params["group"] == position]
+        factors = (self._factor(plan, group, position, merged, own_scales),) if is_gptq else ()
         identity = self.keys.key(
             Kind.SOLVE,
             {
@@ -464,19 +465,24 @@ class UnitBuilder:
             )
         return units
 
-    def _factor(self, plan: VariantPlan, group: LinearGroup, position: int, merged: WorkUnit) -> WorkUnit:
+    def _factor(
+        self, plan: VariantPlan, group: LinearGroup, position: int, merged: WorkUnit, scales: Sequence[WorkUnit]
+    ) -> WorkUnit:
+        """Return the unit that factors a group's second moment, after the group's own scales where it has some."""
         options = plan.solver_options
         used = {"damping": options["damping"], "act_order": options["act_order"]}
+        scaled = {"scales": [unit.key for unit in scales]} if scales else {}
         return WorkUnit(
             Kind.FACTOR,
-            self.keys.key(Kind.FACTOR, {"statistics": merged.key, **used}),
+            self.keys.key(Kind.FACTOR, {"statistics": merged.key, **used, **scaled}),
             {"group": position, "options": used},
-            (merged,),
+            (merged, *scales),
             is_durable=False,
             rank=merged.rank + SOLVED_AFTER,
             cost=self.costs.factor_s(shape_of(group)),
             out_bytes=4.0 * group.in_features**2,
             block=group.block,
+            variant=plan.spec.name if scales else "",
             label=group.label,
         )
 

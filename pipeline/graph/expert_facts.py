@@ -37,7 +37,7 @@ def expert_cautions(modules: Sequence[ModuleFacts], calibration: CalibrationSpec
 
 def scaling_cautions(modules: Sequence[ModuleFacts], variant: VariantSpec) -> tuple[str, ...]:
     """Return what is to be said when activation-aware scaling could not be done for some linears."""
-    if variant.method is not Method.AWQ:
+    if not variant.method.has_scales:
         return ()
     left = [m for m in modules if m.group_size and m.awq_exponent is None]
     if not left:
@@ -45,5 +45,6 @@ def scaling_cautions(modules: Sequence[ModuleFacts], variant: VariantSpec) -> tu
     quantized = sum(1 for m in modules if m.group_size)
     return (
         f"{len(left)} of {quantized} linears have no activation-aware scales, as no layer before them can take up the "
-        "inverse: their groups' ranges were searched, and they were rounded to nearest",
+        "inverse: their groups' ranges were searched, and they were "
+        + ("rounded to nearest" if variant.method is Method.AWQ else "solved as they are"),
     )

@@ -252,9 +252,9 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
     if any(variant.propagate is Propagate.QUANTIZED for variant in spec.variants):
         units["pass calibration text"] = dense + stored // 4 + passing(calibration)
     methods = {variant.method for variant in spec.variants}
-    if Method.GPTQ in methods:
+    if any(method.codes is Method.GPTQ for method in methods):
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4
-    if Method.AWQ in methods:
+    if any(method.has_scales for method in methods):
         units["search scales"] = dense + stored + search
     handing_over = PARTS_AT_ONCE * min(moment, PART_BYTES)
     process = PROCESS_BYTES + LEAST_FREED_BYTES + UNSEEN_BYTES

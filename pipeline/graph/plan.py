@@ -45,7 +45,7 @@ from pipeline.hub.source import Source, range_reader, read_bytes
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
 from pipeline.skeleton.limits import kv_cache, position_limit
-from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, ExpertStatistics, Method, VariantSpec
+from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, ExpertStatistics, Method, Propagate, VariantSpec
 from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
@@ -256,7 +256,10 @@ def report_plan(
     variants = tuple(
         _report_variant(outline, plan, names, spec.calibration, evaluate, cache_bytes) for plan in inputs.variants
     )
+    # Behind its own blocks, a variant passes the text twice: through the source's block, and through its own.
+    behind = sum(variant.propagate is Propagate.QUANTIZED for variant in spec.variants)
     calibrate = tokens * (2.0 * passed + moments) + heldout * 2.0 * active
+    calibrate += behind * tokens * (2.0 * (passed + active) + moments)
     return PlanReport(
         source=source.name,
         commit=source.commit or "",
@@ -271,7 +274,7 @@ def report_plan(
         kv_cache_bytes=cache_bytes,
         worker_bytes=memory.needed.total,
         held_bytes=predicted.held_bytes,
-        work_bytes=_work_bytes(outline, spec, variants),
+        work_bytes=_work_bytes(outline, spec, variants, 1 + behind),
         workers=workers,
         hardware=predicted.hardware,
         seconds=predicted.seconds,
@@ -352,19 +355,19 @@ def _variant_flops(outline: Outline, plan: VariantPlan) -> float:
     total = 0.0
     for shape in shapes:
         total += cost.solve_flops(shape) * max(1, len(plan.candidates))
-        match plan.spec.method:
-            case Method.GPTQ:
-                total += cost.factor_flops(shape)
-            case Method.AWQ:
-                total += cost.scale_flops(shape)
-            case Method.RTN:
-                pass
+        if plan.spec.method.codes is Method.GPTQ:
+            total += cost.factor_flops(shape)
+        if plan.spec.method.has_scales:
+            total += cost.scale_flops(shape)
     return total
 
 
-def _work_bytes(outline: Outline, spec: ConversionSpec, variants: tuple[VariantReport, ...]) -> int:
-    """Statistics of all blocks, hidden states of two, codes (one byte each) and packed files of every variant."""
-    moments = sum(4 * group.in_features**2 for block in outline.groups for group in block)
+def _work_bytes(
+    outline: Outline, spec: ConversionSpec, variants: tuple[VariantReport, ...], num_statistics: int
+) -> int:
+    """Statistics of all blocks so many times, hidden states of two, codes (one byte each) and packed files of every
+    variant."""
+    moments = num_statistics * sum(4 * group.in_features**2 for block in outline.groups for group in block)
     tokens = spec.calibration.samples * spec.calibration.length + spec.gates.heldout_samples * spec.gates.heldout_length
     hidden = 4 * tokens * max(group.in_features for block in outline.groups for group in block)
     codes = sum(row.out_features * row.in_features for v in variants for row in v.matrices if row.group_size)

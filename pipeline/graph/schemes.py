@@ -22,7 +22,7 @@ from pipeline.formats.codec import codec_for
 from pipeline.formats.loaders import LOADED_TRANSPOSED
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup, LinearRef
-from pipeline.spec import ENGINE_GROUP_SIZES, PER_CHANNEL, Format, GroupFallback, Method, VariantSpec
+from pipeline.spec import ENGINE_GROUP_SIZES, PER_CHANNEL, Format, GroupFallback, VariantSpec
 from pipeline.variants import EXPRESSION_MARK, is_named_by
 
 IGNORED = "left unquantized: the spec ignores it"
@@ -112,7 +112,7 @@ def require_whole_groups(variant: VariantSpec, groups: Iterable[LinearGroup], pl
     Raises:
         PlanError: naming the members of the first group that is quantized in part.
     """
-    if variant.method is not Method.AWQ:
+    if not variant.method.has_scales:
         return
     for group in groups:
         part = quantized_part(group, plans)

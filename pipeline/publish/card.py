@@ -76,7 +76,7 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
         metadata["base_model"] = base_models if len(base_models) > 1 else base_models[0]
     variant = facts.variant
     widths = weights_by_width(facts.modules) or {variant.bits: 1}
-    tags = [variant.method.value, *(f"{bits}-bit" for bits in widths), variant.format.value, "bitmill"]
+    tags = [*variant.method.value.split("-"), *(f"{bits}-bit" for bits in widths), variant.format.value, "bitmill"]
     return metadata | {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

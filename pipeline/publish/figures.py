@@ -12,7 +12,12 @@ from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts, ReleaseFacts, weights_
 from pipeline.spec import PER_CHANNEL, ExpertStatistics, Format, Method, VariantSpec, average_width
 
 _SCALE_BITS = 16
-_METHOD_NAMES = {Method.RTN: "round to nearest", Method.GPTQ: "GPTQ", Method.AWQ: "AWQ"}
+_METHOD_NAMES = {
+    Method.RTN: "round to nearest",
+    Method.GPTQ: "GPTQ",
+    Method.AWQ: "AWQ",
+    Method.AWQ_GPTQ: "AWQ and GPTQ",
+}
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def solve_rows(
     Works on the weight's device. Products accumulate in float32, sums of losses and the factorization in float64.
 
     Args:
-        method: How codes are found. For AWQ, weight and statistics are those after scaling.
+        method: How codes are found. With activation-aware scales, weight and statistics are those after scaling.
         weight_OI: float32 [O, I].
         statistics: Statistics of the input they share.
         scheme: Their grid; its group size divides I.
@@ -275,7 +275,7 @@ def _attempts(
     def rounding(importance: Tensor) -> _TileSolver:
         return lambda weight_RI: _round_tile(weight_RI, importance, second_moment_II, scheme, options)
 
-    match method:
+    match method.codes:
         case Method.RTN:
             yield rounding(channel_importance(second_moment_II.diagonal())), 0.0
         case Method.AWQ:

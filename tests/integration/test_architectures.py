@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 VARIANTS = ("rtn-w8-g128", "gptq-w4-g64", "awq-w4-g64")
 TRANSPOSED_VARIANTS = ("rtn-w8-g128-gptq", "gptq-w4-g64", "awq-w4-g64-gptq")
 """GPT-2's linears are stored transposed, which only format gptq has loaders for."""
-LLAMA_ONLY = ("gptq-w4-g64-ct", "awq-w4-g64-ct-sym")
+LLAMA_ONLY = ("gptq-w4-g64-ct", "awq-w4-g64-ct-sym", "awq-gptq-w4-g64")
 
 ERROR_FACTOR = 2.0
 """Logit error that is allowed over the root of the sum of squares of the linears' stated relative errors. The stated

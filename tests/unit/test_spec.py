@@ -233,6 +233,22 @@ def test_widths_and_mix_exclude_each_other_and_need_a_format_that_holds_them() -
 
 
 @pytest.mark.parametrize(
+    ("name", "format_", "symmetric"),
+    [
+        ("awq-gptq-w4-g64", Format.AWQ, False),
+        ("awq-gptq-w3-g64", Format.GPTQ, True),
+        ("awq-gptq-w4-g128-ct-sym", Format.COMPRESSED_TENSORS, True),
+        ("awq-gptq-w4-g128-gptq-seq", Format.GPTQ, True),
+    ],
+)
+def test_a_method_of_two_words_is_told_from_a_format(name: str, format_: Format, symmetric: bool) -> None:
+    found = parse_variant(name)
+    assert (found.name, found.method) == (name, Method.AWQ_GPTQ)
+    assert (found.format, found.symmetric) == (format_, symmetric)
+    assert parse_variant("awq-w4-g64-gptq").method is Method.AWQ
+
+
+@pytest.mark.parametrize(
     "name", ["gptq-w4-g64-seq", "awq-w3-g128-ct-sym-seq", "gptq-w4.5-g64-seq", "rtn-w8-channel-seq"]
 )
 def test_a_short_name_says_that_blocks_follow_one_another(name: str) -> None:

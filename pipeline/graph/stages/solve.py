@@ -22,7 +22,7 @@ from pipeline.quantize.solve import (
     solve_rows,
 )
 from pipeline.quantize.statistics import rescale
-from pipeline.quantize.types import QuantizedLinear, Scheme
+from pipeline.quantize.types import QuantizedLinear, Scheme, Statistics
 from pipeline.skeleton.groups import LinearRef
 from pipeline.spec import Method
 
@@ -60,20 +60,20 @@ def scale_results(call: Call) -> dict[int, ScaleResult]:
 
 
 def factor_group(call: Call) -> dict[str, Any]:
-    """Make the factor of one linear group's second moment, which all row ranges of all GPTQ variants share."""
-    factored = prepare_factor(statistics_of(call).second_moment_II, options_of(call.params))
+    """Make the factor of one linear group's second moment, which all row ranges share, and all GPTQ variants whose
+    weights are not scaled."""
+    statistics = _scaled_statistics(call, scale_results(call))
+    factored = prepare_factor(statistics.second_moment_II, options_of(call.params))
     call.put(factored.tensors())
     return {}
 
 
 def solve_range(call: Call) -> dict[str, Any]:
     """Write codes, grids and losses of a range of rows of one linear group, whose members are rows of one matrix."""
-    statistics, position = statistics_of(call), call.params["group"]
-    results = scale_results(call)
-    weight_OI = _stack(call, results)
+    results, position = scale_results(call), call.params["group"]
+    statistics, weight_OI = _scaled_statistics(call, results), _stack(call, results)
     if position in results:
         weight_OI = weight_OI * results[position].scale_I
-        statistics = rescale(statistics, results[position].scale_I)
     factors = call.needs(Kind.FACTOR)
     factored = Factor.of(call.get(factors[0])) if factors else None
     method, scheme, options = Method(call.params["method"]), scheme_of(call.params), options_of(call.params)
@@ -88,6 +88,12 @@ def solve_range(call: Call) -> dict[str, Any]:
         "loss": loss / statistics.num_tokens,
         "relative_error": (loss / energy) ** 0.5 if energy > 0 else 0.0,
     }
+
+
+def _scaled_statistics(call: Call, results: Mapping[int, ScaleResult]) -> Statistics:
+    """Return the statistics of the unit's linear group, whose input is divided by the group's scale if it has one."""
+    statistics, result = statistics_of(call), results.get(call.params["group"])
+    return statistics if result is None else rescale(statistics, result.scale_I)
 
 
 def _stack(call: Call, results: Mapping[int, ScaleResult]) -> Tensor:

@@ -195,6 +195,24 @@ def test_more_variants_change_no_key_of_the_others(make_spec: MakeSpec, gather: 
     assert alone == kept
 
 
+def test_scaled_statistics_are_factored_for_themselves(make_spec: MakeSpec, gather: Gather) -> None:
+    both = "awq-gptq-w4-g64"
+    built = build_units(gather(make_spec(variants=[GPTQ, AWQ, both])), TUNING)
+    units = reachable_units(built.goals)
+    factors = [unit for unit in units if unit.kind is Kind.FACTOR]
+    assert len(factors) == 2 * 8
+    assert sum(unit.kind is Kind.SCALES for unit in units) == 8, "searched once for the same grid"
+    for unit in factors:
+        assert [need.kind for need in unit.needs] == [Kind.MERGE] + [Kind.SCALES] * (unit.variant == both)
+        assert all(need.params["group"] == unit.params["group"] for need in unit.needs)
+    identities = {
+        variant: {unit.params["identity"] for pack in own.packs for unit in pack.needs if unit.kind is Kind.SOLVE}
+        for variant, own in built.variants.items()
+    }
+    assert len(identities[both]) == 8
+    assert not identities[both] & (identities[GPTQ] | identities[AWQ])
+
+
 def test_a_block_is_calibrated_behind_the_variant_s_own(make_spec: MakeSpec, gather: Gather) -> None:
     """Of two blocks the first one has nothing quantized before it: it is shared, and its factor with it."""
     built = build_units(gather(make_spec(variants=[GPTQ, SEQUENTIAL])), TUNING)

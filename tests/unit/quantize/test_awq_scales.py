@@ -103,3 +103,14 @@ def test_damaged_statistics_are_refused(layer: Layer) -> None:
     poisoned[1] = float("nan")
     with pytest.raises(QuantizationError, match="mean of the inputs"):
         search_scales(weight, replace(statistics, abs_sum_I=poisoned), SCHEME, SolveOptions())
+
+
+def test_feeding_errors_back_after_the_scales_loses_less_than_rounding(layer: Layer) -> None:
+    weight, statistics = layer(64, 96)
+    scale_I = search_scales(weight, statistics, SCHEME, SolveOptions()).scale_I
+    scaled_weight, scaled_statistics = weight * scale_I, rescale(statistics, scale_I)
+    losses = [
+        solve(method, scaled_weight, [weight.shape[0]], scaled_statistics, SCHEME, SolveOptions())[0].report.loss
+        for method in (Method.AWQ_GPTQ, Method.AWQ)
+    ]
+    assert losses[0] < 0.9 * losses[1]

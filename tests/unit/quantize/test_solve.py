@@ -44,7 +44,7 @@ def test_report_states_the_losses_of_what_is_returned(layer: Layer, method: Meth
     assert linear.report.loss == pytest.approx(_loss(linear, weight, statistics), rel=1e-4)
     assert linear.report.relative_error == pytest.approx((linear.report.loss / energy) ** 0.5, rel=1e-4)
     assert linear.report.weight_error == pytest.approx(float(delta.norm() / weight.double().norm()), rel=1e-5)
-    assert linear.report.damping == (0.01 if method is Method.GPTQ else 0.0)
+    assert linear.report.damping == (0.01 if method.codes is Method.GPTQ else 0.0)
     assert linear.report.num_dead_inputs == 0
     assert linear.report.degradations == ()
 

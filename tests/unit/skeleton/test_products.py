@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from pipeline.graph.outline import open_folder
 from pipeline.precision import Precision
-from pipeline.skeleton.products import _Rounded, products
+from pipeline.skeleton import products as products_module
+from pipeline.skeleton.products import _Rounded, prefer_onednn, products
 from tests.architectures import DENSE, make_model
 
 
@@ -96,3 +97,70 @@ def test_what_is_rounded_is_told_from_what_came_before_at_its_place() -> None:
             assert torch.equal(rounded.of(x).float(), x)
     x = torch.ones(4, requires_grad=True)
     assert rounded.of(x) is not rounded.of(x)
+
+
+def _claim(monkeypatch: pytest.MonkeyPatch, **capabilities: bool | str) -> None:
+    """Have this processor taken for another one."""
+    found = {"architecture": "x86_64", "cpu_name": "AMD EPYC", **capabilities}
+    monkeypatch.setattr(products_module, "_capabilities", lambda: found)
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": True}])
+def test_products_of_rounded_factors_are_the_same_with_and_without_instructions_for_them(
+    capabilities: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a last bit of bfloat16, as sums are made in another order."""
+    _claim(monkeypatch, **capabilities)
+    torch.manual_seed(3)
+    x, weight, bias = torch.randn(64, 96), torch.randn(48, 96).bfloat16(), torch.randn(48)
+    exact = x.bfloat16().double() @ weight.double().T
+    with products(Precision.BFLOAT16):
+        found = {
+            "linear": functional.linear(x, weight),
+            "biased linear": functional.linear(x, weight, bias) - bias,
+            "addmm": torch.addmm(bias, x, weight.T.contiguous()) - bias,
+            "matmul": torch.matmul(x, weight.T),
+        }
+    for name, output in found.items():
+        assert output.dtype is torch.float32
+        # Half a step for the rounding, and a little for sums of 96 products that cancel.
+        bound = exact.abs() * 2.0**-8 + 1e-4
+        assert bool(((output.double() - exact).abs() <= bound).all()), name
+        assert "biased" in name or name == "addmm" or torch.equal(output, output.bfloat16().float()), name
+
+
+def test_gradients_pass_products_without_instructions_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    _claim(monkeypatch)
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(3, 8).bfloat16()
+    with products(Precision.BFLOAT16):
+        functional.linear(x, weight).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weight.float().sum(0).expand(4, 8), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "is_preferred"),
+    [
+        ({}, True),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True, "avx512_bf16": True}, False),
+        ({"cpu_name": "Intel Xeon 2.50GHz"}, False),
+        ({"architecture": "aarch64", "cpu_name": "ARM Neoverse-V1"}, False),
+    ],
+)
+def test_onednn_is_preferred_where_its_float32_products_are_exact_and_faster(
+    capabilities: dict[str, bool | str], is_preferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _claim(monkeypatch, **capabilities)
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "none"
+        prefer_onednn()
+        assert (matmul.fp32_precision == "bf16") is is_preferred
+        with products(Precision.BFLOAT16):
+            is_asked_for = bool(capabilities.get("amx_bf16")) or is_preferred
+            assert (matmul.fp32_precision == "bf16") is is_asked_for
+        assert (matmul.fp32_precision == "bf16") is is_preferred
+    finally:
+        matmul.fp32_precision = before
