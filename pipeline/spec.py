@@ -202,6 +202,17 @@ class ConversionSpec(Strict):
     """`namespace/name` prefix of the releases; made from the source when empty. The variant's name is appended."""
 
     @model_validator(mode="after")
+    def _comparable_experts(self) -> ConversionSpec:
+        compared = [variant.name for variant in self.variants if variant.is_compensated]
+        if compared and self.calibration.experts is not ExpertStatistics.ALL:
+            raise ValueError(
+                f"{compared[0]} compares what linears read with what they read in the source, so every expert has to "
+                f"see all tokens: set calibration.experts to all (not {self.calibration.experts}), or the variant's "
+                "compensation to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _distinct_variants(self) -> ConversionSpec:
         names = [variant.name for variant in self.variants]
         twice = sorted({name for name in names if names.count(name) > 1})

@@ -169,7 +169,10 @@ class VariantSpec(Strict):
     propagate: Propagate = Propagate.FLOAT
     """Inputs that statistics are of: `float`, those of the source, so that all blocks are solved side by side and all
     variants share them; or `quantized`, those behind the variant's own blocks, one block after the other, at the price
-    of two passes over the calibration text for each such variant."""
+    of three passes over the calibration text for each such variant (two without `compensation`)."""
+    compensation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """With `propagate: quantized`: how far weights go, before they are quantized, towards those that give the source's
+    outputs on the inputs behind quantized blocks. 0 is not at all; 1 fits the calibration text and fails on others."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """GPTQ: first rung of the damping ladder, as a fraction of the mean diagonal of the second moment."""
     act_order: bool = True
@@ -213,7 +216,7 @@ class VariantSpec(Strict):
     def _own_name(self) -> str:
         """Return the short name, with a digest of what it does not say, if anything: another variant must not be
         published under the name of the plain one."""
-        unsaid = ("ignore", "group_fallback", "damping", "act_order", "clip_search")
+        unsaid = ("ignore", "group_fallback", "compensation", "damping", "act_order", "clip_search")
         rest = {key: getattr(self, key) for key in unsaid if getattr(self, key) != type(self).model_fields[key].default}
         if self.widths:
             rest["widths"] = self.widths
@@ -240,6 +243,11 @@ class VariantSpec(Strict):
             return f"w{self.bits}"
         average = self.mix.average_bits
         return "mix" if average is None else f"w{float(average)}"
+
+    @property
+    def is_compensated(self) -> bool:
+        """Whether weights are changed before they are quantized, for what blocks before them do."""
+        return self.propagate is Propagate.QUANTIZED and self.compensation > 0
 
     @property
     def choices(self) -> tuple[Bits, ...]:

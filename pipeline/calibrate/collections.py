@@ -34,6 +34,9 @@ from pipeline.spec import ExpertStatistics
 COUNTS = "expert_tokens"
 """Name of the counts among a collection's tensors."""
 
+CROSS = "cross_moment"
+"""Name of the products with the source's inputs among a collection's tensors."""
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -42,28 +45,41 @@ class Sums:
     Attributes:
         statistics: Sums over its tokens.
         routed_E: int64 [E], for each expert of the group the tokens that the router sent to it; empty without experts.
+        cross_II: float32 [I, I], where inputs are compared: the sum of x x'^T, x' being those that the statistics are
+            of, and x the same tokens' in the source.
     """
 
     statistics: Statistics
     routed_E: Tensor
+    cross_II: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums as named tensors; ``of_tensors`` is the exact inverse."""
         counts = {COUNTS: self.routed_E} if self.routed_E.numel() else {}
-        return to_tensors(self.statistics) | counts
+        cross = {CROSS: self.cross_II} if self.cross_II is not None else {}
+        return to_tensors(self.statistics) | counts | cross
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Sums:
         """Return the sums stored by ``tensors``."""
-        return cls(from_tensors(tensors), tensors.get(COUNTS, torch.zeros(0, dtype=torch.int64)))
+        routed_E = tensors.get(COUNTS, torch.zeros(0, dtype=torch.int64))
+        return cls(from_tensors(tensors), routed_E, tensors.get(CROSS))
 
     def add(self, part: Sums) -> Sums:
         """Return the sums over the tokens of both, in the memory of the first: use the result, forget the first."""
-        return Sums(add(self.statistics, part.statistics), self.routed_E + part.routed_E)
+        cross_II = None if self.cross_II is None else self.cross_II.add_(part.crossed)
+        return Sums(add(self.statistics, part.statistics), self.routed_E + part.routed_E, cross_II)
 
     def plus(self, part: Sums) -> Sums:
         """Return the sums over the tokens of both; they stay as they are."""
-        return Sums(merge([self.statistics, part.statistics]), self.routed_E + part.routed_E)
+        cross_II = None if self.cross_II is None else self.cross_II + part.crossed
+        return Sums(merge([self.statistics, part.statistics]), self.routed_E + part.routed_E, cross_II)
+
+    @property
+    def crossed(self) -> Tensor:
+        """The products with the source's inputs, of sums that have them."""
+        assert self.cross_II is not None, "these inputs were not compared"
+        return self.cross_II
 
 
 @dataclass(frozen=True)
@@ -148,11 +164,9 @@ def collecting(block: nn.Module, collections: Collections, device: str) -> Itera
         def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x_TI, before = args[0].flatten(0, -2), sums[position]
             if isinstance(experts, Experts):
-                rows = experts.rows
-                counts = torch.tensor([rows[number].numel() for number in item.counted], dtype=torch.int64)
-                before = replace(before, routed_E=before.routed_E + counts)
+                before = replace(before, routed_E=before.routed_E + _routed(experts, item))
                 if item.of is not None and experts.sees_all:
-                    x_TI = x_TI[rows[item.of]]
+                    x_TI = x_TI[experts.rows[item.of]]
             sums[position] = replace(before, statistics=accumulate(before.statistics, x_TI))
 
         return take
@@ -166,6 +180,73 @@ def collecting(block: nn.Module, collections: Collections, device: str) -> Itera
     finally:
         for handle in handles:
             handle.remove()
+
+
+class Comparison:
+    """Adds up what a block's linears read, once it was told what they read in the source. See ``comparing``.
+
+    Attributes:
+        sums: Of each collection.
+        is_source: Whether what passes the block now is the source's.
+    """
+
+    def __init__(self, collections: Collections, device: str) -> None:
+        self.is_source = True
+        self.sums = [
+            Sums(
+                empty(item.in_features, device),
+                torch.zeros(len(item.counted), dtype=torch.int64),
+                torch.zeros(item.in_features, item.in_features, device=device),
+            )
+            for item in collections.items
+        ]
+        self._source: dict[int, Tensor] = {}
+
+    def take(self, position: int, x_TI: Tensor, routed_E: Tensor) -> None:
+        """Take in what the linear of a collection reads."""
+        x_TI = x_TI.to(torch.float32)
+        if self.is_source:
+            self._source[position] = x_TI
+            return
+        before = self.sums[position]
+        self.sums[position] = Sums(
+            accumulate(before.statistics, x_TI),
+            before.routed_E + routed_E,
+            before.crossed.addmm_(self._source.pop(position).t(), x_TI),
+        )
+
+
+@contextmanager
+def comparing(block: nn.Module, collections: Collections, device: str) -> Iterator[Comparison]:
+    """Within the context, what the block's linears read is compared: first of some tokens in the source, then of the
+    same tokens behind quantized blocks. Every linear has to see all tokens both times."""
+    assert all(item.of is None for item in collections.items), "experts that see some tokens cannot be compared"
+    comparison = Comparison(collections, device)
+
+    def hook(position: int, item: Collection) -> Any:
+        experts = block.get_submodule(item.experts) if item.experts else None
+
+        def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            comparison.take(position, args[0].flatten(0, -2), _routed(experts, item))
+
+        return take
+
+    handles = [
+        block.get_submodule(item.linear).register_forward_pre_hook(hook(position, item))
+        for position, item in enumerate(collections.items)
+    ]
+    try:
+        yield comparison
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _routed(experts: nn.Module | None, item: Collection) -> Tensor:
+    """Return how many of the tokens that pass now the router has sent to each counted expert."""
+    if not isinstance(experts, Experts):
+        return torch.zeros(len(item.counted), dtype=torch.int64)
+    return torch.tensor([experts.rows[number].numel() for number in item.counted], dtype=torch.int64)
 
 
 def blend(own: Statistics, shared: Statistics | None, shrinkage: float) -> Statistics:

@@ -240,18 +240,18 @@ class UnitBuilder:
 
     def _merges(self, sums: Sums) -> list[WorkUnit]:
         """Return for each linear group of a block the unit that adds up its statistics."""
-        units = []
+        units, moments = [], 2 if sums.is_compared else 1
         for position, group in enumerate(self.outline.groups[sums.block]):
             blended = self.chains.blended(group)
             units.append(
                 WorkUnit(
                     Kind.MERGE,
                     self.chains.merge_key(sums.identity, group),
-                    {"group": position, **blended},
+                    {"group": position, "is_compared": sums.is_compared, **blended},
                     sums.units,
                     rank=sums.rank,
-                    cost=self.costs.merge_s(shape_of(group), len(sums.units)),
-                    out_bytes=4.0 * group.in_features**2,
+                    cost=moments * self.costs.merge_s(shape_of(group), len(sums.units)),
+                    out_bytes=moments * 4.0 * group.in_features**2,
                     block=sums.block,
                     label=group.label,
                 )
@@ -292,12 +292,14 @@ class UnitBuilder:
         places at which hidden states are saved for them."""
         if plan.spec.propagate is Propagate.FLOAT:
             return [self._block(plan, block, merged[block]) for block in range(self.num_blocks)], ()
-        text = self.chains.propagation(self.calibration, plan.spec.name, plan.quantization_config)
+        text = self.chains.propagation(
+            self.calibration, plan.spec.name, plan.quantization_config, is_compared=plan.spec.is_compensated
+        )
         # Nothing is quantized before the first block.
         packs = [self._block(plan, 0, merged[0])]
-        for block in range(1, self.num_blocks):
-            text = self.chains.propagated(text, packs[-1])
-            packs.append(self._block(plan, block, self._merges(self.chains.propagated_sums(text))))
+        for _ in range(1, self.num_blocks):
+            text, sums = self.chains.propagated_sums(self.chains.propagated(text, packs[-1]))
+            packs.append(self._block(plan, sums.block, self._merges(sums)))
         return packs, text.saves
 
     def _sensed(self, plan: VariantPlan) -> tuple[WorkUnit, ...]:
@@ -360,15 +362,19 @@ class UnitBuilder:
         merged: list[WorkUnit],
     ) -> tuple[list[WorkUnit], list[list[WorkUnit]]]:
         """Return the units that search a block's scales, and for each of its quantized groups those that solve it."""
-        groups = self.outline.groups[block]
+        groups, inputs = self.outline.groups[block], {}
+        for position, group, _ in quantized:
+            is_compared = merged[position].params["is_compared"]
+            changes = (self._compensation(plan, group, position, merged[position]),) if is_compared else ()
+            inputs[position] = (merged[position], *changes)
         scales = [
-            self._scales(plan, group, position, scheme, merged[position])
+            self._scales(plan, group, position, scheme, inputs[position])
             for position, group, scheme in quantized
             if plan.spec.method.has_scales
         ]
         solves = [
             self._solves(
-                plan, group, position, scheme, merged[position], [s for s in scales if _concerns(s, groups, group)]
+                plan, group, position, scheme, inputs[position], [s for s in scales if _concerns(s, groups, group)]
             )
             for position, group, scheme in quantized
         ]
@@ -401,17 +407,23 @@ class UnitBuilder:
         )
 
     def _scales(
-        self, plan: VariantPlan, group: LinearGroup, position: int, scheme: dict[str, Any], merged: WorkUnit
+        self,
+        plan: VariantPlan,
+        group: LinearGroup,
+        position: int,
+        scheme: dict[str, Any],
+        inputs: Sequence[WorkUnit],
     ) -> WorkUnit:
-        options = plan.solver_options
+        """Return the unit that searches a group's activation-aware scale; ``inputs`` as of ``_solves``."""
+        (merged, *changes), options = inputs, plan.solver_options
         local = self.outline.skeleton.block_tensors(group.block)
         weights = self.keys.places(local[name] for name in scope_of(group, local))
         identity = {"weights": weights, "names": _names(group), "scheme": scheme, "options": options}
         return WorkUnit(
             Kind.SCALES,
-            self.keys.key(Kind.SCALES, {**identity, "statistics": merged.key}),
+            self.keys.key(Kind.SCALES, {**identity, "statistics": merged.key, **_changed(changes)}),
             {"group": position, "scheme": scheme, "options": options},
-            (merged,),
+            (merged, *changes),
             rank=merged.rank + SOLVED_AFTER,
             cost=self.costs.scales_s(_searched(group)),
             out_bytes=4.0 * group.in_features,
@@ -426,11 +438,20 @@ class UnitBuilder:
         group: LinearGroup,
         position: int,
         scheme: dict[str, Any],
-        merged: WorkUnit,
+        inputs: Sequence[WorkUnit],
         scales: Sequence[WorkUnit],
     ) -> list[WorkUnit]:
-        """Return the units that solve one linear group, a range of rows each."""
-        spec, shape = plan.spec, shape_of(group)
+        """Return the units that solve one linear group, a range of rows each.
+
+        Args:
+            plan: The variant.
+            group: The group, as far as it is quantized.
+            position: Of the group in its block.
+            scheme: Its grid, as JSON.
+            inputs: What gives its statistics, and what its weights are changed by before, if they are.
+            scales: The block's activation-aware scales that concern its weights.
+        """
+        spec, shape, (merged, *changes) = plan.spec, shape_of(group), inputs
         options = {"scheme": scheme, "options": plan.solver_options, "method": spec.method.codes.value}
         is_gptq = spec.method.codes is Method.GPTQ
         own_scales = [unit for unit in scales if unit.params["group"] == position]
@@ -443,6 +464,7 @@ class UnitBuilder:
                 "statistics": merged.key,
                 "factors": [unit.key for unit in factors],
                 "scales": [unit.key for unit in scales],
+                **_changed(changes),
             },
         )
         members = [linear.local_name for linear in group.linears]
@@ -454,7 +476,7 @@ class UnitBuilder:
                     Kind.SOLVE,
                     self.keys.key(Kind.SOLVE, {"solve": identity, "rows": rows}),
                     {"group": position, "members": members, "rows": rows, "identity": identity, **options},
-                    (merged, *factors, *scales),
+                    (merged, *changes, *factors, *scales),
                     rank=merged.rank + SOLVED_AFTER,
                     cost=self.costs.solve_s(part, is_gptq),
                     out_bytes=float(part.rows * part.width),
@@ -464,6 +486,24 @@ class UnitBuilder:
                 )
             )
         return units
+
+    def _compensation(self, plan: VariantPlan, group: LinearGroup, position: int, merged: WorkUnit) -> WorkUnit:
+        """Return the unit that finds what a group's weights are changed by for what blocks before them do."""
+        share = {"share": plan.spec.compensation}
+        return WorkUnit(
+            Kind.COMPENSATE,
+            self.keys.key(Kind.COMPENSATE, {"statistics": merged.key, **share}),
+            {"group": position, **share},
+            (merged,),
+            is_durable=False,
+            rank=merged.rank + SOLVED_AFTER,
+            # A factorization, and two triangular solves of as many columns.
+            cost=7 * self.costs.factor_s(shape_of(group)),
+            out_bytes=4.0 * group.in_features**2,
+            block=group.block,
+            variant=plan.spec.name,
+            label=group.label,
+        )
 
     def _factor(
         self, plan: VariantPlan, group: LinearGroup, position: int, merged: WorkUnit, scales: Sequence[WorkUnit]
@@ -564,6 +604,11 @@ def _searched(group: LinearGroup) -> GroupShape:
     """Return a group as far as the search for its scales costs anything."""
     shape = shape_of(group)
     return GroupShape(min(shape.rows, MAX_SEARCHED_ROWS), shape.width)
+
+
+def _changed(changes: Sequence[WorkUnit]) -> dict[str, Any]:
+    """Return what identifies that weights are changed; nothing where they are not."""
+    return {"changes": [unit.key for unit in changes]} if changes else {}
 
 
 def _names(group: LinearGroup) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -49,6 +49,9 @@ SOLVED_AFTER = 0.5
 
 HELDOUT_SLICE_SEQUENCES = 2
 """Held-out sequences in a slice; their sums add up exactly, so only speed depends on it."""
+
+SUMMED = {Kind.CALIBRATE: 1, Kind.COMPARE: 2}
+"""How many moments of each input a unit of a kind adds up."""
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 """The configuration of what is not quantized."""
@@ -137,12 +140,14 @@ class Sums:
         units: What has them between them.
         block: The block.
         rank: Of what makes statistics of them.
+        is_compared: Whether there are sums of products with the source's inputs among them.
     """
 
     identity: str
     units: tuple[WorkUnit, ...]
     block: int
     rank: float
+    is_compared: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,14 +192,18 @@ class Propagation:
 
     Attributes:
         walk: What its units have in common.
+        source: The text's way through the source.
         identities: Of the text's hidden states before the first block, and after each block that was passed.
         row: The units that took it so far, one a span.
+        source_row: Where it is compared, those that have the source's hidden states that enter the next block.
         saves: Places at which hidden states are saved on the way.
     """
 
     walk: _Walk
+    source: Chain
     identities: tuple[str, ...]
     row: tuple[WorkUnit, ...]
+    source_row: tuple[WorkUnit, ...]
     saves: tuple[Stored, ...] = ()
 
 
@@ -220,21 +229,23 @@ class ChainBuilder:
     def sums(self, chain: Chain, block: int) -> Sums:
         """Return the sums over all tokens of the chain at one block."""
         identity = chain.identities[block]
-        return Sums(identity, self._added(identity, chain.blocks[block]), block, chain.merge_rank(block))
+        return Sums(
+            identity, self._added(identity, chain.blocks[block], Kind.CALIBRATE), block, chain.merge_rank(block)
+        )
 
-    def _added(self, identity: str, parts: tuple[WorkUnit, ...]) -> tuple[WorkUnit, ...]:
-        """Return units that have between them what ``parts`` have summed, no more than ``ADDED_SPANS``: these, or what
-        adds up neighbouring ones of them, level by level."""
+    def _added(self, identity: str, parts: tuple[WorkUnit, ...], kind: Kind) -> tuple[WorkUnit, ...]:
+        """Return units that have between them what ``parts``, of a kind, have summed, no more than ``ADDED_SPANS``:
+        these, or what adds up neighbouring ones of them, level by level."""
         while len(parts) > ADDED_SPANS:
             rows = [parts[first : first + ADDED_SPANS] for first in range(0, len(parts), ADDED_SPANS)]
-            parts = tuple(self._add(identity, row) for row in rows)
+            parts = tuple(self._add(identity, row, kind) for row in rows)
         return parts
 
-    def _add(self, identity: str, parts: Sequence[WorkUnit]) -> WorkUnit:
+    def _add(self, identity: str, parts: Sequence[WorkUnit], kind: Kind) -> WorkUnit:
         if len(parts) == 1:
             return parts[0]
         span, block = (parts[0].params["low"], parts[-1].params["high"]), parts[0].block
-        shapes = self._summed(block, Kind.CALIBRATE)
+        shapes = self._summed(block, kind)
         return WorkUnit(
             Kind.ADD,
             self._add_key(identity, span),
@@ -319,43 +330,65 @@ class ChainBuilder:
         walk = self._walk(source.tokens, source.spans, Kind.FORWARD, variant, config)
         return self._through(walk, source.start, source.embeds, identities, packs)
 
-    def propagation(self, source: Chain, variant: str, config: Mapping[str, Any]) -> Propagation:
-        """Return the text of a chain about to pass a variant's blocks, read as its configuration says."""
+    def propagation(self, source: Chain, variant: str, config: Mapping[str, Any], *, is_compared: bool) -> Propagation:
+        """Return a calibration text past the first block, of which nothing is quantized before it, about to pass a
+        variant's blocks, read as its configuration says.
+
+        Args:
+            source: The text's way through the source.
+            variant: The variant's name.
+            config: How its packed blocks are read.
+            is_compared: Whether what linears read is compared with what they read in the source.
+        """
         walk = self._walk(source.tokens, source.spans, Kind.PROPAGATE, variant, config)
-        return Propagation(walk, (fingerprint([source.start, config]),), source.embeds)
+        begin = fingerprint([source.start, config])
+        return Propagation(walk, source, (begin,), source.embeds, source.blocks[0] if is_compared else ())
 
     def propagated(self, before: Propagation, pack: WorkUnit) -> Propagation:
         """Return the text past one more block, which ``pack`` packs."""
         identities = (*before.identities, self._past_pack(before.identities[-1], Kind.PROPAGATE, pack))
         row = self._row(before.walk, identities[1:], before.row, pack)
         saves = tuple(place for unit in row for place in unit.saves)
-        return Propagation(before.walk, identities, row, before.saves + saves)
+        return replace(before, identities=identities, row=row, saves=before.saves + saves)
 
-    def propagated_sums(self, before: Propagation) -> Sums:
-        """Return the sums at the next block: of what its linears read where the source's block stands behind those of
-        the variant that the text has passed."""
+    def propagated_sums(self, before: Propagation) -> tuple[Propagation, Sums]:
+        """Return the sums at the next block, of what its linears read where the source's block stands behind those of
+        the variant that the text has passed; and the text again, where it is compared with the source's hidden states
+        behind that block too."""
         walk, block = before.walk, len(before.identities) - 1
+        kind = Kind.COMPARE if before.source_row else Kind.CALIBRATE
         identity = self._past_source(before.identities[-1], block, Kind.CALIBRATE)
+        if before.source_row:
+            identity = fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], before.source.identities[block]])
+        is_end = block == self.num_blocks - 1
+        is_saved = bool(before.source_row) and not is_end and _is_save(block, walk.save_every)
         units = []
-        for span, previous in zip(walk.spans, before.row, strict=True):
-            summed = self._summed(block, Kind.CALIBRATE)
+        for place, (span, own) in enumerate(zip(walk.spans, before.row, strict=True)):
+            needs, ends = ((before.source_row[place], own), {}) if before.source_row else ((own,), {"is_end": True})
+            count = walk.tokens.count(span)
+            saved = [self.keys.saved(before.source.identities[block], number) for number in range(*span)]
             units.append(
                 WorkUnit(
-                    Kind.CALIBRATE,
-                    self.keys.key(Kind.CALIBRATE, {"chain": identity, "span": span}),
-                    {"low": span[0], "high": span[1], "precision": self.keys.precision, "is_end": True},
-                    (previous,),
-                    stand_ins={previous.key: previous.saves} if previous.saves else {},
+                    kind,
+                    self.keys.key(kind, {"chain": identity, "span": span}),
+                    {"low": span[0], "high": span[1], "precision": self.keys.precision, **ends},
+                    needs,
+                    stand_ins={need.key: need.saves for need in needs if need.saves},
+                    saves=tuple(saved) if is_saved else (),
                     is_durable=False,
                     home=walk.home(span),
-                    rank=self._rank(Kind.CALIBRATE, block),
-                    cost=self._cost(walk.tokens.count(span), block, Kind.CALIBRATE),
-                    out_bytes=sum_bytes(summed),
+                    rank=self._rank(kind, block),
+                    cost=self._cost(count, block, kind),
+                    out_bytes=self._out_bytes(count, block, kind),
                     block=block,
                     variant=walk.variant,
                 )
             )
-        return Sums(identity, self._added(identity, tuple(units)), block, units[0].rank + 0.1)
+        row = tuple(units)
+        saves = tuple(place for unit in row for place in unit.saves)
+        after = replace(before, source_row=row, saves=before.saves + saves) if before.source_row else before
+        sums = Sums(identity, self._added(identity, row, kind), block, row[0].rank + 0.1, bool(before.source_row))
+        return after, sums
 
     def _embed(self, tokens: Tokens, span: Span, start: str) -> WorkUnit:
         low, high = span
@@ -448,7 +481,7 @@ class ChainBuilder:
 
     def _rank(self, kind: Kind, block: int) -> float:
         match kind:
-            case Kind.CALIBRATE:
+            case Kind.CALIBRATE | Kind.COMPARE:
                 return block - self.num_blocks
             case Kind.PROPAGATE:
                 # After the solves of the block, before anything of the next one.
@@ -461,17 +494,18 @@ class ChainBuilder:
         return 4.0 * count * self._hidden / self.costs.rates.touched_bytes if places else 0.0
 
     def _cost(self, count: int, block: int, kind: Kind) -> float:
-        sees_all = kind is Kind.CALIBRATE and self._experts is not ExpertStatistics.ROUTED
+        sees_all = kind in SUMMED and self._experts is not ExpertStatistics.ROUTED
         outline = self.keys.outline
         parameters = self.keys.block_parameters(block) if sees_all else active_elements(outline, block)
-        return self.costs.forward_s(parameters, count, self._summed(block, kind))
+        passes = 2 if kind is Kind.COMPARE else 1
+        return self.costs.forward_s(passes * parameters, count, self._summed(block, kind))
 
     def _out_bytes(self, count: int, block: int, kind: Kind) -> float:
         return 4.0 * count * self._hidden + sum_bytes(self._summed(block, kind))
 
     def _summed(self, block: int, kind: Kind) -> list[GroupShape]:
         """Return the inputs whose moments are added up at a block; of rows, which cost nothing here, none."""
-        return [GroupShape(0, width) for width in self._widths[block]] if kind is Kind.CALIBRATE else []
+        return [GroupShape(0, width) for width in self._widths[block]] * SUMMED.get(kind, 0)
 
 
 def _is_save(block: int, every: int) -> bool:

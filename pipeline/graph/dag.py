@@ -21,9 +21,11 @@ class Kind(StrEnum):
 
     EMBED = "embed"
     CALIBRATE = "calibrate"
+    COMPARE = "compare"
     PROPAGATE = "propagate"
     ADD = "add"
     MERGE = "merge"
+    COMPENSATE = "compensate"
     FACTOR = "factor"
     SENSE = "sense"
     APPRAISE = "appraise"

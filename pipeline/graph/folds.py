@@ -8,7 +8,7 @@ follows by its columns, which are rounded to the stored dtype once more.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +90,7 @@ def search_group_scales(
     statistics: Statistics,
     scheme: Scheme,
     options: SolveOptions,
+    prepare: Callable[[Tensor], Tensor] = lambda weight_OI: weight_OI,
 ) -> ScaleResult:
     """Return the group's scale. The weights must be attached to the skeleton.
 
@@ -100,6 +101,7 @@ def search_group_scales(
         statistics: Of the group's input.
         scheme: The grid that the group will be rounded to.
         options: Of the search.
+        prepare: What the group's rows [O, I] are to be before they are scaled and rounded.
     """
     (producer,) = find_producers(skeleton, [group])
     if producer is None:
@@ -111,7 +113,7 @@ def search_group_scales(
     stack_OI = torch.cat(
         [linear.to_rows(weights[linear.local_name + ".weight"])[::stride].float() for linear in group.linears]
     )
-    found = search_scales(stack_OI.to(rows.device), shared, scheme, options)
+    found = search_scales(prepare(stack_OI.to(rows.device)), shared, scheme, options)
     scale_I = _mean_by_row(found.scale_I, rows)[rows]
     if producer.fold is Fold.ROWS:
         return ScaleResult(scale_I, producer, found.exponent, {})

@@ -48,9 +48,11 @@ Records = dict[str, StageRecord]
 PHASES: dict[Kind, Phase] = {
     Kind.EMBED: Phase.CALIBRATE,
     Kind.CALIBRATE: Phase.CALIBRATE,
+    Kind.COMPARE: Phase.CALIBRATE,
     Kind.PROPAGATE: Phase.CALIBRATE,
     Kind.ADD: Phase.CALIBRATE,
     Kind.MERGE: Phase.CALIBRATE,
+    Kind.COMPENSATE: Phase.SOLVE,
     Kind.FACTOR: Phase.SOLVE,
     Kind.SENSE: Phase.CALIBRATE,
     Kind.APPRAISE: Phase.SOLVE,

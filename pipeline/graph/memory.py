@@ -50,10 +50,12 @@ FLOAT, DOUBLE = 4, 8
 UNITS_OF: dict[Kind, str] = {
     Kind.EMBED: "embed tokens",
     Kind.CALIBRATE: "calibrate on a block",
+    Kind.COMPARE: "compare a block's inputs",
     Kind.PROPAGATE: "pass calibration text",
     Kind.FORWARD: "pass held-out text",
     Kind.ADD: "add up statistics",
     Kind.MERGE: "add up statistics",
+    Kind.COMPENSATE: "find compensations",
     Kind.FACTOR: "factor statistics",
     Kind.SENSE: "measure sensitivity",
     Kind.SCALES: "search scales",
@@ -251,6 +253,15 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
         units["measure sensitivity"] = embedding + dense + stored // 4 + kept + 4 * FLOAT * LOGIT_ELEMENTS
     if any(variant.propagate is Propagate.QUANTIZED for variant in spec.variants):
         units["pass calibration text"] = dense + stored // 4 + passing(calibration)
+    if any(variant.is_compensated for variant in spec.variants):
+        # Hidden states of both, what the block's linears read in the source, and twice the sums.
+        both = passing(calibration) + hidden * (calibration.span_tokens + 2 * calibration.slice_tokens)
+        read = max(FLOAT * sum(items.widths) for items in collections) * calibration.batch_tokens
+        sums = 2 * calibration.partial_sums * moments
+        units["compare a block's inputs"] = dense + stored // 4 + both + read + sums
+        units["add up statistics"] = 6 * moments
+        units["find compensations"] = 3 * moment + 3 * widest**2 * DOUBLE
+        units["solve a linear group"] = solve + moment
     methods = {variant.method for variant in spec.variants}
     if any(method.codes is Method.GPTQ for method in methods):
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4

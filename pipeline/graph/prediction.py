@@ -27,10 +27,12 @@ class Limit(StrEnum):
 LIMIT_OF: dict[Kind, Limit] = {
     Kind.EMBED: Limit.FORWARD,
     Kind.CALIBRATE: Limit.FORWARD,
+    Kind.COMPARE: Limit.FORWARD,
     Kind.PROPAGATE: Limit.FORWARD,
     Kind.FORWARD: Limit.FORWARD,
     Kind.ADD: Limit.REDUCTION,
     Kind.MERGE: Limit.REDUCTION,
+    Kind.COMPENSATE: Limit.SOLVES,
     Kind.FACTOR: Limit.SOLVES,
     Kind.SENSE: Limit.FORWARD,
     Kind.APPRAISE: Limit.SOLVES,

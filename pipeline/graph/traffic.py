@@ -52,7 +52,7 @@ class Traffic:
         match unit.kind:
             case Kind.EMBED | Kind.OUTER:
                 yield Read("outer", self._outer_bytes, Route.WEIGHTS)
-            case Kind.CALIBRATE | Kind.SCALES | Kind.PACK:
+            case Kind.CALIBRATE | Kind.COMPARE | Kind.SCALES | Kind.PACK:
                 yield self._block(unit.block)
             case Kind.SOLVE:
                 yield self._group(unit)
@@ -68,12 +68,12 @@ class Traffic:
                     yield from map(self._block, self._continued_blocks(unit))
             case Kind.VERIFY:
                 yield Read(unit.label, unit.params["size_bytes"], Route.WEIGHTS)
-            case Kind.PROPAGATE | Kind.ADD | Kind.MERGE | Kind.FACTOR | Kind.APPRAISE | Kind.SCORE:
+            case Kind.PROPAGATE | Kind.ADD | Kind.MERGE | Kind.COMPENSATE | Kind.FACTOR | Kind.APPRAISE | Kind.SCORE:
                 pass
 
     def ahead(self, unit: WorkUnit) -> Iterator[Read]:
         """Yield what is read ahead while a unit runs: the source's next block, where the next unit needs it."""
-        is_walk = unit.kind in (Kind.EMBED, Kind.CALIBRATE, Kind.PROPAGATE) or (
+        is_walk = unit.kind in (Kind.EMBED, Kind.CALIBRATE, Kind.COMPARE, Kind.PROPAGATE) or (
             unit.kind is Kind.FORWARD and not unit.variant
         )
         if is_walk and unit.block + 1 < self._outline.skeleton.num_blocks:
@@ -108,9 +108,11 @@ class Traffic:
         return range(0 if "is_split" in unit.params else self._outline.skeleton.num_blocks)
 
     def _sum_bytes(self, unit: WorkUnit) -> float:
-        if unit.kind is not Kind.CALIBRATE:
+        if unit.kind not in (Kind.CALIBRATE, Kind.COMPARE):
             return 0.0
-        return sum(4.0 * group.in_features**2 for group in self._outline.groups[unit.block])
+        # Of what is compared, the products of the one with the other are added up too.
+        moments = 2 if unit.kind is Kind.COMPARE else 1
+        return moments * sum(4.0 * group.in_features**2 for group in self._outline.groups[unit.block])
 
     def _block(self, block: int) -> Read:
         return Read(f"block {block}", self.block_bytes(block), Route.WEIGHTS)

@@ -39,7 +39,7 @@ SHELF_SHARE = 0.3
 COPY_SHARE = {"cpu": 0.125, "cuda": 0.5}
 """Share of the shelf for copies of stored outputs. Where a store is read as fast as a worker computes, a few do."""
 
-WALKS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.PROPAGATE, Kind.FORWARD})
+WALKS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.COMPARE, Kind.PROPAGATE, Kind.FORWARD})
 """Units that are followed by one of the next block, whose weights are read ahead while they run."""
 
 

@@ -11,20 +11,28 @@ import torch
 from torch import Tensor
 
 from pipeline.calibrate.tokens import Text, take_tokens
+from pipeline.errors import SpecError
 from pipeline.skeleton.tokenizer import TextTokenizer
+from pipeline.spec import build_spec, parse_variant
 from tests.architectures import TOKENIZER_FOLDER, make_model, published_net, source_net
 from tests.integration.test_architectures import Converted, convert_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 METHODS = ("gptq-w3-g64-ct", "rtn-w3-g64-ct")
+SCALED = ("awq-w4-g64", "awq-gptq-w4-g64")
 SAMPLES, LENGTH = 16, 64
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     root = tmp_path_factory.mktemp("schedules")
-    variants = [*METHODS, *(f"{method}-seq" for method in METHODS), "awq-w4-g64", "awq-w4-g64-seq"]
+    plain = [
+        {**parse_variant(f"{method}-seq").model_dump(), "name": f"{method}-plain", "compensation": 0}
+        for method in METHODS
+    ]
+    sequential = [f"{method}-seq" for method in (*METHODS, *SCALED)]
+    variants: list[str | dict[str, Any]] = [*METHODS, *SCALED, *sequential, *plain]
     return convert_folder(make_model("llama", root / "llama"), root / "out", variants, precision="float32")
 
 
@@ -67,7 +75,7 @@ def errors_of(folder: Path, source: Path, tokens_NL: Tensor, *, is_behind_own: b
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_of_what_linears_read_behind_their_own_blocks(converted: Converted, method: str) -> None:
     tokens_NL, differences = calibration_tokens(converted), []
-    for name, is_behind_own in ((method, False), (f"{method}-seq", True)):
+    for name, is_behind_own in ((method, False), (f"{method}-plain", True)):
         stated = {module.name: module.loss for module in converted.outcomes[name].facts.modules}
         folder = converted.folder(name)
         found = errors_of(folder, converted.source, tokens_NL, is_behind_own=is_behind_own)
@@ -78,8 +86,32 @@ def test_losses_are_of_what_linears_read_behind_their_own_blocks(converted: Conv
     assert max(differences) > 0.01
 
 
+@torch.no_grad()
+def distance_from_source(folder: Path, source: Path, tokens_NL: Tensor) -> dict[str, float]:
+    """Return the mean squared difference of what every linear gives in the source and in the published model."""
+    nets = source_net(source), published_net(folder, source)
+    named = [
+        {name: module for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)} for net in nets
+    ]
+    inputs = [inputs_of(net, own, tokens_NL) for net, own in zip(nets, named, strict=True)]
+    outputs = [{name: read[name] @ own[name].weight.T for name in own} for own, read in zip(named, inputs, strict=True)]
+    return {name: float((outputs[1][name] - outputs[0][name]).square().sum(-1).mean()) for name in named[0]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compensation_brings_outputs_nearer_to_the_source_s(converted: Converted, method: str) -> None:
+    tokens_NL = calibration_tokens(converted)
+    plain, compensated = (
+        distance_from_source(converted.folder(f"{method}-{suffix}"), converted.source, tokens_NL)
+        for suffix in ("plain", "seq")
+    )
+    behind = [name for name in plain if ".layers.1." in name]
+    assert len(behind) == 7
+    assert sum(compensated[name] for name in behind) < 0.97 * sum(plain[name] for name in behind)
+
+
 def test_the_first_block_is_the_same_and_the_others_are_not(converted: Converted) -> None:
-    for method in (*METHODS, "awq-w4-g64"):
+    for method in (*METHODS, *SCALED):
         errors = [
             {module.name: module.loss for module in converted.outcomes[name].facts.modules}
             for name in (method, f"{method}-seq")
@@ -88,7 +120,16 @@ def test_the_first_block_is_the_same_and_the_others_are_not(converted: Converted
         assert same == {name for name in errors[0] if ".layers.0." in name}
 
 
-def test_every_variant_says_what_it_was_calibrated_behind(converted: Converted) -> None:
+def test_every_variant_passes_and_says_what_it_was_calibrated_behind(converted: Converted) -> None:
     for name, outcome in converted.outcomes.items():
         assert outcome.facts.verdict.passed, name
-        assert outcome.facts.variant.propagate == ("quantized" if name.endswith("-seq") else "float")
+        is_behind_own = name.endswith(("-seq", "-plain"))
+        assert outcome.facts.variant.propagate == ("quantized" if is_behind_own else "float")
+
+
+def test_experts_that_see_some_tokens_only_are_refused() -> None:
+    spec = {"source": "x", "targets": ["y"], "variants": ["gptq-w4-g64-seq"], "calibration": {"experts": "routed"}}
+    with pytest.raises(SpecError, match=r"gptq-w4-g64-seq compares .* set calibration.experts to all"):
+        build_spec(spec, "test")
+    plain = {"name": "plain", "method": "gptq", "propagate": "quantized", "compensation": 0}
+    assert build_spec({**spec, "variants": [plain]}, "test").variants[0].name == "plain"

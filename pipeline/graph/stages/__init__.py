@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.graph.dag import Kind
-from pipeline.graph.stages.calibrate import add_spans, calibrate, embed, forward, merge_spans
+from pipeline.graph.stages.calibrate import add_spans, calibrate, compare, embed, forward, merge_spans
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.evaluate import continue_part, generate, score
 from pipeline.graph.stages.pack import outer, pack
 from pipeline.graph.stages.sensitivity import appraise, sense
-from pipeline.graph.stages.solve import factor_group, scales, solve_range
+from pipeline.graph.stages.solve import compensate, factor_group, scales, solve_range
 from pipeline.graph.stages.verify import verify
 
 ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
@@ -31,9 +31,11 @@ ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
 STAGES: dict[Kind, Callable[[Call], dict[str, Any]]] = {
     Kind.EMBED: embed,
     Kind.CALIBRATE: calibrate,
+    Kind.COMPARE: compare,
     Kind.PROPAGATE: forward,
     Kind.ADD: add_spans,
     Kind.MERGE: merge_spans,
+    Kind.COMPENSATE: compensate,
     Kind.FACTOR: factor_group,
     Kind.SENSE: sense,
     Kind.APPRAISE: appraise,

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.calibrate.collections import Collections, Sums, blend, plan_collections
-from pipeline.calibrate.forward import forward_block
+from pipeline.calibrate.collections import CROSS, Collections, Sums, blend, plan_collections
+from pipeline.calibrate.forward import compare_block, forward_block
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.variant import VariantReader
@@ -27,7 +27,7 @@ from pipeline.quantize.types import Statistics
 
 Node = TypeVar("Node")
 
-HIDDEN_KINDS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.PROPAGATE, Kind.FORWARD})
+HIDDEN_KINDS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.COMPARE, Kind.PROPAGATE, Kind.FORWARD})
 """Units whose output hidden states are part of."""
 
 HIDDEN_PREFIX = "hidden."
@@ -97,6 +97,30 @@ def calibrate(call: Call) -> dict[str, Any]:
     return {}
 
 
+def compare(call: Call) -> dict[str, Any]:
+    """Make the source's hidden states behind one block for a span of slices, and the sums over what the block's linears
+    read behind the variant's own blocks, alone and with what they read in the source."""
+    low, high = call.params["low"], call.params["high"]
+    skeleton, index, collections = call.skeleton, call.unit.block, collections_of(call)
+    hidden = hidden_states(call)
+    own = slice_states(call, call.need(Kind.PROPAGATE), range(low, high))
+
+    def slice_sums(start: int, end: int) -> list[Sums] | None:
+        if end - start > 1:
+            return None
+        output, sums = compare_block(skeleton, index, hidden.pop(start), own.pop(start), collections)
+        if index < skeleton.num_blocks - 1:
+            call.put({hidden_name(start): output})
+        return sums
+
+    with _attached(call, call.source.block(index)):
+        sums = add_up(low, high, slice_sums, _add_all)
+    save_hidden(call)
+    for position, total in enumerate(sums):
+        call.put(_named(position, total))
+    return {}
+
+
 def collections_of(call: Call) -> Collections:
     """Return what is added up at the unit's block."""
     outline = call.source.outline
@@ -132,6 +156,8 @@ def merge_spans(call: Call) -> dict[str, Any]:
     own, place = _sum_of_needs(call, position, 0, end), collections.shared[position]
     shared = _sum_of_needs(call, place, 0, end).statistics if place is not None else None
     call.put(to_tensors(blend(own.statistics, shared, call.params.get("shrinkage", 0.0))))
+    if own.cross_II is not None:
+        call.put({CROSS: own.cross_II})
     counted = zip(collections.items[position].counted, own.routed_E.tolist(), strict=True)
     routed = {f"{collections.items[position].experts}.{number}": count for number, count in counted}
     return {"tokens": own.statistics.num_tokens} | ({"expert_tokens": routed} if routed else {})

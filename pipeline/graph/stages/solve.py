@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.calibrate.collections import CROSS
 from pipeline.graph.dag import Kind, WorkUnit
 from pipeline.graph.folds import ScaleResult, fold_block, scope_of, search_group_scales
 from pipeline.graph.stages.calibrate import statistics_of
 from pipeline.graph.stages.call import Call
+from pipeline.quantize.compensation import compensated, compensation
 from pipeline.quantize.gptq import Factor
 from pipeline.quantize.solve import (
     SolvedRows,
@@ -43,7 +45,13 @@ def scales(call: Call) -> dict[str, Any]:
     weights = call.source.block(index, scope_of(call.group, skeleton.block_tensors(index)))
     with skeleton.attached(index, weights):
         result = search_group_scales(
-            skeleton, call.group, weights, statistics_of(call), scheme_of(call.params), options_of(call.params)
+            skeleton,
+            call.group,
+            weights,
+            statistics_of(call),
+            scheme_of(call.params),
+            options_of(call.params),
+            lambda weight_OI: _compensated(call, weight_OI),
         )
     call.put(result.tensors)
     return result.summary
@@ -59,6 +67,19 @@ def scale_results(call: Call) -> dict[int, ScaleResult]:
     return results
 
 
+def compensate(call: Call) -> dict[str, Any]:
+    """Make what the weights of one linear group are changed by for what the blocks before it do to its input."""
+    found = call.get(call.need(Kind.MERGE))
+    call.put({"change": compensation(found["second_moment"], found[CROSS], call.params["share"])})
+    return {}
+
+
+def _compensated(call: Call, weight_OI: Tensor) -> Tensor:
+    """Return rows of the unit's linear group as they are to be quantized."""
+    changes = call.needs(Kind.COMPENSATE)
+    return compensated(weight_OI, call.get(changes[0])["change"]) if changes else weight_OI
+
+
 def factor_group(call: Call) -> dict[str, Any]:
     """Make the factor of one linear group's second moment, which all row ranges share, and all GPTQ variants whose
     weights are not scaled."""
@@ -71,7 +92,7 @@ def factor_group(call: Call) -> dict[str, Any]:
 def solve_range(call: Call) -> dict[str, Any]:
     """Write codes, grids and losses of a range of rows of one linear group, whose members are rows of one matrix."""
     results, position = scale_results(call), call.params["group"]
-    statistics, weight_OI = _scaled_statistics(call, results), _stack(call, results)
+    statistics, weight_OI = _scaled_statistics(call, results), _compensated(call, _stack(call, results))
     if position in results:
         weight_OI = weight_OI * results[position].scale_I
     factors = call.needs(Kind.FACTOR)
