@@ -50,6 +50,8 @@ class Propagate(StrEnum):
     """Those that it has in the source."""
     QUANTIZED = "quantized"
     """Those that it has behind the blocks that are quantized already."""
+    TWO_PASS = "two-pass"
+    """Those that it has behind blocks that were quantized on the source's, all of them at first."""
 
 
 class Format(StrEnum):
@@ -76,8 +78,8 @@ class GroupFallback(StrEnum):
     REFUSE = "refuse"
 
 
-SEQUENTIAL_SUFFIX = "seq"
-"""What a short name ends with for blocks that are solved one after the other (``Propagate.QUANTIZED``)."""
+SCHEDULE_SUFFIXES = {Propagate.QUANTIZED: "seq", Propagate.TWO_PASS: "twopass"}
+"""What a short name ends with for statistics that are not of the source's inputs."""
 
 EXPRESSION_MARK = "re:"
 """What a regular expression in ``ignore`` starts with."""
@@ -168,11 +170,13 @@ class VariantSpec(Strict):
     `skip` leaves the matrix unquantized, `refuse` is an error."""
     propagate: Propagate = Propagate.FLOAT
     """Inputs that statistics are of: `float`, those of the source, so that all blocks are solved side by side and all
-    variants share them; or `quantized`, those behind the variant's own blocks, one block after the other, at the price
-    of three passes over the calibration text for each such variant (two without `compensation`)."""
+    variants share them; `quantized`, those behind the variant's own blocks, one block after the other, at the price of
+    three passes over the calibration text for each such variant (two without `compensation`); or `two-pass`: all blocks
+    are solved as with `float`, text passes them, and all are solved again on what they read then, side by side."""
     compensation: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """With `propagate: quantized`: how far weights go, before they are quantized, towards those that give the source's
-    outputs on the inputs behind quantized blocks. 0 is not at all; 1 fits the calibration text and fails on others."""
+    """With `propagate: quantized` and `two-pass`: how far weights go, before they are quantized, towards those that
+    give the source's outputs on the inputs behind quantized blocks. 0 is not at all; 1 fits the calibration text and
+    fails on others."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """GPTQ: first rung of the damping ladder, as a fraction of the mean diagonal of the second moment."""
     act_order: bool = True
@@ -233,8 +237,8 @@ class VariantSpec(Strict):
             parts.append("ct" if self.format is Format.COMPRESSED_TENSORS else self.format.value)
         if self.symmetric != _default_symmetry(self.method, self.format):
             parts.append("sym" if self.symmetric else "asym")
-        if self.propagate is Propagate.QUANTIZED:
-            parts.append(SEQUENTIAL_SUFFIX)
+        if self.propagate in SCHEDULE_SUFFIXES:
+            parts.append(SCHEDULE_SUFFIXES[self.propagate])
         return "-".join(parts)
 
     def _width(self) -> str:
@@ -247,7 +251,7 @@ class VariantSpec(Strict):
     @property
     def is_compensated(self) -> bool:
         """Whether weights are changed before they are quantized, for what blocks before them do."""
-        return self.propagate is Propagate.QUANTIZED and self.compensation > 0
+        return self.propagate is not Propagate.FLOAT and self.compensation > 0
 
     @property
     def choices(self) -> tuple[Bits, ...]:
@@ -292,7 +296,7 @@ _OWN_FORMATS = {
 _VARIANT_NAME = re.compile(
     r"(?P<method>rtn|awq-gptq|gptq|awq)-w(?P<bits>\d+(?:\.\d+)?)-(?P<group>g\d+|channel)"
     r"(?:-(?P<format>gptq|awq|ct))?(?:-(?P<symmetry>sym|asym))?"
-    rf"(?:-(?P<schedule>{SEQUENTIAL_SUFFIX}))?"
+    rf"(?:-(?P<schedule>{'|'.join(SCHEDULE_SUFFIXES.values())}))?"
 )
 
 
@@ -319,9 +323,9 @@ def _default_symmetry(method: Method, format_: Format) -> bool:
 
 
 def parse_variant(name: str) -> VariantSpec:
-    """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym][-seq]``.
-    Bits with a decimal point, as in ``gptq-w4.5-g64``, are an average: mixed precision. ``-seq`` solves one block after
-    the other, on the inputs that it has behind those that are quantized already.
+    """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym]`` and
+    ``-seq`` or ``-twopass`` for a schedule other than ``float``. Bits with a decimal point, as in ``gptq-w4.5-g64``,
+    are an average: mixed precision.
 
     Raises:
         SpecError: when the name cannot be read or means a combination that no format holds.
@@ -338,7 +342,8 @@ def parse_variant(name: str) -> VariantSpec:
     if match["format"]:
         format_ = Format.COMPRESSED_TENSORS if match["format"] == "ct" else Format(match["format"])
     symmetric = match["symmetry"] == "sym" if match["symmetry"] else _default_symmetry(method, format_)
-    propagate = Propagate.QUANTIZED if match["schedule"] else Propagate.FLOAT
+    schedules = {suffix: schedule for schedule, suffix in SCHEDULE_SUFFIXES.items()}
+    propagate = schedules.get(match["schedule"], Propagate.FLOAT)
     group = PER_CHANNEL if match["group"] == "channel" else int(match["group"][1:])
     width = {"mix": {"average_bits": float(match["bits"])}} if is_mixed else {"bits": bits}
     try:

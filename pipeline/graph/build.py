@@ -290,15 +290,18 @@ class UnitBuilder:
     def _packs(self, plan: VariantPlan, merged: list[list[WorkUnit]]) -> tuple[list[WorkUnit], tuple[Stored, ...]]:
         """Return the units that pack a variant's blocks, from statistics of the source's inputs or of its own, and the
         places at which hidden states are saved for them."""
-        if plan.spec.propagate is Propagate.FLOAT:
-            return [self._block(plan, block, merged[block]) for block in range(self.num_blocks)], ()
+        schedule = plan.spec.propagate
+        first = [] if schedule is Propagate.QUANTIZED else [self._block(plan, *block) for block in enumerate(merged)]
+        if schedule is Propagate.FLOAT:
+            return first, ()
         text = self.chains.propagation(
             self.calibration, plan.spec.name, plan.quantization_config, is_compared=plan.spec.is_compensated
         )
         # Nothing is quantized before the first block.
         packs = [self._block(plan, 0, merged[0])]
         for _ in range(1, self.num_blocks):
-            text, sums = self.chains.propagated_sums(self.chains.propagated(text, packs[-1]))
+            passed = first[len(packs) - 1] if first else packs[-1]
+            text, sums = self.chains.propagated_sums(self.chains.propagated(text, passed))
             packs.append(self._block(plan, sums.block, self._merges(sums)))
         return packs, text.saves
 

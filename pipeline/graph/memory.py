@@ -251,7 +251,7 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
         widths = sum(columns + rows for columns, rows in groups) / len(block_names)
         kept = FLOAT * 3 * int(widths) * own.length + 2 * hidden * own.length * most * len(block_names)
         units["measure sensitivity"] = embedding + dense + stored // 4 + kept + 4 * FLOAT * LOGIT_ELEMENTS
-    if any(variant.propagate is Propagate.QUANTIZED for variant in spec.variants):
+    if any(variant.propagate is not Propagate.FLOAT for variant in spec.variants):
         units["pass calibration text"] = dense + stored // 4 + passing(calibration)
     if any(variant.is_compensated for variant in spec.variants):
         # Hidden states of both, what the block's linears read in the source, and twice the sums.

@@ -257,7 +257,7 @@ def report_plan(
         _report_variant(outline, plan, names, spec.calibration, evaluate, cache_bytes) for plan in inputs.variants
     )
     # Behind its own blocks, a variant passes the text twice: through the source's block, and through its own.
-    behind = sum(variant.propagate is Propagate.QUANTIZED for variant in spec.variants)
+    behind = sum(variant.propagate is not Propagate.FLOAT for variant in spec.variants)
     calibrate = tokens * (2.0 * passed + moments) + heldout * 2.0 * active
     calibrate += behind * tokens * (2.0 * (passed + active) + moments)
     return PlanReport(

@@ -91,6 +91,7 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
     return {
         "facts": facts,
         "front_matter": yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True).rstrip(),
+        "schedule": figures.describe_schedule(facts.variant),
         "scheme": figures.describe_scheme(facts.variant, facts.modules),
         "judged": figures.judge(facts),
         "checks": [(check, _check_figures(check)) for check in facts.verdict.checks],

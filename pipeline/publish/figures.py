@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts, ReleaseFacts, weights_by_width
-from pipeline.spec import PER_CHANNEL, ExpertStatistics, Format, Method, VariantSpec, average_width
+from pipeline.spec import PER_CHANNEL, ExpertStatistics, Format, Method, Propagate, VariantSpec, average_width
 
 _SCALE_BITS = 16
 _METHOD_NAMES = {
@@ -146,6 +146,19 @@ def kind_of(module_name: str) -> str:
     ``experts.`` before it when it is one of several experts."""
     parts = module_name.split(".")
     return f"experts.{parts[-1]}" if "experts" in parts[:-1] else parts[-1]
+
+
+_SCHEDULES = {
+    Propagate.FLOAT: "",
+    Propagate.QUANTIZED: " behind this release's own earlier blocks",
+    Propagate.TWO_PASS: " behind blocks that were quantized on the source's inputs at first",
+}
+
+
+def describe_schedule(variant: VariantSpec) -> str:
+    """Return behind what a variant's linears read the inputs that statistics are of, to follow a noun; nothing for
+    those of the source."""
+    return _SCHEDULES[variant.propagate]
 
 
 def describe_scheme(variant: VariantSpec, modules: Iterable[ModuleFacts]) -> str:

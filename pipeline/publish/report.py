@@ -20,7 +20,6 @@ from rich.text import Text
 from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts, ReleaseFacts
 from pipeline.observe.terminal import one_line
 from pipeline.publish import figures
-from pipeline.spec import Propagate
 from pipeline.units import format_bytes, format_count
 
 NARROW_COLUMNS = 120
@@ -98,7 +97,7 @@ def _identity(facts: ReleaseFacts) -> Table:
         "size": f"{format_bytes(source.size_bytes)} -> {format_bytes(facts.size_bytes)}, "
         f"{figures.size_ratio(facts):.2f} times smaller, {figures.bits_per_parameter(facts):.2f} bits per parameter",
         "calibration": f"{calibration.text}, {calibration.samples} x {calibration.length} tokens"
-        + (", behind its own blocks" if facts.variant.propagate is Propagate.QUANTIZED else ""),
+        + figures.describe_schedule(facts.variant),
         "held-out": f"{quality.heldout_text}, {quality.heldout_tokens} tokens: "
         f"perplexity {quality.perplexity:.4g} (source {quality.source_perplexity:.4g}), KL {quality.kl:.4g}, "
         f"top-1 agreement {100 * quality.top1_agreement:.2f} %",

@@ -249,14 +249,21 @@ def test_a_method_of_two_words_is_told_from_a_format(name: str, format_: Format,
 
 
 @pytest.mark.parametrize(
-    "name", ["gptq-w4-g64-seq", "awq-w3-g128-ct-sym-seq", "gptq-w4.5-g64-seq", "rtn-w8-channel-seq"]
+    ("plain", "suffix", "schedule"),
+    [
+        ("gptq-w4-g64", "seq", Propagate.QUANTIZED),
+        ("awq-w3-g128-ct-sym", "seq", Propagate.QUANTIZED),
+        ("gptq-w4.5-g64", "twopass", Propagate.TWO_PASS),
+        ("rtn-w8-channel", "twopass", Propagate.TWO_PASS),
+    ],
 )
-def test_a_short_name_says_that_blocks_follow_one_another(name: str) -> None:
-    found, plain = parse_variant(name), parse_variant(name.removesuffix("-seq"))
-    assert found.name == name
-    assert found.propagate is Propagate.QUANTIZED
-    assert plain.propagate is Propagate.FLOAT
-    assert found.model_copy(update={"propagate": Propagate.FLOAT, "name": plain.name}) == plain
+def test_a_short_name_says_the_schedule(plain: str, suffix: str, schedule: Propagate) -> None:
+    found, float_one = parse_variant(f"{plain}-{suffix}"), parse_variant(plain)
+    assert (found.name, found.propagate) == (f"{plain}-{suffix}", schedule)
+    assert float_one.propagate is Propagate.FLOAT
+    assert found.model_copy(update={"propagate": Propagate.FLOAT, "name": plain}) == float_one
+    assert found.is_compensated
+    assert not float_one.is_compensated
 
 
 def test_what_a_short_name_does_not_say_is_in_the_name_all_the_same() -> None:
