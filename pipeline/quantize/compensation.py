@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.errors import QuantizationError
 from pipeline.quantize.solve import TILE_ROWS, TILE_ROWS_DEVICE
 
-DAMPING = 0.1
+DAMPING = 0.3
 """d as a fraction of the mean diagonal of H'."""
 
 
