@@ -17,7 +17,7 @@ Sums stay sums over slices, so they add up in any fixed tree; blending is done o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,15 +171,8 @@ def collecting(block: nn.Module, collections: Collections, device: str) -> Itera
 
         return take
 
-    handles = [
-        block.get_submodule(item.linear).register_forward_pre_hook(hook(position, item))
-        for position, item in enumerate(collections.items)
-    ]
-    try:
+    with _hooked(block, collections, hook):
         yield sums
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Comparison:
@@ -231,12 +224,19 @@ def comparing(block: nn.Module, collections: Collections, device: str) -> Iterat
 
         return take
 
+    with _hooked(block, collections, hook):
+        yield comparison
+
+
+@contextmanager
+def _hooked(block: nn.Module, collections: Collections, make_hook: Callable[[int, Collection], Any]) -> Iterator[None]:
+    """Within the context, a hook is called before the linear of each collection, made from its position and itself."""
     handles = [
-        block.get_submodule(item.linear).register_forward_pre_hook(hook(position, item))
+        block.get_submodule(item.linear).register_forward_pre_hook(make_hook(position, item))
         for position, item in enumerate(collections.items)
     ]
     try:
-        yield comparison
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -17,14 +17,15 @@ from pipeline.graph.stages.verify import verify
 
 ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
     Kind.FACTOR: 4,
-    Kind.SCALES: 4,
-    Kind.SOLVE: 4,
-    Kind.CALIBRATE: 4,
-    Kind.PROPAGATE: 4,
-    Kind.FORWARD: 4,
-    Kind.SCORE: 4,
-    Kind.CONTINUE: 3,
-    Kind.GENERATE: 5,
+    Kind.SENSE: 3,
+    Kind.SCALES: 5,
+    Kind.SOLVE: 5,
+    Kind.CALIBRATE: 5,
+    Kind.PROPAGATE: 5,
+    Kind.FORWARD: 5,
+    Kind.SCORE: 5,
+    Kind.CONTINUE: 4,
+    Kind.GENERATE: 6,
 }
 """Part of every key: raised when a stage's code changes its output, so that stale outputs are not found."""
 

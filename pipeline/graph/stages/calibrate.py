@@ -74,51 +74,51 @@ def embed(call: Call) -> dict[str, Any]:
 def calibrate(call: Call) -> dict[str, Any]:
     """Make one block's output hidden states for a span of slices, and the sums over all its tokens; the sums alone
     where nobody reads the hidden states."""
-    low, high = call.params["low"], call.params["high"]
-    skeleton, index = call.skeleton, call.unit.block
-    # Nobody calibrates on what leaves the last block, nor the source's where a variant's own follows.
-    is_end = call.params.get("is_end", False) or index == skeleton.num_blocks - 1
-    collections = collections_of(call)
+    skeleton, index, collections = call.skeleton, call.unit.block, collections_of(call)
     hidden = hidden_states(call)
-
-    def slice_sums(start: int, end: int) -> list[Sums] | None:
-        if end - start > 1:
-            return None
-        output, sums = forward_block(skeleton, index, hidden.pop(start), collections)
-        if not is_end:
-            call.put({hidden_name(start): output})
-        return sums
-
-    with _attached(call, call.source.block(index)):
-        sums = add_up(low, high, slice_sums, _add_all)
-    save_hidden(call)
-    for position, total in enumerate(sums):
-        call.put(_named(position, total))
+    _pass_and_sum(
+        call,
+        lambda number: forward_block(skeleton, index, hidden.pop(number), collections),
+        # The source's hidden states are not what follows a variant's own.
+        is_end=call.params.get("is_end", False),
+    )
     return {}
 
 
 def compare(call: Call) -> dict[str, Any]:
     """Make the source's hidden states behind one block for a span of slices, and the sums over what the block's linears
     read behind the variant's own blocks, alone and with what they read in the source."""
-    low, high = call.params["low"], call.params["high"]
     skeleton, index, collections = call.skeleton, call.unit.block, collections_of(call)
     hidden = hidden_states(call)
-    own = slice_states(call, call.need(Kind.PROPAGATE), range(low, high))
+    own = slice_states(call, call.need(Kind.PROPAGATE), range(call.params["low"], call.params["high"]))
+    _pass_and_sum(call, lambda number: compare_block(skeleton, index, hidden.pop(number), own.pop(number), collections))
+    return {}
+
+
+def _pass_and_sum(call: Call, pass_slice: Callable[[int], tuple[Tensor, list[Sums]]], *, is_end: bool = False) -> None:
+    """Put out what slices are behind the unit's block, but at the end, and the sums over all of them.
+
+    Args:
+        call: The unit.
+        pass_slice: Gives both of a slice by its number, while the source's block is attached.
+        is_end: Whether nobody reads what leaves the block, as that of the last one.
+    """
+    low, high = call.params["low"], call.params["high"]
+    is_end = is_end or call.unit.block == call.skeleton.num_blocks - 1
 
     def slice_sums(start: int, end: int) -> list[Sums] | None:
         if end - start > 1:
             return None
-        output, sums = compare_block(skeleton, index, hidden.pop(start), own.pop(start), collections)
-        if index < skeleton.num_blocks - 1:
+        output, sums = pass_slice(start)
+        if not is_end:
             call.put({hidden_name(start): output})
         return sums
 
-    with _attached(call, call.source.block(index)):
+    with _attached(call, call.source.block(call.unit.block)):
         sums = add_up(low, high, slice_sums, _add_all)
     save_hidden(call)
     for position, total in enumerate(sums):
         call.put(_named(position, total))
-    return {}
 
 
 def collections_of(call: Call) -> Collections:
