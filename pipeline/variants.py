@@ -173,7 +173,7 @@ class VariantSpec(Strict):
     variants share them; `quantized`, those behind the variant's own blocks, one block after the other, at the price of
     three passes over the calibration text for each such variant (two without `compensation`); or `two-pass`: all blocks
     are solved as with `float`, text passes them, and all are solved again on what they read then, side by side."""
-    compensation: Annotated[float, Field(ge=0, le=1)] = 0.5
+    compensation: Annotated[float, Field(ge=0, le=1)] = 0.3
     """With `propagate: quantized` and `two-pass`: how far weights go, before they are quantized, towards those that
     give the source's outputs on the inputs behind quantized blocks. 0 is not at all; 1 fits the calibration text and
     fails on others."""
