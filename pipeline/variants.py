@@ -78,6 +78,9 @@ class GroupFallback(StrEnum):
     REFUSE = "refuse"
 
 
+COMPENSATION = {Propagate.QUANTIZED: 0.3, Propagate.TWO_PASS: 0.0}
+"""What ``compensation: auto`` means (docs/benchmarks.md)."""
+
 SCHEDULE_SUFFIXES = {Propagate.QUANTIZED: "seq", Propagate.TWO_PASS: "twopass"}
 """What a short name ends with for statistics that are not of the source's inputs."""
 
@@ -173,10 +176,10 @@ class VariantSpec(Strict):
     variants share them; `quantized`, those behind the variant's own blocks, one block after the other, at the price of
     three passes over the calibration text for each such variant (two without `compensation`); or `two-pass`: all blocks
     are solved as with `float`, text passes them, and all are solved again on what they read then, side by side."""
-    compensation: Annotated[float, Field(ge=0, le=1)] = 0.3
+    compensation: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """With `propagate: quantized` and `two-pass`: how far weights go, before they are quantized, towards those that
     give the source's outputs on the inputs behind quantized blocks. 0 is not at all; 1 fits the calibration text and
-    fails on others."""
+    fails on others. `auto` is 0.3 with `quantized`, and 0 with `two-pass`, where it does harm."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """GPTQ: first rung of the damping ladder, as a fraction of the mean diagonal of the second moment."""
     act_order: bool = True
@@ -251,7 +254,14 @@ class VariantSpec(Strict):
     @property
     def is_compensated(self) -> bool:
         """Whether weights are changed before they are quantized, for what blocks before them do."""
-        return self.propagate is not Propagate.FLOAT and self.compensation > 0
+        return self.compensated_share > 0
+
+    @property
+    def compensated_share(self) -> float:
+        """How far weights go before they are quantized: ``compensation``, with ``auto`` resolved."""
+        if self.propagate is Propagate.FLOAT:
+            return 0.0
+        return COMPENSATION[self.propagate] if self.compensation == "auto" else self.compensation
 
     @property
     def choices(self) -> tuple[Bits, ...]:

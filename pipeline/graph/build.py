@@ -492,7 +492,7 @@ class UnitBuilder:
 
     def _compensation(self, plan: VariantPlan, group: LinearGroup, position: int, merged: WorkUnit) -> WorkUnit:
         """Return the unit that finds what a group's weights are changed by for what blocks before them do."""
-        share = {"share": plan.spec.compensation}
+        share = {"share": plan.spec.compensated_share}
         return WorkUnit(
             Kind.COMPENSATE,
             self.keys.key(Kind.COMPENSATE, {"statistics": merged.key, **share}),

@@ -196,6 +196,7 @@ class Propagation:
         identities: Of the text's hidden states before the first block, and after each block that was passed.
         row: The units that took it so far, one a span.
         source_row: Where it is compared, those that have the source's hidden states that enter the next block.
+        compared: Identities of the source's hidden states on the way beside it, after each block but the first.
         saves: Places at which hidden states are saved on the way.
     """
 
@@ -204,6 +205,7 @@ class Propagation:
     identities: tuple[str, ...]
     row: tuple[WorkUnit, ...]
     source_row: tuple[WorkUnit, ...]
+    compared: tuple[str, ...] = ()
     saves: tuple[Stored, ...] = ()
 
 
@@ -360,13 +362,13 @@ class ChainBuilder:
         identity = self._past_source(before.identities[-1], block, Kind.CALIBRATE)
         if before.source_row:
             identity = fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], before.source.identities[block]])
-        is_end = block == self.num_blocks - 1
+        is_end, old = block == self.num_blocks - 1, block - 2 * walk.save_every
         is_saved = bool(before.source_row) and not is_end and _is_save(block, walk.save_every)
+        is_obsolete = is_saved and old >= 1 and _is_save(old, walk.save_every)
         units = []
         for place, (span, own) in enumerate(zip(walk.spans, before.row, strict=True)):
             needs, ends = ((before.source_row[place], own), {}) if before.source_row else ((own,), {"is_end": True})
-            count = walk.tokens.count(span)
-            saved = [self.keys.saved(before.source.identities[block], number) for number in range(*span)]
+            count, numbers = walk.tokens.count(span), range(*span)
             units.append(
                 WorkUnit(
                     kind,
@@ -374,7 +376,10 @@ class ChainBuilder:
                     {"low": span[0], "high": span[1], "precision": self.keys.precision, **ends},
                     needs,
                     stand_ins={need.key: need.saves for need in needs if need.saves},
-                    saves=tuple(saved) if is_saved else (),
+                    saves=tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else (),
+                    obsoletes=tuple(self.keys.saved(before.compared[old - 1], number) for number in numbers)
+                    if is_obsolete
+                    else (),
                     is_durable=False,
                     home=walk.home(span),
                     rank=self._rank(kind, block),
@@ -386,7 +391,9 @@ class ChainBuilder:
             )
         row = tuple(units)
         saves = tuple(place for unit in row for place in unit.saves)
-        after = replace(before, source_row=row, saves=before.saves + saves) if before.source_row else before
+        after = before
+        if before.source_row:
+            after = replace(before, source_row=row, compared=(*before.compared, identity), saves=before.saves + saves)
         sums = Sums(identity, self._added(identity, row, kind), block, row[0].rank + 0.1, bool(before.source_row))
         return after, sums
 

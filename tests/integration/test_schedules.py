@@ -133,7 +133,7 @@ def test_every_variant_passes_and_says_what_it_was_calibrated_behind(converted: 
         )
         assert outcome.facts.variant.propagate == schedule
         card = render_card(outcome.facts)
-        assert ("of the way to those that give the source's outputs" in card) is name.endswith(("-seq", "-twopass"))
+        assert ("of the way to those that give the source's outputs" in card) is name.endswith("-seq")
 
 
 def test_experts_that_see_some_tokens_only_are_refused() -> None:

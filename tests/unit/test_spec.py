@@ -262,8 +262,11 @@ def test_a_short_name_says_the_schedule(plain: str, suffix: str, schedule: Propa
     assert (found.name, found.propagate) == (f"{plain}-{suffix}", schedule)
     assert float_one.propagate is Propagate.FLOAT
     assert found.model_copy(update={"propagate": Propagate.FLOAT, "name": plain}) == float_one
-    assert found.is_compensated
-    assert not float_one.is_compensated
+    assert found.compensated_share == {"seq": 0.3, "twopass": 0.0}[suffix]
+    assert float_one.compensated_share == 0.0
+    given = VariantSpec.model_validate({**found.model_dump(), "name": "", "compensation": 0.5})
+    assert given.compensated_share == 0.5
+    assert given.name.startswith(f"{found.name}-x")
 
 
 def test_what_a_short_name_does_not_say_is_in_the_name_all_the_same() -> None:

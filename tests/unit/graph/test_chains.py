@@ -328,3 +328,33 @@ def test_where_the_chain_may_not_go_far_a_block_is_solved_while_the_next_one_is_
         merges = [chain.merge_rank(block) for block in range(NUM_BLOCKS)]
         later = [rank for merge in merges for rank in (merge, merge + SOLVED_AFTER)]
         assert [*ranks, *later] == sorted({*ranks, *later})
+
+
+def test_what_is_compared_is_saved_on_the_way_and_dropped_after_two_more_saves(builder: ChainBuilder) -> None:
+    """Both hidden states are: those behind the variant's own blocks, and the source's beside them."""
+    source = builder.calibration(tokens("calibration", 6), 2)
+    text = builder.propagation(source, "mine", {}, is_compared=True)
+    rows: dict[Kind, list[WorkUnit]] = {Kind.PROPAGATE: [], Kind.COMPARE: []}
+    for block in range(1, NUM_BLOCKS):
+        pack = WorkUnit(Kind.PACK, f"pack {block - 1}", {}, block=block - 1, variant="mine")
+        text, sums = builder.propagated_sums(builder.propagated(text, pack))
+        assert (sums.block, sums.is_compared) == (block, True)
+        rows[Kind.PROPAGATE].append(text.row[0])
+        rows[Kind.COMPARE].append(text.source_row[0])
+        assert set(text.source_row[0].needs) >= {text.row[0]}
+    for kind, units in rows.items():
+        assert {unit.kind for unit in units} == {kind}
+        saved = [unit for unit in units if unit.saves]
+        assert len(saved) > 2
+        assert [unit.block for unit in saved] == [
+            b for b in range(units[0].block, NUM_BLOCKS - 1) if b % EVERY == EVERY - 1
+        ]
+        dropped = {place for unit in units for place in unit.obsoletes}
+        assert dropped == {place for unit in saved[:-2] for place in unit.saves}
+        following = {unit.block: unit for unit in units}
+        for unit in saved:
+            assert following[unit.block + 1].stand_ins[unit.key] == unit.saves
+    places = [place for units in rows.values() for unit in units for place in unit.saves]
+    assert len(set(places)) == len(places)
+    assert set(places) <= set(text.saves)
+    assert not set(places) & set(source.saves), "another variant's, or the source's own, are dropped at other times"
