@@ -256,10 +256,12 @@ def report_plan(
     variants = tuple(
         _report_variant(outline, plan, names, spec.calibration, evaluate, cache_bytes) for plan in inputs.variants
     )
-    # Behind its own blocks, a variant passes the text twice: through the source's block, and through its own.
+    # Behind quantized blocks text passes the source's block and the variant's own; where both texts are compared, the
+    # source's block twice, and there are two moments.
     behind = sum(variant.propagate is not Propagate.FLOAT for variant in spec.variants)
+    compared = sum(variant.is_compensated for variant in spec.variants)
     calibrate = tokens * (2.0 * passed + moments) + heldout * 2.0 * active
-    calibrate += behind * tokens * (2.0 * (passed + active) + moments)
+    calibrate += tokens * (behind * (2.0 * (passed + active) + moments) + compared * (2.0 * passed + moments))
     return PlanReport(
         source=source.name,
         commit=source.commit or "",
@@ -274,7 +276,7 @@ def report_plan(
         kv_cache_bytes=cache_bytes,
         worker_bytes=memory.needed.total,
         held_bytes=predicted.held_bytes,
-        work_bytes=_work_bytes(outline, spec, variants, 1 + behind),
+        work_bytes=_work_bytes(outline, spec, variants, 1 + behind + compared),
         workers=workers,
         hardware=predicted.hardware,
         seconds=predicted.seconds,
