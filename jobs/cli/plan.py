@@ -135,7 +135,7 @@ def _render(report: PlanReport, console: Console, matrices: bool) -> None:
     )
     console.print(
         f"  calibration {report.calibration_tokens:,} tokens, held-out {report.heldout_tokens:,} tokens: "
-        f"{report.calibrate_flops:.3g} FLOPs, once for all variants"
+        f"{report.calibrate_flops:.3g} FLOPs for all variants together"
     )
     console.print(
         f"  memory per worker up to {format_bytes(report.worker_bytes)}, and {format_bytes(report.held_bytes)} of "
