@@ -31,6 +31,10 @@ times for 1,536 x 576 and 49,152 x 576 float32 weights on one thread of a CPU wi
 READ_SIZE = 2
 """Memory that it takes to read one more block, counted in dense blocks: itself, and what it is made of."""
 
+SLACK_BYTES = 32_000_000
+"""Memory that is left to the allocator when blocks are kept: what blocks that come and go have freed in pieces. The
+more it is, the more rarely freed memory has to be given back."""
+
 RUN_LENGTH = 8
 """A token this many times in a row is degenerate."""
 
@@ -114,7 +118,8 @@ class BlockCache:
             dense: Converts them, and uses them up.
             max_bytes: Memory to keep blocks in.
             dense_bytes: What all blocks take when they are converted.
-            room_for: How much of so many more bytes there is room for now.
+            room_for: How much of so many more bytes there is room for now, after what is freed was given back if need
+                be.
         """
         self._load, self._dense, self._room_for = load, dense, room_for
         self._free_bytes, self._is_kept_dense = max_bytes, dense_bytes <= max_bytes
@@ -131,10 +136,12 @@ class BlockCache:
             read = self._load(index)
             weights = self._dense(index, read) if self._is_kept_dense else read
             num_bytes = sum(tensor.nbytes for tensor in weights.values())
-            needed = READ_SIZE * num_bytes
-            if num_bytes > self._free_bytes or self._room_for(needed) < needed:
+            reading, keeping = READ_SIZE * num_bytes, READ_SIZE * num_bytes + SLACK_BYTES
+            if num_bytes > self._free_bytes or self._room_for(keeping) < keeping:
                 # What is there stays; another one would leave no room to read those after it.
                 self._free_bytes = 0
+                # Hundreds of blocks come and go in one unit, and what they leave behind adds up.
+                self._room_for(reading)
                 # Not in memory twice: what is attached as it was read is still there when it has been converted.
                 return weights if self._is_kept_dense else self._dense(index, read)
             self._kept[index] = weights

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.graph.outline import open_folder
 from pipeline.skeleton.model import Skeleton
 from pipeline.validate.agreement import compare_choices
-from pipeline.validate.generation import BlockCache, Step, continue_greedily, judge_draft
+from pipeline.validate.generation import SLACK_BYTES, BlockCache, Step, continue_greedily, judge_draft
 from tests.architectures import DENSE, make_model
 
 NUM_TOKENS = 20
@@ -188,14 +188,18 @@ def test_blocks_are_kept_within_what_was_granted(max_bytes: int, kept: int, dtyp
 
 
 def test_blocks_are_kept_only_while_there_is_room_to_read_another() -> None:
+    asked: list[int] = []
+
     def loads(room: int) -> list[int]:
         loaded: list[int] = []
+        asked.clear()
 
         def load(index: int) -> dict[str, Tensor]:
             loaded.append(index)
             return {"w": torch.zeros(100)}
 
         def room_for(num_bytes: int) -> int:
+            asked.append(num_bytes)
             return max(0, min(num_bytes, room - blocks.kept_bytes))
 
         blocks = BlockCache(load, lambda index, weights: weights, 10**9, 10**9, room_for)
@@ -205,6 +209,8 @@ def test_blocks_are_kept_only_while_there_is_room_to_read_another() -> None:
         return loaded
 
     assert loads(10**9) == [*range(6)]
-    # Beside two that are kept there is room for two to be read.
-    assert loads(3 * 400 + 400) == [*range(6), 3, 4, 5]
-    assert loads(799) == [*range(6)] * 2
+    # Beside two that are kept there is room for two to be read, and for what they leave behind.
+    assert loads(SLACK_BYTES + 3 * 400 + 400) == [*range(6), 3, 4, 5]
+    assert loads(SLACK_BYTES + 799) == [*range(6)] * 2
+    # Whoever keeps none asks for room again with every one that comes, so that freed memory is given back in time.
+    assert asked == [SLACK_BYTES + 800, *[800] * 12]
