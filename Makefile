@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= demo-release
 PYTEST_FLAGS ?=
+TEST_PROCESSES ?= 2
 CHAOS_FLAGS ?=
 PEERS_FLAGS ?=
 
@@ -30,8 +31,8 @@ demo: $(VENV)/.run ## Convert the shipped model to GPTQ and AWQ, publish to demo
 	$(BIN)/bitmill verify $(DEMO_DIR)/releases/demo/bitmill-demo-gptq-w4-g128
 	$(BIN)/bitmill verify $(DEMO_DIR)/releases/demo/bitmill-demo-awq-w4-g128
 
-test: $(VENV)/.test ## Run the tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+test: $(VENV)/.test ## Run the tests, two files at a time; TEST_PROCESSES=1 for one
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 test-engines: $(VENV)/.test ## Load releases in real engines; installs their environments on first use (gigabytes)
 	$(BIN)/python -m pytest -m engines tests/engines $(PYTEST_FLAGS)

@@ -89,7 +89,9 @@ def rendered(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, columns: int)
 
 def test_piped_lines_are_as_long_as_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = rendered(io.StringIO(), monkeypatch, 80).splitlines()
-    assert any(line.startswith("  calibration 65,536 tokens") and line.endswith("for all variants together") for line in lines)
+    assert any(
+        line.startswith("  calibration 65,536 tokens") and line.endswith("for all variants together") for line in lines
+    )
     rows = [line for line in lines if line.startswith("17 ")]
     assert [line.split()[1] for line in rows] == [NAME, NAME + "_2"]
     assert rows[1].rstrip().endswith(NOTE)
