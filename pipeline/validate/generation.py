@@ -33,7 +33,11 @@ READ_SIZE = 2
 
 SLACK_BYTES = 32_000_000
 """Memory that is left to the allocator when blocks are kept: what blocks that come and go have freed in pieces. The
-more it is, the more rarely freed memory has to be given back."""
+more it is, the more rarely freed memory has to be given back: once for every ``READS_PER_SLACK`` times as much that was
+read, as each time the system has to clear pages again."""
+
+READS_PER_SLACK = 4
+"""See ``SLACK_BYTES``."""
 
 RUN_LENGTH = 8
 """A token this many times in a row is degenerate."""
@@ -124,6 +128,7 @@ class BlockCache:
         self._load, self._dense, self._room_for = load, dense, room_for
         self._free_bytes, self._is_kept_dense = max_bytes, dense_bytes <= max_bytes
         self._kept: dict[int, Mapping[str, Tensor]] = {}
+        self._passing_bytes = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -141,7 +146,10 @@ class BlockCache:
                 # What is there stays; another one would leave no room to read those after it.
                 self._free_bytes = 0
                 # Hundreds of blocks come and go in one unit, and what they leave behind adds up.
-                self._room_for(reading)
+                self._passing_bytes += num_bytes
+                if self._passing_bytes >= READS_PER_SLACK * SLACK_BYTES:
+                    self._passing_bytes = 0
+                    self._room_for(reading)
                 # Not in memory twice: what is attached as it was read is still there when it has been converted.
                 return weights if self._is_kept_dense else self._dense(index, read)
             self._kept[index] = weights
