@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,6 +62,19 @@ class Job:
         }
 
 
+@dataclass
+class Phase:
+    """The units of one phase.
+
+    Attributes:
+        num_units: How many ran.
+        busy_s: Sum of what they took where they ran.
+    """
+
+    num_units: int = 0
+    busy_s: float = 0.0
+
+
 @dataclass(frozen=True)
 class Timing:
     """How long a conversion took.
@@ -69,15 +83,23 @@ class Timing:
         whole_s: The command, from its start to its end.
         work_s: From the first worker that is ready to the end of the last unit: no start-up, no publication.
         worker_s: The same, summed over the workers that were ready; the second one starts later than the first.
-        busy_s: Sum of what the units took where they ran.
-        num_units: Units that ran.
+        phases: The units that ran, by phase.
     """
 
     whole_s: float
     work_s: float
     worker_s: float
-    busy_s: float
-    num_units: int
+    phases: dict[str, Phase]
+
+    @property
+    def busy_s(self) -> float:
+        """Sum of what the units took where they ran."""
+        return sum(phase.busy_s for phase in self.phases.values())
+
+    @property
+    def num_units(self) -> int:
+        """Units that ran."""
+        return sum(phase.num_units for phase in self.phases.values())
 
 
 class Conversion:
@@ -204,12 +226,15 @@ class Conversion:
         ready = [(when_s, event["num_ready"]) for when_s, event in self.events if event["event"] == "workers_ready"]
         ready = [(min(when_s, end_s), number) for when_s, number in ready] + [(end_s, 0)]
         spans = pairwise(ready)
+        phases: dict[str, Phase] = defaultdict(Phase)
+        for _, event in ran:
+            phases[event["phase"]].num_units += 1
+            phases[event["phase"]].busy_s += event["seconds"]
         return Timing(
             whole_s=self._ended_s - self._started_s,
             work_s=end_s - ready[0][0],
             worker_s=sum((until_s - since_s) * number for (since_s, number), (until_s, _) in spans),
-            busy_s=sum(event["seconds"] for _, event in ran),
-            num_units=len(ran),
+            phases=dict(phases),
         )
 
     def _read(self) -> None:

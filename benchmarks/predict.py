@@ -15,7 +15,7 @@ from flags import add_model, job_parser, scratch_folder, the_job
 from models import Shape
 from rates import planned
 from report import print_header, print_table
-from sessions import Role, cpu_seconds_of, processes_of
+from sessions import Role, effort_of, processes_of
 
 from pipeline.graph.prediction import Cluster, Prediction
 from pipeline.graph.simulate import simulate
@@ -36,10 +36,10 @@ class CpuTime:
         )
         workers = sorted(process.pid for process in processes_of(self._run.session) if process.role is Role.WORKER)
         for pid in workers[:ready]:
-            used = cpu_seconds_of(pid)
-            if used is not None:
-                self._since.setdefault(pid, used)
-                self._until[pid] = used
+            effort = effort_of(pid)
+            if effort is not None:
+                self._since.setdefault(pid, effort.cpu_s)
+                self._until[pid] = effort.cpu_s
 
     @property
     def seconds(self) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,43 +20,44 @@ from conversions import Conversion, Job, Timing
 from flags import add_model, add_order, job_parser, scratch_folder, the_job, there_and_back
 from models import Shape
 from report import print_header, print_table
-from sessions import Role, cpu_seconds_of, processes_of
+from sessions import Effort, Role, effort_of, processes_of
 
-LOOK_S = 0.5
-"""Between two looks at the processes of a conversion."""
+LOOK_S = 2.0
+"""Between two looks at the processes of a conversion. A look takes milliseconds of a core, which workers lack."""
 
 
-class CpuSeconds:
-    """What the processes of a conversion use of the cores from when the first worker was ready, by role."""
+class Efforts:
+    """What the processes of a conversion have cost from when the first worker was ready, by role."""
 
     def __init__(self, run: Conversion) -> None:
         self._run = run
-        self._since: dict[int, float] = {}
-        self._until: dict[int, tuple[Role, float]] = {}
+        self._since: dict[int, Effort] = {}
+        self._until: dict[int, tuple[Role, Effort]] = {}
         self._looked_s = 0.0
 
     def look(self) -> None:
-        """Take in what they have used by now; once in ``LOOK_S``, as looking takes time of a core too."""
+        """Take in what they have cost by now; once in ``LOOK_S``, as looking takes time of a core too."""
         if time.monotonic() - self._looked_s < LOOK_S:
             return
         self._looked_s = time.monotonic()
         for process in processes_of(self._run.session):
-            used = cpu_seconds_of(process.pid)
-            if used is None:
+            effort = effort_of(process.pid)
+            if effort is None:
                 continue
             if not self._run.worked_s:
-                self._since[process.pid] = used
+                self._since[process.pid] = effort
             # A worker is called otherwise until its actor has started, and again when it is about to end.
             known = self._until.get(process.pid)
             role = Role.WORKER if known and known[0] is Role.WORKER else process.role
-            self._until[process.pid] = role, used
+            self._until[process.pid] = role, effort
 
     @property
-    def by_role(self) -> Counter[str]:
-        """The seconds, as far as it was looked at. Of a process that came later they are counted from its start."""
-        found: Counter[str] = Counter()
-        for pid, (role, used) in self._until.items():
-            found[role.value] += used - self._since.get(pid, 0.0)
+    def by_role(self) -> dict[Role, Effort]:
+        """What they have cost, as far as it was looked at. Of a process that came later it is counted from its
+        start."""
+        found: dict[Role, Effort] = {}
+        for pid, (role, effort) in self._until.items():
+            found[role] = found.get(role, Effort()) + effort - self._since.get(pid, Effort())
         return found
 
 
@@ -76,10 +77,14 @@ def main() -> None:
                 found = _at_once(job, folder / "run", args.workers)
             else:
                 found = [_measure(job, folder / "run", kind, args.workers if kind == many else 1)]
-            for timing, cpu in found:
-                used = ", ".join(f"{role} {seconds:.1f}" for role, seconds in cpu.most_common())
+            for timing, efforts in found:
+                cost = ", ".join(
+                    f"{role} {effort.user_s:.1f} + {effort.system_s:.1f}" for role, effort in sorted(efforts.items())
+                )
+                faults = sum(effort.faults for effort in efforts.values())
                 print(
-                    f"{kind:<10} work {timing.work_s:7.1f} s, whole command {timing.whole_s:7.1f} s; CPU s: {used}",
+                    f"{kind:<10} work {timing.work_s:7.1f} s, whole command {timing.whole_s:7.1f} s; "
+                    f"CPU s, own + system: {cost}; page faults {faults / 1e6:.2f} M",
                     flush=True,
                 )
             timings[kind] += [timing for timing, _ in found]
@@ -88,8 +93,8 @@ def main() -> None:
     print(f"the machine: inline alone against {args.workers} at once:   {machine:.3f}")
 
 
-Measured = tuple[Timing, Counter[str]]
-"""How long a conversion took, and CPU seconds by role."""
+Measured = tuple[Timing, dict[Role, Effort]]
+"""How long a conversion took, and what it cost by role."""
 
 
 def _at_once(job: Job, place: Path, number: int) -> list[Measured]:
@@ -97,13 +102,13 @@ def _at_once(job: Job, place: Path, number: int) -> list[Measured]:
     try:
         with ExitStack() as stack:
             runs = [stack.enter_context(Conversion(job, place / str(i), 1, inline=True)) for i in range(number)]
-            cpu = [CpuSeconds(run) for run in runs]
+            efforts = [Efforts(run) for run in runs]
 
             def look() -> None:
-                for item in cpu:
+                for item in efforts:
                     item.look()
 
-            return [(run.finish(look), item.by_role) for run, item in zip(runs, cpu, strict=True)]
+            return [(run.finish(look), item.by_role) for run, item in zip(runs, efforts, strict=True)]
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -111,8 +116,8 @@ def _at_once(job: Job, place: Path, number: int) -> list[Measured]:
 def _measure(job: Job, place: Path, kind: str, workers: int) -> Measured:
     try:
         with Conversion(job, place, workers, inline=kind == "inline") as run:
-            cpu = CpuSeconds(run)
-            return run.finish(cpu.look), cpu.by_role
+            efforts = Efforts(run)
+            return run.finish(efforts.look), efforts.by_role
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -124,6 +129,7 @@ def _report(inline: Sequence[Timing], one: Sequence[Timing], many: Sequence[Timi
         for kind, own in kinds
     ]
     print_table(["mean seconds", "work", "worker-seconds", "busy", "whole command"], rows)
+    _report_phases(one, many, workers)
     efficiency = _sum(one, "work_s") / (workers * _sum(many, "work_s"))
     # The workers after the first become ready later; what they could not do then is start-up, not schedule.
     shared = _sum(one, "worker_s") / _sum(many, "worker_s")
@@ -136,6 +142,20 @@ def _report(inline: Sequence[Timing], one: Sequence[Timing], many: Sequence[Timi
     print(f"  time inside units, {workers} workers against 1:       {_sum(many, 'busy_s') / _sum(one, 'busy_s'):.3f}")
     print(f"Ray against inline, 1 worker, work alone:      {_sum(one, 'work_s') / _sum(inline, 'work_s'):.3f}")
     print(f"  the same for the whole command:              {_sum(one, 'whole_s') / _sum(inline, 'whole_s'):.3f}")
+
+
+def _report_phases(one: Sequence[Timing], many: Sequence[Timing], workers: int) -> None:
+    """Print where units take longer side by side."""
+
+    def seconds(timings: Sequence[Timing], phase: str) -> float:
+        return sum(timing.phases[phase].busy_s for timing in timings) / len(timings)
+
+    rows = []
+    for phase, alone in one[0].phases.items():
+        first, second = seconds(one, phase), seconds(many, phase)
+        units = [str(alone.num_units), str(many[0].phases[phase].num_units)]
+        rows.append([phase, *units, f"{first:.1f}", f"{second:.1f}", f"{second / first:.2f}", f"{second - first:.1f}"])
+    print_table(["mean, busy s", "units, 1", f"units, {workers}", "1 worker", f"{workers}", "ratio", "more"], rows)
 
 
 def _mean(timings: Sequence[Timing], field: str) -> float:

@@ -51,6 +51,32 @@ class Memory:
     private_bytes: int
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What processes have cost the machine.
+
+    Attributes:
+        user_s: CPU seconds of their own.
+        system_s: CPU seconds of the system for them.
+        faults: Pages that they asked the system for (minor page faults).
+    """
+
+    user_s: float = 0.0
+    system_s: float = 0.0
+    faults: int = 0
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds in all."""
+        return self.user_s + self.system_s
+
+    def __add__(self, other: Effort) -> Effort:
+        return Effort(self.user_s + other.user_s, self.system_s + other.system_s, self.faults + other.faults)
+
+    def __sub__(self, other: Effort) -> Effort:
+        return Effort(self.user_s - other.user_s, self.system_s - other.system_s, self.faults - other.faults)
+
+
 def processes_of(session: int) -> Iterator[Process]:
     """Yield the living processes of a session."""
     for folder in Path("/proc").iterdir():
@@ -73,13 +99,14 @@ def memory_of(pid: int) -> Memory | None:
     return Memory(peak, private)
 
 
-def cpu_seconds_of(pid: int) -> float | None:
-    """Return the CPU seconds of a process, or None when it is gone."""
+def effort_of(pid: int) -> Effort | None:
+    """Return what a process has cost by now, or None when it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    ticks_per_s = os.sysconf("SC_CLK_TCK")
+    return Effort(int(fields[11]) / ticks_per_s, int(fields[12]) / ticks_per_s, int(fields[7]))
 
 
 def kill_process(pid: int, session: int) -> bool:

@@ -83,7 +83,7 @@ class RemoteWorker:
 
     def __init__(self, context: JobContext, hand_over_timeout_s: float = HAND_OVER_TIMEOUT_S) -> None:
         """Start the worker, in a process of its own."""
-        heap.map_large_blocks(context.freed_bytes)
+        heap.map_large_blocks(context.freed_bytes + max(context.more_freed_bytes.values(), default=0))
         self._worker = Worker(context)
         self._hand_over_timeout_s = hand_over_timeout_s
         self._begins_units = True

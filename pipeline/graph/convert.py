@@ -156,6 +156,7 @@ def _convert(
         device=options.device,
         shelf_bytes=memory.shelf_bytes if options.shelf_bytes is None else options.shelf_bytes,
         freed_bytes=memory.freed_bytes,
+        more_freed_bytes=memory.more_freed_bytes,
         streamed=source if is_streamed else None,
         max_memory_bytes=options.max_memory_bytes,
         experts=spec.calibration.experts,

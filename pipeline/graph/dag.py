@@ -40,6 +40,10 @@ class Kind(StrEnum):
     VERIFY = "verify"
 
 
+WALKS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.COMPARE, Kind.PROPAGATE, Kind.FORWARD})
+"""Units whose output hidden states are part of, which one of the next block reads."""
+
+
 class Stored(NamedTuple):
     """A place in the work store."""
 

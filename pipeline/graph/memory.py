@@ -17,7 +17,7 @@ from pipeline.calibrate.sensitivity import LOGIT_ELEMENTS
 from pipeline.errors import PlanError
 from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, cut
 from pipeline.graph.cost import CostModel
-from pipeline.graph.dag import Kind
+from pipeline.graph.dag import WALKS, Kind
 from pipeline.graph.folds import MAX_SEARCHED_ROWS
 from pipeline.graph.mixed import SENSED_SEQUENCES
 from pipeline.graph.parts import PART_BYTES
@@ -106,13 +106,23 @@ class MemoryPlan:
         needed: What a worker needs besides its shelf.
         tuning: How the job is cut.
         shelf_bytes: Budget of its shelf.
-        freed_bytes: Freed memory that it keeps.
+        freed_bytes: Freed memory that it keeps in any case.
     """
 
     needed: WorkerMemory
     tuning: Tuning
     shelf_bytes: int
     freed_bytes: int
+
+    @property
+    def more_freed_bytes(self) -> dict[Kind, int]:
+        """Freed memory that a worker may keep besides, by the kind of unit that it runs: what that needs less than the
+        largest, which is there anyway. A unit that passes a block takes what the one before it has freed, so more than
+        twice what these need would only lie there."""
+        walks = (self.needed.units.get(UNITS_OF[kind], 0) for kind in WALKS - {Kind.EMBED})
+        most = max(0, 2 * max(walks) - self.freed_bytes)
+        largest = max(self.needed.units.values())
+        return {kind: min(most, largest - self.needed.units.get(UNITS_OF.get(kind, ""), 0)) for kind in Kind}
 
     @property
     def least_bytes(self) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from pipeline import heap
 from pipeline.errors import GraphError, PipelineError
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.dag import WALKS, WorkUnit
 from pipeline.graph.outline import Source, open_folder, open_streamed
 from pipeline.graph.parts import Part
 from pipeline.graph.shelf import Shelf, Tensors
@@ -38,9 +38,6 @@ SHELF_SHARE = 0.3
 
 COPY_SHARE = {"cpu": 0.125, "cuda": 0.5}
 """Share of the shelf for copies of stored outputs. Where a store is read as fast as a worker computes, a few do."""
-
-WALKS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.COMPARE, Kind.PROPAGATE, Kind.FORWARD})
-"""Units that are followed by one of the next block, whose weights are read ahead while they run."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,10 @@ class Worker:
         wrap them.
         """
         start = self._clock()
+        # Before a unit and not after it: how much may be kept is a question of what it needs itself.
+        more_bytes = self._context.more_freed_bytes.get(unit.kind, 0)
+        if heap.private_bytes() > self._kept_bytes + self.shelf.memory_bytes + more_bytes:
+            heap.give_back()
         record, error = None, None
         try:
             record = self._run(unit, fetch)
@@ -116,8 +117,6 @@ class Worker:
             if not heap.is_lack_of_memory(caught):
                 raise
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
-        if heap.private_bytes() > self._kept_bytes + self.shelf.memory_bytes:
-            heap.give_back()
         heap.drop_shared(heap.SHARED_BYTES)
         damaged = tuple(self._work.take_damaged())
         return Outcome(record, error, self._clock() - start, heap.peak_bytes(), damaged)
@@ -161,7 +160,7 @@ class Worker:
         if unit.is_durable and (known := self._work.lookup(*place)) is not None:
             return known
         source = self._source()
-        if unit.kind in WALKS:
+        if unit.kind in WALKS:  # one of the next block follows
             source.expect_block(unit.block + 1)
         with ExitStack() as stack:
             writer = stack.enter_context(self._work.writing(*place)) if unit.is_durable else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.calibrate.collections import CROSS, Collections, Sums, blend, plan_collections
 from pipeline.calibrate.forward import compare_block, forward_block
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.dag import WALKS, Kind, WorkUnit
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.variant import VariantReader
 from pipeline.precision import Precision
@@ -26,9 +26,6 @@ from pipeline.quantize.statistics import from_tensors, to_tensors
 from pipeline.quantize.types import Statistics
 
 Node = TypeVar("Node")
-
-HIDDEN_KINDS = frozenset({Kind.EMBED, Kind.CALIBRATE, Kind.COMPARE, Kind.PROPAGATE, Kind.FORWARD})
-"""Units whose output hidden states are part of."""
 
 HIDDEN_PREFIX = "hidden."
 """What the names of hidden states start with among a unit's tensors."""
@@ -206,7 +203,7 @@ def hidden_name(number: int) -> str:
 
 def hidden_states(call: Call) -> dict[int, Tensor]:
     """Return the hidden states that enter the unit's block, by slice."""
-    before = next(need for need in call.unit.needs if need.kind in HIDDEN_KINDS)
+    before = next(need for need in call.unit.needs if need.kind in WALKS)
     return slice_states(call, before, range(call.params["low"], call.params["high"]))
 
 

@@ -54,6 +54,7 @@ class JobContext:
         device: ``cpu`` or ``cuda``.
         shelf_bytes: Memory that a worker may hold passing outputs in before it spills them to disk.
         freed_bytes: Freed memory that a worker keeps for what comes next.
+        more_freed_bytes: What it may keep besides, by the kind of unit that comes next.
         max_memory_bytes: Memory that a worker may use; None for what it takes.
         experts: Which tokens the statistics of experts are of.
     """
@@ -66,6 +67,7 @@ class JobContext:
     shelf_bytes: int
     streamed: HubSource | None = None
     freed_bytes: int = FREED_BYTES
+    more_freed_bytes: Mapping[Kind, int] = field(default_factory=dict)
     max_memory_bytes: int | None = None
     experts: ExpertStatistics = ExpertStatistics.ALL
 

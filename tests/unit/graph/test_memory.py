@@ -184,6 +184,24 @@ def test_what_cannot_be_cut_to_fit_is_refused_with_what_it_is_for_and_what_would
     plan_memory(shape, spec, 2, COSTS, least.total)
 
 
+def test_freed_memory_is_kept_where_the_next_unit_leaves_room_for_it(make_spec: MakeSpec) -> None:
+    """With what a unit needs it is never more than the largest one is given."""
+    shape = ShapeOutline("small", {**SMALL, "vocab_size": 50_000})
+    spec = make_spec(variants=["gptq-w4-g64"], calibration={"samples": 32, "length": 512})
+    for limit in (None, 3 * GIGABYTE // 2):
+        plan = plan_memory(shape, spec, 1, COSTS, limit)
+        own, more = plan.needed, plan.more_freed_bytes
+        block = own.units["calibrate on a block"]
+        assert own.largest == "score held-out text"
+        assert block < own.units[own.largest]
+        assert more[Kind.SCORE] == 0
+        assert more[Kind.CALIBRATE] == max(0, min(2 * block - plan.freed_bytes, own.units[own.largest] - block))
+        assert more[Kind.MERGE] >= more[Kind.CALIBRATE] > 0
+        outside = own.process + own.handing_over
+        assert all(more[kind] + own.of(kind) <= outside + own.units[own.largest] for kind in Kind)
+        assert all(0 <= more[kind] <= 2 * block for kind in Kind)
+
+
 def test_methods_that_are_not_asked_for_need_nothing(make_spec: MakeSpec) -> None:
     shape = named_shape("llama-3.1-8b")
     kinds = {

@@ -251,3 +251,18 @@ def test_what_is_to_spare_is_what_the_process_has_had_and_has_no_more() -> None:
     spare = _spare_of_peak(10**15)
     assert taken * 0.9 < spare <= heap.peak_bytes()
     assert _spare_of_peak(1000) == 1000
+
+
+def test_memory_is_given_back_before_a_unit_that_needs_what_others_leave_unused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    context = JobContext(str(tmp_path), "", "", (), "cpu", 10**9, freed_bytes=1000, more_freed_bytes={Kind.SOLVE: 500})
+    worker, used_bytes, given_back = Worker(context), heap.private_bytes(), []
+    monkeypatch.setattr(worker, "_kept_bytes", used_bytes + context.freed_bytes)
+    monkeypatch.setattr(heap, "give_back", lambda: given_back.append(freed_bytes))
+    for freed_bytes in (900, 1400, 1600):
+        held_bytes = worker.shelf.memory_bytes
+        monkeypatch.setattr(heap, "private_bytes", lambda value=used_bytes + held_bytes + freed_bytes: value)
+        for kind in (Kind.SOLVE, Kind.PACK):
+            assert worker.run(unit(f"{kind} {freed_bytes}", kind=kind), nobody_holds).error is None
+    assert given_back == [1400, 1600, 1600]
