@@ -44,8 +44,8 @@ NEAR = 0.1
 """What moving a byte within a node costs, compared with moving it between nodes."""
 
 AHEAD_S = 2.0
-"""Longest unit, by its cost, that another one is queued behind: after a longer one the moment that it takes to hand out
-the next does not count, and the next might run elsewhere before."""
+"""Longest unit, at the pace so far, that another one is queued behind: after a longer one the moment that it takes to
+hand out the next does not count, and the next might run elsewhere before."""
 
 SUSPECT_LOSSES = 2
 """Deaths of the worker that ran a unit, from which on the unit is cut smaller if it can be."""

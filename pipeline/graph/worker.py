@@ -117,6 +117,8 @@ class Worker:
             if not heap.is_lack_of_memory(caught):
                 raise
             error = GraphError(f"{unit.title} ran out of memory: {caught}", code="graph.out_of_memory")
+        if error is not None:
+            heap.give_back()  # what it was the lack of, perhaps
         heap.drop_shared(heap.SHARED_BYTES)
         damaged = tuple(self._work.take_damaged())
         return Outcome(record, error, self._clock() - start, heap.peak_bytes(), damaged)
