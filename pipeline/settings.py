@@ -131,14 +131,14 @@ def quiet_ray(*, on_loopback: bool) -> None:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray's log monitor looks for new files all the time, which takes a hundredth of a core, and nobody reads what it
-    # finds. From so many files on it looks only once in so many seconds.
-    os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
-    os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "10")
     if on_loopback:
         # Whether machines may form a cluster, on any system despite the name; if not, this one is called 127.0.0.1,
         # and Ray's servers listen where their machine's name points to.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # The log monitor looks for new files all the time, which takes a hundredth of a core, and nobody reads what it
+        # finds. From so many files on it looks only once in so many seconds.
+        os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+        os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "10")
 
 
 def ray_uses_tls() -> bool:
