@@ -27,7 +27,7 @@ LOOK_S = 2.0
 
 
 class Efforts:
-    """What the processes of a conversion have cost from when the first worker was ready, by role."""
+    """What the processes of a conversion have cost by role, from the last look before the first worker was ready."""
 
     def __init__(self, run: Conversion) -> None:
         self._run = run
