@@ -344,8 +344,9 @@ class Driver:
         """Return for how many units one counts at a worker. Behind a unit with a home nothing is queued: the one that
         comes after it there is more urgent, and can only be known when it has ended."""
         run = self._state.running.get(key)
-        is_short = run is not None and self._expected_s(run.unit) <= AHEAD_S
-        return 1 if run is not None and is_short and not run.unit.home else UNITS_AHEAD
+        if run is None or run.unit.home or self._expected_s(run.unit) > AHEAD_S:
+            return UNITS_AHEAD
+        return 1
 
     def _may_run(self, unit: WorkUnit, workers: Sequence[WorkerId], num_workers: int) -> Sequence[WorkerId]:
         """Return which of some workers may run a unit: all, the one that its home is at, or those that have no more of
