@@ -104,6 +104,22 @@ def test_a_worker_is_given_no_more_than_it_needs_to_stay_busy(tmp_path: Path) ->
     assert most == UNITS_AHEAD
 
 
+@pytest.mark.parametrize(("pace_cost", "most"), [(1.0, UNITS_AHEAD), (1e-9, 1)])
+def test_nothing_is_queued_behind_a_unit_that_is_long_at_the_pace_so_far(
+    pace_cost: float, most: int, tmp_path: Path
+) -> None:
+    """By their cost all are short; what the first one took says that they are not."""
+    goals = [unit("pace", cost=pace_cost, rank=-1), *(unit(str(number), cost=1.0) for number in range(10))]
+    queued: list[int] = []
+
+    def watch(executor: ScriptedExecutor, name: WorkerId, wanted: WorkUnit) -> None:
+        if wanted.label != "pace":
+            queued.append(len(executor.queued(name)))
+
+    Bench(tmp_path, goals, workers=1, fault=watch).run()
+    assert queued[0] == most  # those after it are as short as they cost, and the pace is of all
+
+
 def test_a_worker_that_joins_is_given_work(tmp_path: Path) -> None:
     goals = [unit(str(number)) for number in range(20)]
     bench = Bench(tmp_path, goals, fault=once("3", lambda executor, name, wanted: executor.join() and None))
