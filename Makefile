@@ -37,6 +37,15 @@ test: $(VENV)/.test ## Run the tests, two files at a time; TEST_PROCESSES=1 for 
 test-engines: $(VENV)/.test ## Load releases in real engines; installs their environments on first use (gigabytes)
 	$(BIN)/python -m pytest -m engines tests/engines $(PYTEST_FLAGS)
 
+# In a folder of its own: beside it torch and transformers import more, and nothing else here is for a GPU.
+$(VENV)/triton: tests/kernels/triton.txt $(VENV)/.test
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ -r $<
+	@touch $@
+
+test-kernels: $(VENV)/triton ## Run the GPU's loops in Triton's interpreter, and compile them; installs a gigabyte on first use
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -m kernels tests/kernels $(PYTEST_FLAGS)
+
 chaos: $(VENV)/.run ## Kill a long conversion 30 times and compare bytes; CHAOS_FLAGS="--kills 60 --seed 1" to change it
 	$(BIN)/python benchmarks/chaos.py $(CHAOS_FLAGS)
 
@@ -60,4 +69,4 @@ lock: $(VENV)/.test ## Write the lock files anew
 clean: ## Remove what the targets made here
 	rm -rf $(VENV) $(DEMO_DIR) peers *.egg-info
 
-.PHONY: help demo test test-engines chaos peers check docs lock clean
+.PHONY: help demo test test-engines test-kernels chaos peers check docs lock clean

@@ -29,7 +29,7 @@ LEAST_SHARE = 0.01
 ROOT = Path(__file__).parent.parent
 
 
-class _Stages(ClosingSink):
+class Stages(ClosingSink):
     """Adds up the seconds of units by what they do."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     print_header()
     torch.set_num_threads(1)
-    stages, profile = _Stages(), cProfile.Profile()
+    stages, profile = Stages(), cProfile.Profile()
     with scratch_folder(args) as folder:
         spec = build_spec(the_job(args, folder).spec(folder / "out"), "benchmark")
         start_s, start_cpu_s = time.monotonic(), time.process_time()
@@ -58,8 +58,8 @@ def main() -> None:
         whole_s, cpu_s = time.monotonic() - start_s, time.process_time() - start_cpu_s
     inside_s = sum(stages.seconds.values())
     print(f"whole {whole_s:.1f} s, {cpu_s:.1f} s of a processor; inside units {inside_s:.1f} s")
-    rows = [[name, str(stages.number[name]), *_share(s, whole_s)] for name, s in stages.seconds.most_common()]
-    rows.append(["outside units", "", *_share(whole_s - inside_s, whole_s)])
+    rows = [[name, str(stages.number[name]), *share(s, whole_s)] for name, s in stages.seconds.most_common()]
+    rows.append(["outside units", "", *share(whole_s - inside_s, whole_s)])
     print_table(["work", "units", "s", "share"], rows)
     print_table(["function, own time", "calls", "s", "share"], _functions(pstats.Stats(profile), whole_s))
 
@@ -69,7 +69,7 @@ def _functions(stats: pstats.Stats, whole_s: float) -> list[list[str]]:
     # The types of the standard library leave out what its documentation calls the stats attribute.
     entries = stats.stats.items()  # type: ignore[attr-defined]
     own = sorted(((own_s, calls, place) for place, (_, calls, own_s, _, _) in entries), reverse=True)
-    return [[_name(*p), str(calls), *_share(s, whole_s)] for s, calls, p in own if s > LEAST_SHARE * whole_s]
+    return [[_name(*p), str(calls), *share(s, whole_s)] for s, calls, p in own if s > LEAST_SHARE * whole_s]
 
 
 def _name(file: str, line: int, function: str) -> str:
@@ -80,7 +80,8 @@ def _name(file: str, line: int, function: str) -> str:
     return f"{shown}:{line} {function}"
 
 
-def _share(seconds: float, whole_s: float) -> list[str]:
+def share(seconds: float, whole_s: float) -> list[str]:
+    """Return seconds and their share of the whole as a table shows them."""
     return [f"{seconds:.1f}", f"{seconds / whole_s:.1%}"]
 
 

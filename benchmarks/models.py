@@ -17,7 +17,6 @@ from torch import Tensor
 
 TOKENIZER_FOLDER = Path(__file__).parents[1] / "jobs" / "demo" / "model"
 VOCABULARY = 4096
-HEAD_SIZE = 64
 MAX_POSITIONS = 2048
 
 GAIN = 0.7
@@ -34,20 +33,33 @@ class Shape:
 
     Attributes:
         layers: Decoder blocks.
-        hidden: Width of the residual stream, a multiple of 2 * HEAD_SIZE.
+        hidden: Width of the residual stream, a multiple of ``head_size`` and ``sharing``.
         intermediate: Width of the MLP.
         vocabulary: Tokens; those beyond the tokenizer's never occur.
+        head_size: Width of an attention head.
+        sharing: Heads of queries that share one of keys and values.
     """
 
     layers: int
     hidden: int
     intermediate: int
     vocabulary: int = VOCABULARY
+    head_size: int = 64
+    sharing: int = 2
+
+    @property
+    def key_width(self) -> int:
+        """Width of all keys, and of all values."""
+        return self.hidden // self.sharing
 
     @property
     def block_parameters(self) -> int:
-        """Weights of one block's matrices; keys and values are half as wide as queries."""
-        return 3 * self.hidden**2 + 3 * self.hidden * self.intermediate
+        """Weights of one block's matrices."""
+        return 2 * self.hidden * (self.hidden + self.key_width) + 3 * self.hidden * self.intermediate
+
+
+LLAMA_8B = Shape(layers=32, hidden=4096, intermediate=14336, vocabulary=128256, head_size=128, sharing=4)
+"""The sizes of Llama-3.1-8B."""
 
 
 def make_llama(folder: Path, shape: Shape) -> Path:
@@ -72,7 +84,7 @@ def make_llama(folder: Path, shape: Shape) -> Path:
 def _write_config(folder: Path, shape: Shape) -> None:
     from transformers import LlamaConfig
 
-    heads = shape.hidden // HEAD_SIZE
+    heads = shape.hidden // shape.head_size
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
@@ -80,8 +92,8 @@ def _write_config(folder: Path, shape: Shape) -> None:
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-        head_dim=HEAD_SIZE,
+        num_key_value_heads=heads // shape.sharing,
+        head_dim=shape.head_size,
         vocab_size=shape.vocabulary,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=False,
@@ -102,11 +114,11 @@ def _outer(shape: Shape) -> dict[str, Tensor]:
 
 def _block(index: int, shape: Shape) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(1 + index)
-    wide, half, middle = shape.hidden, shape.hidden // 2, shape.intermediate
+    wide, keys, middle = shape.hidden, shape.key_width, shape.intermediate
     sizes = {
         "self_attn.q_proj": (wide, wide),
-        "self_attn.k_proj": (half, wide),
-        "self_attn.v_proj": (half, wide),
+        "self_attn.k_proj": (keys, wide),
+        "self_attn.v_proj": (keys, wide),
         "self_attn.o_proj": (wide, wide),
         "mlp.gate_proj": (middle, wide),
         "mlp.up_proj": (middle, wide),

@@ -167,6 +167,7 @@ def collecting(block: nn.Module, collections: Collections, device: str) -> Itera
                 before = replace(before, routed_E=before.routed_E + _routed(experts, item))
                 if item.of is not None and experts.sees_all:
                     x_TI = x_TI[experts.rows[item.of]]
+            x_TI = _as_multiplied(module, x_TI)
             sums[position] = replace(before, statistics=accumulate(before.statistics, x_TI))
 
         return take
@@ -240,6 +241,15 @@ def _hooked(block: nn.Module, collections: Collections, make_hook: Callable[[int
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _as_multiplied(module: nn.Module, x_TI: Tensor) -> Tensor:
+    """Return what a linear reads as it multiplies it. On a GPU that is what bfloat16 sums are fast of; on the CPU its
+    products are told what to round (``skeleton/products.py``)."""
+    weight = getattr(module, "weight", None)
+    if x_TI.device.type == "cpu" or not isinstance(weight, Tensor) or weight.dtype is not torch.bfloat16:
+        return x_TI
+    return x_TI.to(torch.bfloat16)
 
 
 def _routed(experts: nn.Module | None, item: Collection) -> Tensor:

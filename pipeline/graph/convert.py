@@ -40,6 +40,7 @@ from pipeline.graph.stopping import Stopping
 from pipeline.hub.fetch import FetchedSource, OnProgress, fetch
 from pipeline.hub.source import Source, needed_files
 from pipeline.observe.events import EventSink, Published, SourceAdvanced, VariantJudged, Warned
+from pipeline.quantize import triton_kernels
 from pipeline.settings import Settings
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import ConversionSpec
@@ -331,13 +332,17 @@ def require_device(options: RunOptions) -> None:
 
     Raises:
         GraphError: when this machine is to compute on a GPU and has none.
+        QuantizationError: when it has one, and not what solves layers there.
     """
-    if options.device == "cuda" and options.address is None and not torch.cuda.is_available():
+    if options.device != "cuda" or options.address is not None:
+        return
+    if not torch.cuda.is_available():
         raise GraphError(
             "--device cuda needs a GPU, and this machine has none that torch can use",
             code="graph.infeasible",
             hint="run with --device cpu, or join a cluster with GPUs with --address",
         )
+    triton_kernels.load()
 
 
 def _announce(own: Measured, sink: EventSink) -> None:

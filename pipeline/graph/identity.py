@@ -17,6 +17,9 @@ from pipeline.precision import Precision
 COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors", "numba")
 """Packages whose version can change bytes; with Bitmill's own they are named on the card."""
 
+DEVICES = {"cpu": "cpu", "cuda": "cuda, loops 2"}
+"""What kinds of devices are called in keys: changed when loops for one of them sum in another order."""
+
 KEY_SCHEME = 2
 """Part of every key: raised when something else than before identifies what a unit reads."""
 
@@ -55,7 +58,7 @@ class Keyring:
         """What computes: versions, device kind, the model's config."""
         packages = {name: version(name) for name in COMPUTE_PACKAGES}
         config = fingerprint(computing_config(self.outline.config))
-        return {"scheme": KEY_SCHEME, "packages": packages, "device": self.device, "config": config}
+        return {"scheme": KEY_SCHEME, "packages": packages, "device": DEVICES[self.device], "config": config}
 
     def key(self, kind: Kind, identity: Mapping[str, Any]) -> str:
         """Return the key of a unit that is identified by its kind and ``identity``."""

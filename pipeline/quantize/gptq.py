@@ -31,13 +31,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.finite import is_finite
-from pipeline.quantize import kernels
+from pipeline.quantize import kernels, triton_kernels
 from pipeline.quantize.cholesky import LowerTiles
 from pipeline.quantize.types import Scheme
 
@@ -185,38 +186,21 @@ def solve_columns(
             target_BR.addmm_(factored.feedback_II[:start, block].t(), error_IR[:start])
         # Transposed: what feeds into a column is contiguous.
         feedback_BB = factored.feedback_II[block, block].t().contiguous()
-        if kernels.take(weight_IR):
-            kernels.solve_block(
-                target_BR.numpy(),
-                weight_IR[block].numpy(),
-                feedback_BB.numpy(),
-                group_I[block].numpy(),
-                scale_GR.numpy(),
-                zero_GR.numpy(),
-                np.float32(scheme.max_code),
-                factored.pivot_I[block].numpy(),
-                factored.added_I[block].numpy(),
-                step_IR[block].numpy(),
-                error_IR[block].numpy(),
-                loss_R.numpy(),
-                error_norm_R.numpy(),
-            )
-        else:
-            _solve_block(
-                target_BR,
-                weight_IR[block],
-                feedback_BB,
-                group_I[block],
-                scale_GR,
-                zero_GR,
-                scheme,
-                factored.pivot_I[block],
-                factored.added_I[block],
-                step_IR[block],
-                error_IR[block],
-                loss_R,
-                error_norm_R,
-            )
+        _solve_block(
+            target_BR,
+            weight_IR[block],
+            feedback_BB,
+            group_I[block],
+            scale_GR,
+            zero_GR,
+            scheme.max_code,
+            factored.pivot_I[block],
+            factored.added_I[block],
+            step_IR[block],
+            error_IR[block],
+            loss_R,
+            error_norm_R,
+        )
     inverse_I = torch.empty_like(factored.order_I)
     inverse_I[factored.order_I] = torch.arange(num_columns, device=inverse_I.device)
     step_OI = step_IR.index_select(0, inverse_I).t()
@@ -233,7 +217,29 @@ def _solve_block(
     group_B: Tensor,
     scale_GR: Tensor,
     zero_GR: Tensor,
-    scheme: Scheme,
+    max_code: int,
+    *rest: Tensor,
+) -> None:
+    """Do what ``kernels.solve_block`` does, with the same arguments, by the loops for where the tensors are."""
+    grids = (target_BR, weight_BR, feedback_BB, group_B, scale_GR, zero_GR)
+    if kernels.take(target_BR):
+        arguments: list[Any] = [tensor.numpy() for tensor in (*grids, *rest)]
+        arguments.insert(len(grids), np.float32(max_code))
+        kernels.solve_block(*arguments)
+    elif triton_kernels.take(target_BR):
+        triton_kernels.solve_block(*grids, max_code, *rest)
+    else:
+        _solve_block_in_torch(*grids, max_code, *rest)
+
+
+def _solve_block_in_torch(
+    target_BR: Tensor,
+    weight_BR: Tensor,
+    feedback_BB: Tensor,
+    group_B: Tensor,
+    scale_GR: Tensor,
+    zero_GR: Tensor,
+    max_code: int,
     pivot_B: Tensor,
     added_B: Tensor,
     step_BR: Tensor,
@@ -241,14 +247,9 @@ def _solve_block(
     loss_R: Tensor,
     error_norm_R: Tensor,
 ) -> None:
-    """Fill ``step_BR`` (code - zero) and ``error_BR`` (weight - dequantized) of one block, column after column, and add
-    to ``loss_R`` and ``error_norm_R``, on any device and in any dtype: what ``kernels.solve_block`` does for float32 on
-    the CPU.
-
-    ``target_BR`` holds the weights with the errors of earlier blocks fed back, and is used up.
-    """
+    """Do the same on any device and in any dtype, one operation after another."""
     low_GR = -zero_GR
-    high_GR = low_GR + scheme.max_code
+    high_GR = low_GR + max_code
     residual_BR = torch.empty_like(target_BR)
     for j, group in enumerate(group_B.tolist()):
         target_R, step_R, scale_R = target_BR[j], step_BR[j], scale_GR[group]

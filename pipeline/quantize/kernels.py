@@ -1,5 +1,5 @@
 """The solvers' loops for the CPU, compiled. ``grid.py`` and ``gptq.py`` say what they compute, and do it with torch
-elsewhere; tests hold both to the same results.
+elsewhere (or, on a GPU, with ``triton_kernels.py``); tests hold all to the same results.
 
 Dimension suffixes as there: O = rows, I = columns, G = groups of a row, g = columns of a group, L = the lanes, B =
 columns of a block, R = rows of a tile (contiguous). All arrays are C-contiguous.

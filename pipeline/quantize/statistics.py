@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import QuantizationError
+from pipeline.quantize import triton_kernels
 from pipeline.quantize.loss import column_blocks
 from pipeline.quantize.types import Statistics
 
@@ -48,12 +49,17 @@ def accumulate(statistics: Statistics, x_TI: Tensor) -> Statistics:
     in_features = statistics.abs_sum_I.shape[0]
     if x_TI.ndim != 2 or x_TI.shape[1] != in_features:
         raise QuantizationError(f"inputs of shape {list(x_TI.shape)} cannot be added to {in_features} channels")
-    x_TI = x_TI.detach().to(torch.float32)
+    x_TI = x_TI.detach()
     if x_TI.shape[0] == 0:
         return statistics
-    abs_TI = x_TI.abs()
+    wide_TI = x_TI.to(torch.float32)
+    abs_TI = wide_TI.abs()
+    if x_TI.dtype is torch.bfloat16 and triton_kernels.take(x_TI):
+        second_moment_II = triton_kernels.add_products(statistics.second_moment_II, x_TI)
+    else:
+        second_moment_II = _add_products(statistics.second_moment_II, wide_TI)
     return Statistics(
-        second_moment_II=_add_products(statistics.second_moment_II, x_TI),
+        second_moment_II=second_moment_II,
         abs_sum_I=statistics.abs_sum_I.add_(abs_TI.sum(0)),
         abs_max_I=torch.maximum(statistics.abs_max_I, abs_TI.amax(0), out=statistics.abs_max_I),
         num_tokens=statistics.num_tokens + x_TI.shape[0],

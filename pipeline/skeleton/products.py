@@ -6,7 +6,8 @@ a model calls torch's own. Norms, residual streams, rotary tables and everything
 
 Other float32 products may be made from bfloat16 factors too, with float32 sums and results: second moments, whose
 factors the linears round likewise, and the output head. oneDNN does it where it is faster, on CPUs with AMX; on others
-its float32 products are exact, and twice as fast as MKL's on some.
+its float32 products are exact, and twice as fast as MKL's on some. On a GPU second moments are given what the linears
+multiply (``calibrate/collections.py``).
 
 Where a CPU has no instructions for it (x86 before AVX-512 BF16), a bfloat16 product takes four times as long as one of
 float32. There the rounded factors are multiplied as float32, where every product of two is exact, and the result is

@@ -41,6 +41,7 @@ OWNERS = {
     "huggingface_hub": "hub",
     "transformers": "skeleton",
     "numba": "compiled",
+    "triton": "quantize",
 }
 STANDALONE = ("jobs/demo/train.py", "pipeline/validate/engines/run_")
 """Scripts that run elsewhere: the training of the demo model, and what an engine's environment runs."""

@@ -1,0 +1,131 @@
+"""The solvers' loops for GPUs, in Triton. ``gptq.py`` and ``statistics.py`` say what they compute.
+
+Dimension suffixes: I = columns of a weight, B = columns of a block, R = rows of a tile (contiguous), T = tokens.
+
+Columns. One program takes some rows of a block of columns and keeps their targets in registers from the first column
+to the last. What a column errs is fed forward to all columns after it at once, so each column's target gets its sums
+in the order of the columns, as on the CPU; with fused multiply-add, which is asked for by name as Triton's default for
+it changes between versions. One launch a block, and nothing is told to the host.
+
+Second moments. Inputs in bfloat16 are multiplied as they are (the product of two is exact in float32) and summed in
+float32. x^T x is symmetric: one program makes one tile on or below the diagonal, and writes it to its mirror's place
+too, so half of the products are spared. Tiles of a matrix, and tokens within a tile, are added in a fixed order.
+
+Triton comes with torch's CUDA builds for Linux. It is imported by the first that needs it, so no other machine has to
+have it. Its interpreter (``TRITON_INTERPRET=1``) runs these on the CPU, which is how tests hold them to what torch
+computes (``make test-kernels``).
+
+The loops have not been timed: no GPU was at hand. Sizes of tiles are what fits an SM's registers, not what won.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import QuantizationError
+
+ROWS = 32
+"""Rows of a program that solves columns: with 128 columns, 32 numbers for each thread of four warps."""
+
+COLUMNS = 128
+"""Rows and columns of a tile of a second moment."""
+
+TOKENS = 64
+"""Tokens that a program loads at once."""
+
+PUSH = 12582912.0
+"""1.5 * 2**23: added and taken off, it rounds a float32 below 2**22 to the nearest whole number, ties to even."""
+
+
+def take(tensor: Tensor) -> bool:
+    """Return whether the loops here work on tensors like this one: on a GPU, and on the columns of a weight in float32
+    or inputs in bfloat16."""
+    return tensor.device.type == "cuda" and tensor.dtype in (torch.float32, torch.bfloat16)
+
+
+@cache
+def load() -> Any:
+    """Return the module with the loops; from then on they are there.
+
+    Raises:
+        QuantizationError: when Triton is not there.
+    """
+    try:
+        from pipeline.quantize import triton_loops
+    except ImportError as error:
+        raise QuantizationError(
+            f"a GPU needs loops that are written in Triton, which cannot be imported: {error}",
+            hint="it comes with torch's CUDA builds for Linux; or run with --device cpu",
+            code="quantize.no_triton",
+        ) from error
+    return triton_loops
+
+
+def solve_block(
+    target_BR: Tensor,
+    weight_BR: Tensor,
+    feedback_BB: Tensor,
+    group_B: Tensor,
+    scale_GR: Tensor,
+    zero_GR: Tensor,
+    max_code: int,
+    pivot_B: Tensor,
+    added_B: Tensor,
+    step_BR: Tensor,
+    error_BR: Tensor,
+    loss_R: Tensor,
+    error_norm_R: Tensor,
+) -> None:
+    """Do what ``kernels.solve_block`` does, with the same arguments.
+
+    Raises:
+        QuantizationError: when Triton is not there.
+    """
+    num_columns, num_rows = target_BR.shape
+    loops = load()
+    loops.solve_block[loops.cdiv(num_rows, ROWS),](
+        target_BR,
+        weight_BR,
+        feedback_BB,
+        group_B,
+        scale_GR,
+        zero_GR,
+        pivot_B,
+        added_B,
+        step_BR,
+        error_BR,
+        loss_R,
+        error_norm_R,
+        num_rows,
+        num_columns,
+        float(max_code),
+        PUSH=PUSH,
+        COLUMNS=loops.next_power_of_2(num_columns),
+        ROWS=ROWS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+
+
+def add_products(moment_II: Tensor, x_TI: Tensor) -> Tensor:
+    """Add x^T x in place and return the sum.
+
+    Args:
+        moment_II: float32 [I, I], symmetric and contiguous.
+        x_TI: bfloat16 [T, I].
+
+    Raises:
+        QuantizationError: when Triton is not there.
+    """
+    loops = load()
+    x_TI = x_TI.contiguous()
+    num_tokens, width = x_TI.shape
+    tiles = loops.cdiv(width, COLUMNS)
+    loops.add_products[tiles * (tiles + 1) // 2,](
+        moment_II, x_TI, num_tokens, width, COLUMNS=COLUMNS, TOKENS=TOKENS, num_warps=8, enable_fp_fusion=True
+    )
+    return moment_II
