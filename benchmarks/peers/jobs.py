@@ -55,40 +55,55 @@ class Task:
 
     Attributes:
         tool: Who makes it.
-        method: ``gptq``, ``awq`` or ``autoround``.
+        method: ``gptq``, ``awq`` or ``autoround``; of Bitmill, ``awq-gptq`` too.
         grid: What its codes mean.
         iterations: Steps of AutoRound's search for each block; None is its default.
+        suffix: What the name of Bitmill's variant ends with, for example ``-seq``.
     """
 
     tool: Tool
     method: str
     grid: Grid
     iterations: int | None = None
+    suffix: str = ""
+
+    @property
+    def variant(self) -> str:
+        """Bitmill's name for it."""
+        return f"{self.method}-w{self.grid.bits}-g{self.grid.group_size}{self.suffix}"
 
     @property
     def name(self) -> str:
         """Name of its folder, its log and its rows."""
         grid = self.grid
         steps = f"-i{self.iterations}" if self.iterations else ""
-        return f"{self.tool}-{self.method}-w{grid.bits}-g{grid.group_size}-{'sym' if grid.symmetric else 'asym'}{steps}"
+        symmetry = "sym" if grid.symmetric else "asym"
+        return f"{self.tool}-{self.method}-w{grid.bits}-g{grid.group_size}-{symmetry}{self.suffix}{steps}"
 
     @property
     def label(self) -> str:
         """The tool and its method, as tables say them."""
         steps = f", {self.iterations} iterations" if self.iterations else ""
+        if self.tool is Tool.BITMILL:
+            return f"{self.tool} {self.variant}"
         return f"{self.tool} {self.method.upper()}{steps}" if self.method != self.tool else f"{self.tool}{steps}"
 
 
 def all_tasks(iterations: int | None) -> list[Task]:
-    """Return every task, grid by grid."""
+    """Return every task, grid by grid: each tool's own way, then Bitmill's others for the same grid and format."""
     four, three, asymmetric = Grid(4, 64, True), Grid(3, 64, True), Grid(4, 64, False)
     methods = {four: "gptq", three: "gptq", asymmetric: "awq"}
-    return [
+    tasks = [
         Task(tool, method, grid) if tool != Tool.AUTOROUND else Task(tool, "autoround", grid, iterations)
         for grid, method in methods.items()
         for tool in Tool
         if (tool, grid) != (Tool.AUTOROUND, three)
     ]
+    for grid in (four, three):
+        tasks.append(Task(Tool.BITMILL, "gptq", grid, suffix="-seq"))
+        tasks.append(Task(Tool.BITMILL, "awq-gptq", grid, suffix="-gptq"))
+    tasks.append(Task(Tool.BITMILL, "awq-gptq", asymmetric))
+    return sorted(tasks, key=lambda task: list(methods).index(task.grid))
 
 
 @dataclass(frozen=True)
@@ -183,7 +198,7 @@ class Job:
         """Return the command line that makes a release of one variant, judged as Bitmill does by default."""
         samples, length = str(len(self.tokens.sequences)), str(len(self.tokens.sequences[0]))
         flags = {
-            "--variant": f"{task.method}-w{task.grid.bits}-g{task.grid.group_size}",
+            "--variant": task.variant,
             "--calibration": str(self.calibration),
             "--samples": samples,
             "--length": length,

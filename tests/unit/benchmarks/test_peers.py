@@ -19,6 +19,7 @@ from benchmarks.peers.results import Results
 from benchmarks.peers.runs import measure
 from benchmarks.peers.scoring import Scorer, compare_logits
 from pipeline.calibrate.tokens import Text, take_tokens
+from pipeline.variants import parse_variant
 
 PEERS = [tool for tool in Tool if tool is not Tool.BITMILL]
 DEMO_MODEL = ROOT / "jobs" / "demo" / "model"
@@ -63,6 +64,18 @@ def test_every_grid_is_made_by_bitmill_and_by_peers_under_names_of_their_own() -
         tools = {task.tool for task in tasks if task.grid == grid}
         assert Tool.BITMILL in tools
         assert len(tools) >= 3
+
+
+@pytest.mark.parametrize("task", [task for task in all_tasks(None) if task.tool is Tool.BITMILL], ids=lambda t: t.name)
+def test_bitmills_variant_has_the_grid_of_its_task(task: Task) -> None:
+    variant = parse_variant(task.variant)
+    assert (variant.bits, variant.group_size, variant.symmetric) == (
+        task.grid.bits,
+        task.grid.group_size,
+        task.grid.symmetric,
+    )
+    others = {other.method for other in all_tasks(None) if other.grid == task.grid and other.tool is Tool.GPTQMODEL}
+    assert variant.format.value in others
 
 
 def test_key_follows_the_tokens_the_model_and_the_cores(tmp_path: Path) -> None:
