@@ -31,8 +31,9 @@ demo: $(VENV)/.run ## Convert the shipped model to GPTQ and AWQ, publish to demo
 	$(BIN)/bitmill verify $(DEMO_DIR)/releases/demo/bitmill-demo-gptq-w4-g128
 	$(BIN)/bitmill verify $(DEMO_DIR)/releases/demo/bitmill-demo-awq-w4-g128
 
+# In the order of the folders: files of few and long tests come first, and short ones fill the end.
 test: $(VENV)/.test ## Run the tests, two files at a time; TEST_PROCESSES=1 for one
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-engines: $(VENV)/.test ## Load releases in real engines; installs their environments on first use (gigabytes)
 	$(BIN)/python -m pytest -m engines tests/engines $(PYTEST_FLAGS)

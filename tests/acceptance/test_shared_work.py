@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, environment
+from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, TWO_WORKERS, environment
 from tests.loopback_hub import LoopbackHub
 from tests.s3_faults import S3Faults, Trouble
 from tests.s3_server import S3Server, find_program
 
 VARIANTS = ("--variant", "gptq-w4-g128")
-COMMAND = (sys.executable, "-m", "jobs.cli", "convert", str(DEMO_MODEL), *VARIANTS, *SMALL)
+COMMAND = (sys.executable, "-m", "jobs.cli", "convert", str(DEMO_MODEL), *VARIANTS, *SMALL, *TWO_WORKERS)
 WORK = "s3://work/runs"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, Bitmill, environment
+from tests.acceptance.conftest import DEMO_MODEL, ROOT, SMALL, TWO_WORKERS, Bitmill, environment
 
 LEAVE_S = 30.0
 """Time that Ray's processes have to be gone after the command has ended."""
@@ -73,7 +73,7 @@ def test_a_signal_ends_the_run_and_all_its_processes_and_the_next_run_completes(
     target = tmp_path / "out"
     target.mkdir()
     places = ["--to", str(target), "--work-dir", str(tmp_path / "work")]
-    arguments = ["convert", str(DEMO_MODEL), "--variant", "rtn-w8-g128", *SMALL, *places, *flags]
+    arguments = ["convert", str(DEMO_MODEL), "--variant", "rtn-w8-g128", *SMALL, *TWO_WORKERS, *places, *flags]
     driver = subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", *arguments],
         cwd=ROOT,
