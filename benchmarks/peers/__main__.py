@@ -46,6 +46,11 @@ def main(words: Sequence[str] | None = None) -> None:
     tasks = [task for task in all_tasks(args.autoround_iterations) if not args.only or task.tool in args.only]
     if args.grid:
         tasks = [task for task in tasks if task.grid.name.replace(" ", "-") in args.grid]
+    if args.task:
+        unknown = set(args.task) - {task.name for task in tasks}
+        if unknown:
+            raise SystemExit(f"no {', '.join(sorted(unknown))} among {', '.join(task.name for task in tasks)}")
+        tasks = [task for task in tasks if task.name in args.task]
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     print_header()
     encode = _encoder(args.model)
@@ -83,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence, default 512")
     parser.add_argument("--only", type=Tool, action="append", help=f"a tool, repeatable: {', '.join(Tool)}")
     parser.add_argument("--grid", action="append", help="w4-g64-sym, w3-g64-sym or w4-g64-asym, repeatable")
+    parser.add_argument(
+        "--task",
+        action="append",
+        metavar="NAME",
+        help="only this checkpoint, as its folder is called, repeatable; for example bitmill-gptq-w4-g64-sym-seq",
+    )
     parser.add_argument("--repeat", type=int, default=1, help="runs of every task, default 1; the median is shown")
     parser.add_argument("--cores", type=int, default=cores, help=f"processors and threads for each, default {cores}")
     parser.add_argument(

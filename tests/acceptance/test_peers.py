@@ -15,7 +15,7 @@ import pytest
 from benchmarks.sessions import processes_of
 from tests.acceptance.conftest import ROOT, environment
 
-GRIDS = ["w4-g64-sym", "w4-g64-asym"]
+TASKS = ("bitmill-gptq-w4-g64-sym", "bitmill-awq-w4-g64-asym")
 SMALL = ["--samples", "8", "--length", "64", "--heldout-samples", "4", "--also", "LICENSE"]
 
 
@@ -25,16 +25,16 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 def test_referee_finds_what_the_release_states_and_repeats_nothing(tmp_path: Path) -> None:
     out = tmp_path / "peers"
-    grids = [word for grid in GRIDS for word in ("--grid", grid)]
+    tasks = [word for name in TASKS for word in ("--task", name)]
     precision = ["--precision", "float32"]  # the referee's
     tool = [sys.executable, "-m", "benchmarks.peers", "--only", "bitmill"]
-    command = [*tool, *grids, *SMALL, *precision, "--out", str(out)]
+    command = [*tool, *tasks, *SMALL, *precision, "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(tmp_path), check=False)
     assert done.returncode == 0, done.stderr
     assert (out / "peers.png").read_bytes().startswith(b"\x89PNG")
     first = rows(out)
     assert [row["exit_status"] for row in first if row["kind"] == "run"] == [0, 0]
-    for name in ("bitmill-gptq-w4-g64-sym", "bitmill-awq-w4-g64-asym"):
+    for name in TASKS:
         quality = json.loads((out / "checkpoints" / name / "bitmill.json").read_text())["quality"]
         score = next(row for row in first if row["kind"] == "score" and row["task"] == name)
         assert score["num_tokens"] == 4 * 63
@@ -43,7 +43,7 @@ def test_referee_finds_what_the_release_states_and_repeats_nothing(tmp_path: Pat
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(tmp_path), check=False)
     assert again.returncode == 0, again.stderr
     assert rows(out) == first
-    assert "w4 g64 asym, bitmill AWQ" in again.stdout
+    assert "w4 g64 asym, bitmill awq-w4-g64" in again.stdout
 
 
 def test_nothing_runs_on_after_it_is_told_to_end(tmp_path: Path) -> None:
