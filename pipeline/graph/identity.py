@@ -18,7 +18,8 @@ COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors", "numba")
 """Packages whose version can change bytes; with Bitmill's own they are named on the card."""
 
 DEVICES = {"cpu": "cpu", "cuda": "cuda, loops 2"}
-"""What kinds of devices are called in keys: changed when loops for one of them sum in another order."""
+"""What kinds of devices are called in keys: changed when loops for one of them sum in another order. The version of
+Triton follows from torch's, which is in the keys."""
 
 KEY_SCHEME = 2
 """Part of every key: raised when something else than before identifies what a unit reads."""
