@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from conversions import Job
 from flags import add_model, job_parser, scratch_folder, variants_of
-from hotspots import Stages, share
+from hotspots import Stages
 from models import LLAMA_8B, make_llama
 from report import print_header, print_table
 
@@ -43,9 +43,7 @@ def main() -> None:
         convert(build_spec(job.spec(folder / "out"), "benchmark"), load_settings(), options, stages)
         whole_s = time.monotonic() - start_s
     judged_s = stages.seconds[Phase.EVALUATE.value]
-    rows = [[name, str(stages.number[name]), *share(s, whole_s)] for name, s in stages.seconds.most_common()]
-    rows.append(["outside units", "", *share(whole_s - sum(stages.seconds.values()), whole_s)])
-    print_table(["work", "units", "s", "share"], rows)
+    print_table(["work", "units", "s", "share"], stages.rows(whole_s))
     print(f"whole {whole_s:.1f} s; without what the gates ask for {whole_s - judged_s:.1f} s")
     most = [f"{format_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} in the process"]
     if args.device == "cuda":

@@ -41,6 +41,11 @@ class Stages(ClosingSink):
             self.seconds[event.phase.value] += event.seconds
             self.number[event.phase.value] += 1
 
+    def rows(self, whole_s: float) -> list[list[str]]:
+        """Return rows of work, number of units, seconds and share, what passes outside units at last."""
+        rows = [[name, str(self.number[name]), *share(s, whole_s)] for name, s in self.seconds.most_common()]
+        return [*rows, ["outside units", "", *share(whole_s - sum(self.seconds.values()), whole_s)]]
+
 
 def main() -> None:
     parser = job_parser(__doc__, variants=["gptq-w4-g64"], samples=128, length=512)
@@ -58,9 +63,7 @@ def main() -> None:
         whole_s, cpu_s = time.monotonic() - start_s, time.process_time() - start_cpu_s
     inside_s = sum(stages.seconds.values())
     print(f"whole {whole_s:.1f} s, {cpu_s:.1f} s of a processor; inside units {inside_s:.1f} s")
-    rows = [[name, str(stages.number[name]), *share(s, whole_s)] for name, s in stages.seconds.most_common()]
-    rows.append(["outside units", "", *share(whole_s - inside_s, whole_s)])
-    print_table(["work", "units", "s", "share"], rows)
+    print_table(["work", "units", "s", "share"], stages.rows(whole_s))
     print_table(["function, own time", "calls", "s", "share"], _functions(pstats.Stats(profile), whole_s))
 
 
