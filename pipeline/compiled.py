@@ -29,6 +29,9 @@ if platform.machine() == "x86_64" and numba.config.CPU_FEATURES is None:  # type
 LANES = 64
 """Rows that a loop works on at once: four AVX-512 registers, so that one's result is there before it is needed."""
 
+PUSH = 12582912.0
+"""1.5 * 2**23: added and taken off, it rounds a float32 below 2**22 to the nearest whole number, ties to even."""
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.compiled import LANES, compiled
+from pipeline.compiled import LANES, PUSH, compiled
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-_PUSH = np.float32(12582912.0)
+_PUSH = np.float32(PUSH)
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
 _TWO = np.float32(2.0)

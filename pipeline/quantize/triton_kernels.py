@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.compiled import PUSH
 from pipeline.errors import QuantizationError
 
 ROWS = 32
@@ -36,9 +37,6 @@ COLUMNS = 128
 
 TOKENS = 64
 """Tokens that a program loads at once."""
-
-PUSH = 12582912.0
-"""1.5 * 2**23: added and taken off, it rounds a float32 below 2**22 to the nearest whole number, ties to even."""
 
 
 def take(tensor: Tensor) -> bool:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.compiled import LANES, compiled
+from pipeline.compiled import LANES, PUSH, compiled
 
 Floats = NDArray[np.float32]
 
-_PUSH = np.float32(12582912.0)
+_PUSH = np.float32(PUSH)
 _PER_LN2 = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693145751953125)
 _LN2_LOW = np.float32(1.42860677e-06)

@@ -133,6 +133,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from pipeline.compiled import PUSH
 from pipeline.quantize import triton_kernels, triton_loops
 
 floats = ["target", "weight", "feedback", "scale", "zero", "step", "error"]
@@ -142,7 +143,7 @@ solve |= {"num_rows": "i32", "num_columns": "i32", "max_code": "fp32"}
 add = {"moment": "*fp32", "x": "*bf16", "num_tokens": "i32", "width": "i32"}
 for capability in (80, 90):
     for loop, types, constants, num_warps in (
-        (triton_loops.solve_block, solve, {"PUSH": triton_kernels.PUSH, "COLUMNS": 128, "ROWS": 32}, 4),
+        (triton_loops.solve_block, solve, {"PUSH": PUSH, "COLUMNS": 128, "ROWS": 32}, 4),
         (triton_loops.add_products, add, {"COLUMNS": triton_kernels.COLUMNS, "TOKENS": triton_kernels.TOKENS}, 8),
     ):
         types = {name: types.get(name, "constexpr") for name in loop.arg_names}
