@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
+from typing import IO
 
 END_S = 30.0
 """Longest wait for killed processes to be gone."""
@@ -141,6 +144,53 @@ def kill_session(session: int) -> int:
         seen |= {process.pid for process in found if kill_process(process.pid, session)}
         time.sleep(0.05)
     return len(seen)
+
+
+@contextmanager
+def session_of(
+    command: Sequence[str], folder: Path, env: Mapping[str, str], log: IO[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command as the leader of a session, yield it, and leave nothing of the session running.
+
+    SIGINT and SIGTERM wait while the command starts: an exception from their handlers before it is known would leave it
+    running. For the main thread.
+
+    Args:
+        command: Its words.
+        folder: Where it runs.
+        env: Its environment.
+        log: For all that it prints.
+    """
+    arrived: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        del frame
+        arrived.append(number)
+
+    # Not blocked by a mask, which the command would inherit.
+    handlers = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    leader: subprocess.Popen[bytes] | None = None
+    try:
+        try:
+            leader = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+        yield leader
+    finally:
+        if leader is not None:
+            kill_session(leader.pid)
+            leader.wait()
 
 
 def _session_of(pid: int) -> int | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.peers.environments import ensure_environment, pins_of
 from benchmarks.peers.jobs import ROOT, Job, Task, Tool, script_file, write_job
-from benchmarks.sessions import kill_session, memory_of, processes_of
+from benchmarks.sessions import memory_of, processes_of, session_of
 from pipeline.fingerprint import digest_file, fingerprint
 from pipeline.settings import engine_environment
 
@@ -64,30 +64,17 @@ def measure(command: list[str], env: dict[str, str], folder: Path, log: Path) ->
     load_before, started_s = os.getloadavg()[0], time.monotonic()
     cpu_s: dict[int, float] = {}
     peak_bytes = private_bytes = 0
-    with log.open("wb") as stream:
-        leader = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-        try:
-            while _is_running(leader.pid):
-                together_bytes = 0
-                for process in processes_of(leader.pid):
-                    if (memory := memory_of(process.pid)) is not None:
-                        peak_bytes = max(peak_bytes, memory.peak_bytes)
-                        together_bytes += memory.private_bytes
-                    cpu_s[process.pid] = max(_cpu_s(process.pid), cpu_s.get(process.pid, 0.0))
-                private_bytes = max(private_bytes, together_bytes)
-                time.sleep(POLL_S)
-            wall_s = time.monotonic() - started_s
-        finally:
-            kill_session(leader.pid)
-            leader.wait()
+    with log.open("wb") as stream, session_of(command, folder, env, stream) as leader:
+        while _is_running(leader.pid):
+            together_bytes = 0
+            for process in processes_of(leader.pid):
+                if (memory := memory_of(process.pid)) is not None:
+                    peak_bytes = max(peak_bytes, memory.peak_bytes)
+                    together_bytes += memory.private_bytes
+                cpu_s[process.pid] = max(_cpu_s(process.pid), cpu_s.get(process.pid, 0.0))
+            private_bytes = max(private_bytes, together_bytes)
+            time.sleep(POLL_S)
+        wall_s = time.monotonic() - started_s
     return Usage(leader.returncode, wall_s, sum(cpu_s.values()), peak_bytes, private_bytes, load_before)
 
 
