@@ -52,6 +52,8 @@ class Propagate(StrEnum):
     """Those that it has behind the blocks that are quantized already."""
     TWO_PASS = "two-pass"
     """Those that it has behind blocks that were quantized on the source's, all of them at first."""
+    TRUE_SEQUENTIAL = "true-sequential"
+    """Those that it has behind all that is quantized already: earlier blocks, and earlier linears of its own block."""
 
 
 class Format(StrEnum):
@@ -78,10 +80,10 @@ class GroupFallback(StrEnum):
     REFUSE = "refuse"
 
 
-COMPENSATION = {Propagate.QUANTIZED: 0.3, Propagate.TWO_PASS: 0.0}
+COMPENSATION = {Propagate.QUANTIZED: 0.3, Propagate.TWO_PASS: 0.0, Propagate.TRUE_SEQUENTIAL: 0.3}
 """What ``compensation: auto`` means (docs/benchmarks.md)."""
 
-SCHEDULE_SUFFIXES = {Propagate.QUANTIZED: "seq", Propagate.TWO_PASS: "twopass"}
+SCHEDULE_SUFFIXES = {Propagate.QUANTIZED: "seq", Propagate.TWO_PASS: "twopass", Propagate.TRUE_SEQUENTIAL: "trueseq"}
 """What a short name ends with for statistics that are not of the source's inputs."""
 
 EXPRESSION_MARK = "re:"
@@ -174,12 +176,15 @@ class VariantSpec(Strict):
     propagate: Propagate = Propagate.FLOAT
     """Inputs that statistics are of: `float`, those of the source, so that all blocks are solved side by side and all
     variants share them; `quantized`, those behind the variant's own blocks, one block after the other, at the price of
-    three passes over the calibration text for each such variant (two without `compensation`); or `two-pass`: all blocks
-    are solved as with `float`, text passes them, and all are solved again on what they read then, side by side."""
+    three passes over the calibration text for each such variant (two without `compensation`); `two-pass`: all blocks
+    are solved as with `float`, text passes them, and all are solved again on what they read then, side by side; or
+    `true-sequential`: as `quantized`, and inside a block linears are solved in the order in which they are called too,
+    each behind those before it, at the price of two more passes for each of them (one without `compensation`). Methods
+    with activation-aware scales cannot have that: scales change linears that were called, hence solved, before."""
     compensation: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
-    """With `propagate: quantized` and `two-pass`: how far weights go, before they are quantized, towards those that
+    """Where `propagate` is not `float`: how far weights go, before they are quantized, towards those that
     give the source's outputs on the inputs behind quantized blocks. 0 is not at all; 1 fits the calibration text and
-    fails on others. `auto` is 0.3 with `quantized`, and 0 with `two-pass`, where it does harm."""
+    fails on others. `auto` is 0.3, but 0 with `two-pass`, where it does harm."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """GPTQ: first rung of the damping ladder, as a fraction of the mean diagonal of the second moment."""
     act_order: bool = True
@@ -214,6 +219,11 @@ class VariantSpec(Strict):
             raise ValueError("format awq stores zero points: symmetric must be false")
         if self.format is Format.GPTQ and not self.symmetric:
             raise ValueError("format gptq holds symmetric grids only: a zero point of 0 cannot be stored in its layout")
+        if self.propagate is Propagate.TRUE_SEQUENTIAL and self.method.has_scales:
+            raise ValueError(
+                f"propagate true-sequential is not for {self.method}, whose scales change linears that were solved "
+                "before: choose quantized, or method gptq or rtn"
+            )
         if not self.name:
             object.__setattr__(self, "name", self._own_name())
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -334,8 +344,8 @@ def _default_symmetry(method: Method, format_: Format) -> bool:
 
 def parse_variant(name: str) -> VariantSpec:
     """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym]`` and
-    ``-seq`` or ``-twopass`` for a schedule other than ``float``. Bits with a decimal point, as in ``gptq-w4.5-g64``,
-    are an average: mixed precision.
+    ``-seq``, ``-trueseq`` or ``-twopass`` for a schedule other than ``float``. Bits with a decimal point, as in
+    ``gptq-w4.5-g64``, are an average: mixed precision.
 
     Raises:
         SpecError: when the name cannot be read or means a combination that no format holds.

@@ -17,7 +17,7 @@ Sums stay sums over slices, so they add up in any fixed tree; blending is done o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,6 +119,18 @@ class Collections:
     def widths(self) -> list[int]:
         """Channels of each collection."""
         return [item.in_features for item in self.items]
+
+    def read_by(self, groups: Iterable[int] | None) -> list[int]:
+        """Return the positions of the collections that statistics of some linear groups are made of, given by theirs;
+        of all for None."""
+        if groups is None:
+            return list(range(len(self.items)))
+        found = [place for group in groups for place in (group, self.shared[group]) if place is not None]
+        return sorted(set(found))
+
+    def only(self, positions: Sequence[int]) -> Collections:
+        """Return the collections at some positions, in this order, which groups are not told apart any more."""
+        return Collections(tuple(self.items[position] for position in positions), sees_all=self.sees_all)
 
 
 def plan_collections(groups: Sequence[LinearGroup], experts: ExpertStatistics) -> Collections:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
@@ -50,7 +51,12 @@ def forward_block(
 
 @torch.no_grad()
 def compare_block(
-    skeleton: Skeleton, index: int, source_NLH: Tensor, own_NLH: Tensor, collections: Collections
+    skeleton: Skeleton,
+    index: int,
+    source_NLH: Tensor,
+    own_NLH: Tensor,
+    collections: Collections,
+    own_weights: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, list[Sums]]:
     """Return the block's output [sequences, length, hidden] for the source's hidden states, and the sums of each
     collection over what linears read when other hidden states of the same tokens enter it, with products with what they
@@ -64,6 +70,7 @@ def compare_block(
         source_NLH: float32 hidden states that enter it in the source.
         own_NLH: Those that enter it behind quantized blocks.
         collections: What to add up; each over all tokens.
+        own_weights: What takes the place of some of the block's weights, by local name, for the other hidden states.
 
     Raises:
         CalibrationError: when the block gives NaN or Inf.
@@ -77,7 +84,8 @@ def compare_block(
             comparison.is_source = True
             outputs.append(skeleton.run_block(index, source_part))
             comparison.is_source = False
-            _require_finite(index, skeleton.run_block(index, own_part))
+            with skeleton.replaced(index, own_weights or {}):
+                _require_finite(index, skeleton.run_block(index, own_part))
     output = torch.cat(outputs)
     _require_finite(index, output)
     return output, comparison.sums

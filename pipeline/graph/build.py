@@ -23,6 +23,8 @@ from pipeline.graph.chains import (
     SOLVED_AFTER,
     Chain,
     ChainBuilder,
+    Propagation,
+    Step,
     Sums,
     Tokens,
     shape_of,
@@ -45,12 +47,18 @@ from pipeline.graph.shape import ModelShape
 from pipeline.graph.tuning import Tuning
 from pipeline.hub.selection import CARD_FILE
 from pipeline.quantize.types import Scheme
-from pipeline.skeleton.groups import LinearGroup
+from pipeline.skeleton.groups import LinearGroup, sequential_steps
 from pipeline.spec import CalibrationSpec, ConversionSpec, Method, Propagate, VariantSpec
 from pipeline.weights import INDEX_FILE
 
 UNREAD_FILES = (CARD_FILE, INDEX_FILE)
 """Companions that say nothing to whoever continues a prompt; where tensors are is in keys already."""
+
+Statistics = Mapping[int, WorkUnit]
+"""By position of a block's linear group, the unit that has its statistics."""
+
+Quantized = tuple[int, LinearGroup, dict[str, Any]]
+"""Position of a linear group, the part of it that is quantized, and the grid of that, as JSON."""
 
 PACKED_EXTRA = 0.02
 """Bytes of a packed weight besides its code: scales and zero points of groups of 128."""
@@ -97,11 +105,8 @@ class VariantPlan:
         return {"damping": spec.damping, "act_order": spec.act_order, "clip_search": spec.clip_search}
 
 
-def quantized_groups(
-    groups: Sequence[LinearGroup], matrices: Mapping[str, MatrixPlan]
-) -> list[tuple[int, LinearGroup, dict[str, Any]]]:
-    """Return for each of a block's groups of which something is quantized its position, that part of it, and the grid
-    of the part, as JSON."""
+def quantized_groups(groups: Sequence[LinearGroup], matrices: Mapping[str, MatrixPlan]) -> list[Quantized]:
+    """Return what of a block's groups is quantized, in order."""
     found = []
     for position, group in enumerate(groups):
         part = quantized_part(group, matrices)
@@ -238,23 +243,22 @@ class UnitBuilder:
         leftovers = [*calibration.saves, *heldout.saves, *(place for _, saves in built.values() for place in saves)]
         return JobUnits(variants, outer, source_generation, tuple(leftovers))
 
-    def _merges(self, sums: Sums) -> list[WorkUnit]:
-        """Return for each linear group of a block the unit that adds up its statistics."""
-        units, moments = [], 2 if sums.is_compared else 1
-        for position, group in enumerate(self.outline.groups[sums.block]):
+    def _merges(self, sums: Sums) -> Statistics:
+        """Return for each linear group that there are sums for the unit that adds up its statistics."""
+        units, moments = {}, 2 if sums.is_compared else 1
+        for position in sums.groups:
+            group = self.outline.groups[sums.block][position]
             blended = self.chains.blended(group)
-            units.append(
-                WorkUnit(
-                    Kind.MERGE,
-                    self.chains.merge_key(sums.identity, group),
-                    {"group": position, "is_compared": sums.is_compared, **blended},
-                    sums.units,
-                    rank=sums.rank,
-                    cost=moments * self.costs.merge_s(shape_of(group), len(sums.units)),
-                    out_bytes=moments * 4.0 * group.in_features**2,
-                    block=sums.block,
-                    label=group.label,
-                )
+            units[position] = WorkUnit(
+                Kind.MERGE,
+                self.chains.merge_key(sums.identity, group),
+                {"group": position, "is_compared": sums.is_compared, **blended},
+                sums.units,
+                rank=sums.rank,
+                cost=moments * self.costs.merge_s(shape_of(group), len(sums.units)),
+                out_bytes=moments * 4.0 * group.in_features**2,
+                block=sums.block,
+                label=group.label,
             )
         return units
 
@@ -266,7 +270,7 @@ class UnitBuilder:
     def _variant(
         self,
         plan: VariantPlan,
-        merged: list[list[WorkUnit]],
+        merged: Sequence[Statistics],
         heldout: Chain,
         outer: WorkUnit,
         source_generation: WorkUnit,
@@ -287,22 +291,48 @@ class UnitBuilder:
         }
         return VariantUnits(tuple(packs), tuple(scores), generation, appraisals), (*saves, *chain.saves)
 
-    def _packs(self, plan: VariantPlan, merged: list[list[WorkUnit]]) -> tuple[list[WorkUnit], tuple[Stored, ...]]:
+    def _packs(self, plan: VariantPlan, merged: Sequence[Statistics]) -> tuple[list[WorkUnit], tuple[Stored, ...]]:
         """Return the units that pack a variant's blocks, from statistics of the source's inputs or of its own, and the
         places at which hidden states are saved for them."""
         schedule = plan.spec.propagate
-        first = [] if schedule is Propagate.QUANTIZED else [self._block(plan, *block) for block in enumerate(merged)]
         if schedule is Propagate.FLOAT:
-            return first, ()
+            return [self._block(plan, *block) for block in enumerate(merged)], ()
+        first = [self._block(plan, *block) for block in enumerate(merged)] if schedule is Propagate.TWO_PASS else []
         text = self.chains.propagation(
             self.calibration, plan.spec.name, plan.quantization_config, is_compared=plan.spec.is_compensated
         )
+        if schedule is Propagate.TRUE_SEQUENTIAL:
+            return self._true_sequential_packs(plan, merged[0], text)
         # Nothing is quantized before the first block.
         packs = [self._block(plan, 0, merged[0])]
         for _ in range(1, self.num_blocks):
             passed = first[len(packs) - 1] if first else packs[-1]
             text, sums = self.chains.propagated_sums(self.chains.propagated(text, passed))
             packs.append(self._block(plan, sums.block, self._merges(sums)))
+        return packs, text.saves
+
+    def _true_sequential_packs(
+        self, plan: VariantPlan, merged: Statistics, text: Propagation
+    ) -> tuple[list[WorkUnit], tuple[Stored, ...]]:
+        """Return the same where every linear group is solved on what it reads behind all those before it, of which
+        nothing is quantized but for what ``merged`` has the statistics of: the first of the first block."""
+        packs: list[WorkUnit] = []
+        for block, groups in enumerate(self.outline.groups):
+            entering = self.chains.propagated(text, packs[-1]) if packs else self.chains.at_first_block(text)
+            quantized = {part[0]: part for part in quantized_groups(groups, plan.matrices)}
+            steps = [tuple(filter(quantized.__contains__, step)) for step in sequential_steps(groups)]
+            # Where nothing is quantized, the source's hidden states have to pass all the same.
+            steps = [step for step in steps if step] or [()]
+            solved: list[list[WorkUnit]] = []
+            for step in steps:
+                behind = tuple(unit for parts in solved for unit in parts)
+                statistics = merged
+                if packs or behind:
+                    passed, sums = self.chains.propagated_sums(entering, Step(step, behind))
+                    statistics = self._merges(sums)
+                    text = text if behind else passed
+                solved += self._solved(plan, [quantized[position] for position in step], block, statistics)[1]
+            packs.append(self._packed(plan, block, list(quantized.values()), [], solved))
         return packs, text.saves
 
     def _sensed(self, plan: VariantPlan) -> tuple[WorkUnit, ...]:
@@ -336,7 +366,7 @@ class UnitBuilder:
         plan: VariantPlan,
         matrices: Mapping[str, MatrixPlan],
         block: int,
-        merged: list[WorkUnit],
+        merged: Statistics,
         sensed: tuple[WorkUnit, ...],
     ) -> Iterator[WorkUnit]:
         """Yield the units that appraise a block's linear groups as one plan has them."""
@@ -360,9 +390,9 @@ class UnitBuilder:
     def _solved(
         self,
         plan: VariantPlan,
-        quantized: Sequence[tuple[int, LinearGroup, dict[str, Any]]],
+        quantized: Sequence[Quantized],
         block: int,
-        merged: list[WorkUnit],
+        merged: Statistics,
     ) -> tuple[list[WorkUnit], list[list[WorkUnit]]]:
         """Return the units that search a block's scales, and for each of its quantized groups those that solve it."""
         groups, inputs = self.outline.groups[block], {}
@@ -383,11 +413,20 @@ class UnitBuilder:
         ]
         return scales, solves
 
-    def _block(self, plan: VariantPlan, block: int, merged: list[WorkUnit]) -> WorkUnit:
-        spec = plan.spec
+    def _block(self, plan: VariantPlan, block: int, merged: Statistics) -> WorkUnit:
+        """Return the unit that packs a block, from the statistics of its groups."""
         quantized = quantized_groups(self.outline.groups[block], plan.matrices)
-        scales, solved = self._solved(plan, quantized, block, merged)
-        solves = [unit for parts in solved for unit in parts]
+        return self._packed(plan, block, quantized, *self._solved(plan, quantized, block, merged))
+
+    def _packed(
+        self,
+        plan: VariantPlan,
+        block: int,
+        quantized: Sequence[Quantized],
+        scales: Sequence[WorkUnit],
+        solved: Sequence[Sequence[WorkUnit]],
+    ) -> WorkUnit:
+        spec, solves = plan.spec, [unit for parts in solved for unit in parts]
         weights = [(shape_of(group).rows * shape_of(group).width, scheme["bits"]) for _, group, scheme in quantized]
         kept = self.keys.block_parameters(block) - sum(number for number, _ in weights)
         codes_bytes = sum(number * bits / 8 for number, bits in weights)
@@ -402,7 +441,7 @@ class UnitBuilder:
             self.keys.key(Kind.PACK, identity),
             {"format": spec.format.value},
             (*scales, *solves),
-            rank=merged[0].rank + SOLVED_AFTER,
+            rank=max((unit.rank for unit in solves), default=float(block)),
             cost=self.costs.pack_s(self.keys.block_parameters(block)),
             out_bytes=codes_bytes + 2 * kept + self.keys.block_parameters(block) * PACKED_EXTRA,
             block=block,

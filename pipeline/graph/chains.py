@@ -140,6 +140,7 @@ class Sums:
         units: What has them between them.
         block: The block.
         rank: Of what makes statistics of them.
+        groups: Positions of the linear groups that they are for.
         is_compared: Whether there are sums of products with the source's inputs among them.
     """
 
@@ -147,7 +148,21 @@ class Sums:
     units: tuple[WorkUnit, ...]
     block: int
     rank: float
+    groups: tuple[int, ...]
     is_compared: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """Linear groups of a block that are solved at the same time, when others of the block are already.
+
+    Attributes:
+        groups: Their positions.
+        behind: What has solved the others, whose linears are quantized for these.
+    """
+
+    groups: tuple[int, ...]
+    behind: tuple[WorkUnit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,7 +230,7 @@ class ChainBuilder:
     def __init__(self, keys: Keyring, costs: CostModel, expert_shrinkage: float) -> None:
         self.keys, self.costs, self._shrinkage = keys, costs, expert_shrinkage
         self._experts = keys.outline.experts
-        self._widths = [plan_collections(groups, self._experts).widths for groups in keys.outline.groups]
+        self._collections = [plan_collections(groups, self._experts) for groups in keys.outline.groups]
         self.num_blocks = keys.outline.skeleton.num_blocks
         # What enters the linears that a block calls first is as wide as what enters the block.
         self._hidden = next(group.in_features for block in keys.outline.groups for group in block)
@@ -231,9 +246,11 @@ class ChainBuilder:
     def sums(self, chain: Chain, block: int) -> Sums:
         """Return the sums over all tokens of the chain at one block."""
         identity = chain.identities[block]
-        return Sums(
-            identity, self._added(identity, chain.blocks[block], Kind.CALIBRATE), block, chain.merge_rank(block)
-        )
+        units = self._added(identity, chain.blocks[block], Kind.CALIBRATE)
+        return Sums(identity, units, block, chain.merge_rank(block), self._all_groups(block))
+
+    def _all_groups(self, block: int) -> tuple[int, ...]:
+        return tuple(range(len(self.keys.outline.groups[block])))
 
     def _added(self, identity: str, parts: tuple[WorkUnit, ...], kind: Kind) -> tuple[WorkUnit, ...]:
         """Return units that have between them what ``parts``, of a kind, have summed, no more than ``ADDED_SPANS``:
@@ -247,11 +264,12 @@ class ChainBuilder:
         if len(parts) == 1:
             return parts[0]
         span, block = (parts[0].params["low"], parts[-1].params["high"]), parts[0].block
-        shapes = self._summed(block, kind)
+        some = {"groups": parts[0].params["groups"]} if "groups" in parts[0].params else {}
+        shapes = self._summed(block, kind, some.get("groups"))
         return WorkUnit(
             Kind.ADD,
             self._add_key(identity, span),
-            {"low": span[0], "high": span[1]},
+            {"low": span[0], "high": span[1], **some},
             tuple(parts),
             is_durable=False,
             # At one of the workers that have the parts, and at another one for the next block.
@@ -353,29 +371,47 @@ class ChainBuilder:
         saves = tuple(place for unit in row for place in unit.saves)
         return replace(before, identities=identities, row=row, saves=before.saves + saves)
 
-    def propagated_sums(self, before: Propagation) -> tuple[Propagation, Sums]:
+    def at_first_block(self, before: Propagation) -> Propagation:
+        """Return a text that is about to pass a variant's blocks as it is compared at the first one."""
+        return replace(before, source_row=before.source.embeds if before.source_row else ())
+
+    def propagated_sums(self, before: Propagation, step: Step | None = None) -> tuple[Propagation, Sums]:
         """Return the sums at the next block, of what its linears read where the source's block stands behind those of
         the variant that the text has passed; and the text again, where it is compared with the source's hidden states
-        behind that block too."""
+        behind that block too.
+
+        Args:
+            before: The text.
+            step: Linear groups that alone are wanted, with those of the block that are quantized already; None for all,
+                behind none. Behind some the source's hidden states are not there, and the text is the same again.
+        """
         walk, block = before.walk, len(before.identities) - 1
         kind = Kind.COMPARE if before.source_row else Kind.CALIBRATE
         identity = self._past_source(before.identities[-1], block, Kind.CALIBRATE)
         if before.source_row:
             identity = fingerprint([identity, kind, ALGORITHM_VERSIONS[kind], before.source.identities[block]])
+        groups, behind = (self._all_groups(block), ()) if step is None else (step.groups, step.behind)
+        some = {} if step is None else {"groups": list(groups)}
+        if step is not None:
+            # How a solve is cut into ranges of rows is in no key.
+            solved = list(dict.fromkeys(unit.params["identity"] for unit in behind))
+            identity = fingerprint([identity, "step", groups, solved])
+        is_passed = bool(before.source_row) and not behind
         is_end, old = block == self.num_blocks - 1, block - 2 * walk.save_every
-        is_saved = bool(before.source_row) and not is_end and _is_save(block, walk.save_every)
+        is_saved = is_passed and not is_end and _is_save(block, walk.save_every)
         is_obsolete = is_saved and old >= 1 and _is_save(old, walk.save_every)
+        ends = {} if is_passed else {"is_end": True}
         units = []
         for place, (span, own) in enumerate(zip(walk.spans, before.row, strict=True)):
-            needs, ends = ((before.source_row[place], own), {}) if before.source_row else ((own,), {"is_end": True})
+            walks = tuple(dict.fromkeys((*before.source_row[place : place + 1], own)))
             count, numbers = walk.tokens.count(span), range(*span)
             units.append(
                 WorkUnit(
                     kind,
                     self.keys.key(kind, {"chain": identity, "span": span}),
-                    {"low": span[0], "high": span[1], "precision": self.keys.precision, **ends},
-                    needs,
-                    stand_ins={need.key: need.saves for need in needs if need.saves},
+                    {"low": span[0], "high": span[1], "precision": self.keys.precision, **some, **ends},
+                    (*walks, *behind),
+                    stand_ins={need.key: need.saves for need in walks if need.saves},
                     saves=tuple(self.keys.saved(identity, number) for number in numbers) if is_saved else (),
                     obsoletes=tuple(self.keys.saved(before.compared[old - 1], number) for number in numbers)
                     if is_obsolete
@@ -383,8 +419,8 @@ class ChainBuilder:
                     is_durable=False,
                     home=walk.home(span),
                     rank=self._rank(kind, block),
-                    cost=self._cost(count, block, kind),
-                    out_bytes=self._out_bytes(count, block, kind),
+                    cost=self._cost(count, block, kind, groups),
+                    out_bytes=self._out_bytes(count, block, kind, groups),
                     block=block,
                     variant=walk.variant,
                 )
@@ -392,10 +428,10 @@ class ChainBuilder:
         row = tuple(units)
         saves = tuple(place for unit in row for place in unit.saves)
         after = before
-        if before.source_row:
+        if is_passed:
             after = replace(before, source_row=row, compared=(*before.compared, identity), saves=before.saves + saves)
-        sums = Sums(identity, self._added(identity, row, kind), block, row[0].rank + 0.1, bool(before.source_row))
-        return after, sums
+        added = self._added(identity, row, kind)
+        return after, Sums(identity, added, block, row[0].rank + 0.1, groups, bool(before.source_row))
 
     def _embed(self, tokens: Tokens, span: Span, start: str) -> WorkUnit:
         low, high = span
@@ -500,19 +536,22 @@ class ChainBuilder:
     def _saving_s(self, count: int, places: Sequence[Stored]) -> float:
         return 4.0 * count * self._hidden / self.costs.rates.touched_bytes if places else 0.0
 
-    def _cost(self, count: int, block: int, kind: Kind) -> float:
+    def _cost(self, count: int, block: int, kind: Kind, groups: Sequence[int] | None = None) -> float:
         sees_all = kind in SUMMED and self._experts is not ExpertStatistics.ROUTED
         outline = self.keys.outline
         parameters = self.keys.block_parameters(block) if sees_all else active_elements(outline, block)
         passes = 2 if kind is Kind.COMPARE else 1
-        return self.costs.forward_s(passes * parameters, count, self._summed(block, kind))
+        return self.costs.forward_s(passes * parameters, count, self._summed(block, kind, groups))
 
-    def _out_bytes(self, count: int, block: int, kind: Kind) -> float:
-        return 4.0 * count * self._hidden + sum_bytes(self._summed(block, kind))
+    def _out_bytes(self, count: int, block: int, kind: Kind, groups: Sequence[int] | None = None) -> float:
+        return 4.0 * count * self._hidden + sum_bytes(self._summed(block, kind, groups))
 
-    def _summed(self, block: int, kind: Kind) -> list[GroupShape]:
-        """Return the inputs whose moments are added up at a block; of rows, which cost nothing here, none."""
-        return [GroupShape(0, width) for width in self._widths[block]] * SUMMED.get(kind, 0)
+    def _summed(self, block: int, kind: Kind, groups: Sequence[int] | None = None) -> list[GroupShape]:
+        """Return the inputs whose moments are added up at a block, for all linear groups or those at some positions; of
+        rows, which cost nothing here, none."""
+        collections = self._collections[block]
+        widths = collections.only(collections.read_by(groups)).widths
+        return [GroupShape(0, width) for width in widths] * SUMMED.get(kind, 0)
 
 
 def _is_save(block: int, every: int) -> bool:

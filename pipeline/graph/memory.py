@@ -272,6 +272,10 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
         units["add up statistics"] = 6 * moments
         units["find compensations"] = 3 * moment + 3 * widest**2 * DOUBLE
         units["solve a linear group"] = solve + moment
+    if any(variant.propagate is Propagate.TRUE_SEQUENTIAL for variant in spec.variants):
+        # The linears that are quantized already, besides their codes.
+        for kind in ("calibrate on a block", "compare a block's inputs"):
+            units[kind] = units.get(kind, 0) + dense + dense // FLOAT
     methods = {variant.method for variant in spec.variants}
     if any(method.codes is Method.GPTQ for method in methods):
         units["factor statistics"] = moment + widest**2 * (DOUBLE // 2 + FLOAT) + moment // 4

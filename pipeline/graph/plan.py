@@ -44,6 +44,7 @@ from pipeline.graph.sources import pin
 from pipeline.hub.source import Source, range_reader, read_bytes
 from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
+from pipeline.skeleton.groups import sequential_steps
 from pipeline.skeleton.limits import kv_cache, position_limit
 from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, ExpertStatistics, Method, Propagate, VariantSpec
 from pipeline.tensors.index import read_index
@@ -262,6 +263,14 @@ def report_plan(
     compared = sum(variant.is_compensated for variant in spec.variants)
     calibrate = tokens * (2.0 * passed + moments) + heldout * 2.0 * active
     calibrate += tokens * (behind * (2.0 * (passed + active) + moments) + compared * (2.0 * passed + moments))
+    # Inside a block once more for every step but the first.
+    steps = sum(len(sequential_steps(groups)) - 1 for groups in outline.groups) / len(blocks)
+    passes = sum(
+        2 if variant.is_compensated else 1
+        for variant in spec.variants
+        if variant.propagate is Propagate.TRUE_SEQUENTIAL
+    )
+    calibrate += tokens * steps * passes * 2.0 * passed
     return PlanReport(
         source=source.name,
         commit=source.commit or "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from enum import StrEnum
 from functools import cache
 from typing import NamedTuple
@@ -111,8 +111,9 @@ class Traffic:
         if unit.kind not in (Kind.CALIBRATE, Kind.COMPARE):
             return 0.0
         # Of what is compared, the products of the one with the other are added up too.
-        moments = 2 if unit.kind is Kind.COMPARE else 1
-        return moments * sum(4.0 * group.in_features**2 for group in self._outline.groups[unit.block])
+        moments, groups = 2 if unit.kind is Kind.COMPARE else 1, self._outline.groups[unit.block]
+        summed: Iterable[int] = unit.params.get("groups", range(len(groups)))
+        return moments * sum(4.0 * groups[position].in_features ** 2 for position in summed)
 
     def _block(self, block: int) -> Read:
         return Read(f"block {block}", self.block_bytes(block), Route.WEIGHTS)

@@ -152,6 +152,7 @@ _SCHEDULES = {
     Propagate.FLOAT: "",
     Propagate.QUANTIZED: " behind this release's own earlier blocks",
     Propagate.TWO_PASS: " behind blocks that were quantized on the source's inputs at first",
+    Propagate.TRUE_SEQUENTIAL: " behind all linears that this release has quantized before",
 }
 
 

@@ -11,7 +11,7 @@ are one group; where each sees its own, they are a group for each expert. Every 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +103,16 @@ def linear_groups(
         if local_name not in routers:
             members.setdefault((*_place(tensor), version), []).append(_reference(block, local_name, names))
     return tuple(LinearGroup(index, tuple(linears)) for linears in members.values())
+
+
+def sequential_steps(groups: Sequence[LinearGroup]) -> tuple[tuple[int, ...], ...]:
+    """Return the positions of a block's groups step by step, as they are solved one after the other: in the order of
+    their calls, but what experts have under the same names at once, as no expert reads what another one gives."""
+    steps: dict[Any, list[int]] = {}
+    for position, group in enumerate(groups):
+        leaves = tuple(linear.local_name.rpartition(".")[2] for linear in group.linears)
+        steps.setdefault((group.linears[0].experts, leaves) if group.expert else position, []).append(position)
+    return tuple(map(tuple, steps.values()))
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

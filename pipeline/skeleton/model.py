@@ -208,6 +208,19 @@ class Skeleton:
             for name in weights:
                 _set_tensor(block, name, before[name].detach().to("meta"))
 
+    @contextmanager
+    def replaced(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context, some weights of an attached block (by local name) are others, as ``dense`` gives them."""
+        block = self.block(index)
+        before = {name: block.get_parameter(name) for name in weights}
+        for name, tensor in weights.items():
+            _set_tensor(block, name, tensor)
+        try:
+            yield
+        finally:
+            for name, tensor in before.items():
+                _set_tensor(block, name, tensor)
+
     def dense(
         self, index: int, weights: dict[str, Tensor], precision: Precision = Precision.FLOAT32
     ) -> dict[str, Tensor]:

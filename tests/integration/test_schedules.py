@@ -24,6 +24,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ("gptq-w3-g64-ct", "rtn-w3-g64-ct")
 SCALED = ("awq-w4-g64", "awq-gptq-w4-g64")
 SAMPLES, LENGTH = 16, 64
+STEPS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+"""Linears of a block in the order of their calls, those together that read the same."""
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +39,10 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     plain = [
         {**parse_variant(f"{method}-{suffix}").model_dump(), "name": f"{method}-{suffix}-plain", "compensation": 0}
         for method in METHODS
-        for suffix in ("seq", "twopass")
+        for suffix in ("seq", "twopass", "trueseq")
     ]
     behind = [f"{method}-{suffix}" for method in (*METHODS, *SCALED) for suffix in ("seq", "twopass")]
+    behind += [f"{method}-trueseq" for method in METHODS]
     variants: list[str | dict[str, Any]] = [*METHODS, *SCALED, *behind, *plain]
     # With two blocks the second one would read the same behind the first one's first and only form.
     source = make_model("llama", root / "llama", num_hidden_layers=3)
@@ -92,6 +100,40 @@ def test_losses_are_of_what_linears_read_behind_their_own_blocks(converted: Conv
 
 
 @torch.no_grad()
+def errors_in_turn(folder: Path, source: Path, tokens_NL: Tensor) -> dict[str, float]:
+    """Return the mean squared output error of every linear of a release on what it reads behind all those of it
+    that are called before."""
+    published, net = published_net(folder, source), source_net(source)
+    errors = {}
+    for block, layer in enumerate(net.model.layers):
+        for step in STEPS:
+            linears = {name: layer.get_submodule(name) for name in step}
+            inputs = inputs_of(net, linears, tokens_NL)
+            for name, module in linears.items():
+                quantized_OI = published.model.layers[block].get_submodule(name).weight
+                error_NO = inputs[name] @ (quantized_OI - module.weight).T
+                errors[f"model.layers.{block}.{name}"] = float(error_NO.square().sum(-1).mean())
+                module.weight.copy_(quantized_OI)
+    return errors
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_are_of_what_linears_read_behind_all_before_them(converted: Converted, method: str) -> None:
+    tokens_NL, source = calibration_tokens(converted), converted.source
+    stated, blockwise = (
+        {module.name: module.loss for module in converted.outcomes[f"{method}-{suffix}-plain"].facts.modules}
+        for suffix in ("trueseq", "seq")
+    )
+    found = errors_in_turn(converted.folder(f"{method}-trueseq-plain"), source, tokens_NL)
+    assert stated == pytest.approx(found, rel=1e-3)
+    own = errors_of(converted.folder(f"{method}-trueseq-plain"), source, tokens_NL, source)
+    # Else nothing would have been told apart: what reads behind nothing quantized is the same, all others are not.
+    first = {f"model.layers.0.{name}" for name in STEPS[0]}
+    assert {name for name in stated if stated[name] == pytest.approx(own[name], rel=1e-4)} == first
+    assert {name for name in stated if stated[name] == blockwise[name]} == first
+
+
+@torch.no_grad()
 def distance_from_source(folder: Path, source: Path, tokens_NL: Tensor) -> dict[str, float]:
     """Return the mean squared difference of what every linear gives in the source and in the published model."""
     nets = source_net(source), published_net(folder, source)
@@ -103,12 +145,13 @@ def distance_from_source(folder: Path, source: Path, tokens_NL: Tensor) -> dict[
     return {name: float((outputs[1][name] - outputs[0][name]).square().sum(-1).mean()) for name in named[0]}
 
 
+@pytest.mark.parametrize("schedule", ["seq", "trueseq"])
 @pytest.mark.parametrize("method", METHODS)
-def test_compensation_brings_outputs_nearer_to_the_source_s(converted: Converted, method: str) -> None:
+def test_compensation_brings_outputs_nearer_to_the_source_s(converted: Converted, method: str, schedule: str) -> None:
     tokens_NL = calibration_tokens(converted)
     plain, compensated = (
         distance_from_source(converted.folder(f"{method}-{suffix}"), converted.source, tokens_NL)
-        for suffix in ("seq-plain", "seq")
+        for suffix in (f"{schedule}-plain", schedule)
     )
     behind = [name for name in plain if ".layers.1." in name]
     assert len(behind) == 7
@@ -128,12 +171,12 @@ def test_the_first_block_is_the_same_and_the_others_are_not(converted: Converted
 def test_every_variant_passes_and_says_what_it_was_calibrated_behind(converted: Converted) -> None:
     for name, outcome in converted.outcomes.items():
         assert outcome.facts.verdict.passed, name
-        schedule = {"seq": "quantized", "twopass": "two-pass"}.get(
+        schedule = {"seq": "quantized", "twopass": "two-pass", "trueseq": "true-sequential"}.get(
             name.removesuffix("-plain").rpartition("-")[2], "float"
         )
         assert outcome.facts.variant.propagate == schedule
         card = render_card(outcome.facts)
-        assert ("of the way to those that give the source's outputs" in card) is name.endswith("-seq")
+        assert ("of the way to those that give the source's outputs" in card) is name.endswith(("-seq", "-trueseq"))
 
 
 def test_experts_that_see_some_tokens_only_are_refused() -> None:

@@ -255,6 +255,8 @@ def test_a_method_of_two_words_is_told_from_a_format(name: str, format_: Format,
         ("awq-w3-g128-ct-sym", "seq", Propagate.QUANTIZED),
         ("gptq-w4.5-g64", "twopass", Propagate.TWO_PASS),
         ("rtn-w8-channel", "twopass", Propagate.TWO_PASS),
+        ("gptq-w3-g64", "trueseq", Propagate.TRUE_SEQUENTIAL),
+        ("rtn-w4-g64-ct", "trueseq", Propagate.TRUE_SEQUENTIAL),
     ],
 )
 def test_a_short_name_says_the_schedule(plain: str, suffix: str, schedule: Propagate) -> None:
@@ -262,11 +264,17 @@ def test_a_short_name_says_the_schedule(plain: str, suffix: str, schedule: Propa
     assert (found.name, found.propagate) == (f"{plain}-{suffix}", schedule)
     assert float_one.propagate is Propagate.FLOAT
     assert found.model_copy(update={"propagate": Propagate.FLOAT, "name": plain}) == float_one
-    assert found.compensated_share == {"seq": 0.3, "twopass": 0.0}[suffix]
+    assert found.compensated_share == {"seq": 0.3, "twopass": 0.0, "trueseq": 0.3}[suffix]
     assert float_one.compensated_share == 0.0
     given = VariantSpec.model_validate({**found.model_dump(), "name": "", "compensation": 0.5})
     assert given.compensated_share == 0.5
     assert given.name.startswith(f"{found.name}-x")
+
+
+@pytest.mark.parametrize("method", ["awq", "awq-gptq"])
+def test_scales_that_change_what_was_solved_before_are_refused(method: str) -> None:
+    with pytest.raises(SpecError, match=rf"not for {method}, whose scales change .* choose quantized, or method gptq"):
+        parse_variant(f"{method}-w4-g64-trueseq")
 
 
 def test_what_a_short_name_does_not_say_is_in_the_name_all_the_same() -> None:

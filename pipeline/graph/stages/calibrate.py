@@ -20,6 +20,7 @@ from pipeline.calibrate.collections import CROSS, Collections, Sums, blend, plan
 from pipeline.calibrate.forward import compare_block, forward_block
 from pipeline.graph.dag import WALKS, Kind, WorkUnit
 from pipeline.graph.stages.call import Call
+from pipeline.graph.stages.solved import solved_weights
 from pipeline.graph.stages.variant import VariantReader
 from pipeline.precision import Precision
 from pipeline.quantize.statistics import from_tensors, to_tensors
@@ -70,38 +71,42 @@ def embed(call: Call) -> dict[str, Any]:
 
 def calibrate(call: Call) -> dict[str, Any]:
     """Make one block's output hidden states for a span of slices, and the sums over all its tokens; the sums alone
-    where nobody reads the hidden states."""
-    skeleton, index, collections = call.skeleton, call.unit.block, collections_of(call)
+    where nobody reads the hidden states, as those that the source's block makes of a variant's own. Linears that the
+    unit reads the solves of are quantized."""
+    skeleton, index, collections = call.skeleton, call.unit.block, _summed(call)
     hidden = hidden_states(call)
-    _pass_and_sum(
-        call,
-        lambda number: forward_block(skeleton, index, hidden.pop(number), collections),
-        # The source's hidden states are not what follows a variant's own.
-        is_end=call.params.get("is_end", False),
-    )
+    weights = call.source.block(index) | solved_weights(call)
+    with _attached(call, weights):
+        _pass_and_sum(call, lambda number: forward_block(skeleton, index, hidden.pop(number), collections))
     return {}
 
 
 def compare(call: Call) -> dict[str, Any]:
     """Make the source's hidden states behind one block for a span of slices, and the sums over what the block's linears
-    read behind the variant's own blocks, alone and with what they read in the source."""
-    skeleton, index, collections = call.skeleton, call.unit.block, collections_of(call)
-    hidden = hidden_states(call)
-    own = slice_states(call, call.need(Kind.PROPAGATE), range(call.params["low"], call.params["high"]))
-    _pass_and_sum(call, lambda number: compare_block(skeleton, index, hidden.pop(number), own.pop(number), collections))
+    read behind the variant's own blocks, alone and with what they read in the source. Linears that the unit reads the
+    solves of are the variant's own too."""
+    skeleton, index, collections = call.skeleton, call.unit.block, _summed(call)
+    hidden, own = hidden_states(call), hidden_states(call, is_last=True)
+    own_weights = skeleton.dense(index, solved_weights(call), Precision(call.params["precision"]))
+    with _attached(call, call.source.block(index)):
+        _pass_and_sum(
+            call,
+            lambda number: compare_block(
+                skeleton, index, hidden.pop(number), own.pop(number), collections, own_weights
+            ),
+        )
     return {}
 
 
-def _pass_and_sum(call: Call, pass_slice: Callable[[int], tuple[Tensor, list[Sums]]], *, is_end: bool = False) -> None:
-    """Put out what slices are behind the unit's block, but at the end, and the sums over all of them.
+def _pass_and_sum(call: Call, pass_slice: Callable[[int], tuple[Tensor, list[Sums]]]) -> None:
+    """Put out what slices are behind the unit's block, where somebody reads it, and the sums over all of them.
 
     Args:
         call: The unit.
-        pass_slice: Gives both of a slice by its number, while the source's block is attached.
-        is_end: Whether nobody reads what leaves the block, as that of the last one.
+        pass_slice: Gives both of a slice by its number.
     """
     low, high = call.params["low"], call.params["high"]
-    is_end = is_end or call.unit.block == call.skeleton.num_blocks - 1
+    is_end = call.params.get("is_end", False) or call.unit.block == call.skeleton.num_blocks - 1
 
     def slice_sums(start: int, end: int) -> list[Sums] | None:
         if end - start > 1:
@@ -111,10 +116,9 @@ def _pass_and_sum(call: Call, pass_slice: Callable[[int], tuple[Tensor, list[Sum
             call.put({hidden_name(start): output})
         return sums
 
-    with _attached(call, call.source.block(call.unit.block)):
-        sums = add_up(low, high, slice_sums, _add_all)
+    sums = add_up(low, high, slice_sums, _add_all)
     save_hidden(call)
-    for position, total in enumerate(sums):
+    for position, total in zip(_summed_positions(call), sums, strict=True):
         call.put(_named(position, total))
 
 
@@ -122,6 +126,16 @@ def collections_of(call: Call) -> Collections:
     """Return what is added up at the unit's block."""
     outline = call.source.outline
     return plan_collections(outline.groups[call.unit.block], outline.experts)
+
+
+def _summed_positions(call: Call) -> list[int]:
+    """Return the positions of the collections that the unit adds up: all, or those of some linear groups."""
+    return collections_of(call).read_by(call.params.get("groups"))
+
+
+def _summed(call: Call) -> Collections:
+    """Return those collections."""
+    return collections_of(call).only(_summed_positions(call))
 
 
 def _named(position: int, sums: Sums) -> dict[str, Tensor]:
@@ -140,7 +154,7 @@ def _add_all(totals: list[Sums], parts: list[Sums]) -> list[Sums]:
 
 def add_spans(call: Call) -> dict[str, Any]:
     """Make the sums of every collection over neighbouring spans that are together a node of the tree."""
-    for position in range(len(collections_of(call).items)):
+    for position in _summed_positions(call):
         call.put(_named(position, _sum_of_needs(call, position, call.params["low"], call.params["high"])))
     return {}
 
@@ -201,10 +215,11 @@ def hidden_name(number: int) -> str:
     return f"{HIDDEN_PREFIX}{number:09d}"
 
 
-def hidden_states(call: Call) -> dict[int, Tensor]:
-    """Return the hidden states that enter the unit's block, by slice."""
-    before = next(need for need in call.unit.needs if need.kind in WALKS)
-    return slice_states(call, before, range(call.params["low"], call.params["high"]))
+def hidden_states(call: Call, *, is_last: bool = False) -> dict[int, Tensor]:
+    """Return the hidden states that enter the unit's block, by slice: those of the first unit that it reads some of, or
+    of the last."""
+    walks = [need for need in call.unit.needs if need.kind in WALKS]
+    return slice_states(call, walks[-1 if is_last else 0], range(call.params["low"], call.params["high"]))
 
 
 def slice_states(call: Call, need: WorkUnit, numbers: Sequence[int]) -> dict[int, Tensor]:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pipeline.errors import FormatError
 from pipeline.formats.codec import codec_for, prove_round_trip
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.dag import Kind
 from pipeline.graph.folds import fold_block
 from pipeline.graph.stages.call import Call
-from pipeline.graph.stages.solve import expert_tokens, scale_results, solved_group
+from pipeline.graph.stages.solve import scale_results
+from pipeline.graph.stages.solved import expert_tokens, solved_group, solved_groups
 from pipeline.quantize.types import QuantizedLinear
 from pipeline.spec import Format
 from pipeline.tensors.local import copy_problems, read_file_index, read_file_tensors
@@ -95,14 +96,11 @@ def _solved_linears(call: Call) -> tuple[dict[str, QuantizedLinear], dict[str, f
     """Return the block's quantized linears by name, the exponent of each one's activation-aware scale, and for those of
     experts the tokens that the router sent there."""
     exponents = {need.params["group"]: call.summary(need)["exponent"] for need in call.needs(Kind.SCALES)}
-    by_group: dict[int, list[WorkUnit]] = {}
-    for need in call.needs(Kind.SOLVE):
-        by_group.setdefault(need.params["group"], []).append(need)
     linears: dict[str, QuantizedLinear] = {}
     exponent_of: dict[str, float | None] = {}
     routed: dict[str, int] = {}
-    for position, parts in by_group.items():
-        solved = solved_group(call, sorted(parts, key=lambda part: part.params["rows"][0]))
+    for position, parts in solved_groups(call).items():
+        solved = solved_group(call, parts)
         linears |= solved
         exponent_of |= dict.fromkeys(solved, exponents.get(position))
         routed |= expert_tokens(call, parts[0])

@@ -10,7 +10,7 @@ import torch
 from pipeline.calibrate.sensitivity import output_sensitivity
 from pipeline.graph.dag import Kind
 from pipeline.graph.stages.call import Call
-from pipeline.graph.stages.solve import members_of
+from pipeline.graph.stages.solved import members_of
 from pipeline.precision import Precision
 
 

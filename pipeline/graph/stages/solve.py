@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.calibrate.collections import CROSS
-from pipeline.graph.dag import Kind, WorkUnit
+from pipeline.graph.dag import Kind
 from pipeline.graph.folds import ScaleResult, fold_block, scope_of, search_group_scales
 from pipeline.graph.stages.calibrate import statistics_of
 from pipeline.graph.stages.call import Call
+from pipeline.graph.stages.solved import members_of, options_of, scheme_of
 from pipeline.quantize.compensation import compensated, compensation
 from pipeline.quantize.gptq import Factor
-from pipeline.quantize.solve import (
-    SolvedRows,
-    SolveOptions,
-    as_linear,
-    count_dead_inputs,
-    prepare_factor,
-    solve_rows,
-)
+from pipeline.quantize.solve import count_dead_inputs, prepare_factor, solve_rows
 from pipeline.quantize.statistics import rescale
-from pipeline.quantize.types import QuantizedLinear, Scheme, Statistics
+from pipeline.quantize.types import Statistics
 from pipeline.skeleton.groups import LinearRef
 from pipeline.spec import Method
-
-
-def scheme_of(params: Mapping[str, Any]) -> Scheme:
-    """Return the grid that a unit's arguments describe."""
-    return Scheme(**params["scheme"])
-
-
-def options_of(params: Mapping[str, Any]) -> SolveOptions:
-    """Return the solver's options that a unit's arguments describe."""
-    return SolveOptions(**params["options"])
 
 
 def scales(call: Call) -> dict[str, Any]:
@@ -131,31 +115,3 @@ def _stack(call: Call, results: Mapping[int, ScaleResult]) -> Tensor:
     weights = call.source.block(call.unit.block, wanted)
     folded = fold_block({name: tensor.to(call.context.device) for name, tensor in weights.items()}, results.values())
     return torch.cat([linear.to_rows(folded[name])[low:high].float() for name, (linear, low, high) in wanted.items()])
-
-
-def members_of(call: Call, unit: WorkUnit) -> list[LinearRef]:
-    """Return the linears of its group that a unit solves."""
-    group = call.source.outline.groups[call.unit.block][unit.params["group"]]
-    return [linear for linear in group.linears if linear.local_name in unit.params["members"]]
-
-
-def expert_tokens(call: Call, part: WorkUnit) -> dict[str, int]:
-    """Return for the members of a solved linear group that are parts of experts, by name, how many tokens the router
-    sent to the expert."""
-    routed = call.summary(part).get("expert_tokens", {})
-    return {linear.name: routed[linear.expert] for linear in members_of(call, part) if linear.expert}
-
-
-def solved_group(call: Call, parts: Sequence[WorkUnit]) -> dict[str, QuantizedLinear]:
-    """Return a linear group's quantized members by name from the row ranges that they were solved in, in order."""
-    members = members_of(call, parts[0])
-    rows = SolvedRows.join([SolvedRows(**call.get(part)) for part in parts])
-    facts = call.summary(parts[0])
-    sizes = [linear.out_features for linear in members]
-    scheme, options = scheme_of(parts[0].params), options_of(parts[0].params)
-    return {
-        linear.name: as_linear(
-            part, scheme, options, num_tokens=facts["num_tokens"], num_dead_inputs=facts["num_dead_inputs"]
-        )
-        for linear, part in zip(members, rows.split(sizes), strict=True)
-    }

@@ -30,6 +30,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 TUNING = Tuning(spans=2, solve_s=20.0, heldout_spans=2, workers=2)
 GPTQ, AWQ = "gptq-w4-g64", "awq-w4-g64"
 SEQUENTIAL = "gptq-w4-g64-seq"
+IN_TURN = "gptq-w4-g64-trueseq"
 PASSING = {
     Kind.EMBED,
     Kind.CALIBRATE,
@@ -249,6 +250,39 @@ def test_a_block_is_calibrated_behind_the_variant_s_own(make_spec: MakeSpec, gat
     assert {place for unit in passed for place in unit.saves} <= set(built.leftovers)
 
 
+def test_a_linear_group_is_calibrated_behind_those_solved_before(make_spec: MakeSpec, gather: Gather) -> None:
+    """Of two blocks of four groups the first group is shared; each other one is compared once for all spans."""
+    built = build_units(gather(make_spec(variants=[GPTQ, IN_TURN])), TUNING)
+    packs = built.variants[IN_TURN].packs
+    units = [unit for unit in reachable_units(packs) if unit.variant == IN_TURN or unit.kind is Kind.MERGE]
+    compared = {(unit.block, *unit.params["groups"]): unit for unit in units if unit.kind is Kind.COMPARE}
+    assert sorted(compared) == [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
+    assert sum(unit.kind is Kind.COMPARE for unit in units) == TUNING.spans * len(compared)
+    for (block, group), unit in compared.items():
+        behind = {need.params["group"] for need in unit.needs if need.kind is Kind.SOLVE}
+        assert {need.block for need in unit.needs if need.kind is Kind.SOLVE} <= {block}
+        assert behind == set(range(group))
+        # Only what the next block is compared with passes on, and the last block is the end.
+        assert unit.params.get("is_end", False) is bool(behind)
+    merged = {(unit.block, unit.params["group"]) for unit in units if unit.kind is Kind.MERGE}
+    assert merged == {(block, group) for block in range(2) for group in range(4)}
+    assert packs[0].key != built.variants[GPTQ].packs[0].key
+    shared = {unit.key for unit in reachable_units(built.variants[GPTQ].packs) if unit.kind is Kind.SOLVE}
+    solved = [unit for unit in units if unit.kind is Kind.SOLVE]
+    assert {(unit.block, unit.params["group"]) for unit in solved if unit.key in shared} == {(0, 0)}
+
+
+def test_linears_left_alone_are_not_waited_for(make_spec: MakeSpec, gather: Gather) -> None:
+    """Steps without anything quantized are none; where a block has none at all, text passes it all the same."""
+    plain = parse_variant(IN_TURN).model_dump()
+    some = {**plain, "name": "some", "ignore": ["re:q_proj|k_proj|v_proj", "re:layers.0"]}
+    built = build_units(gather(make_spec(variants=[some])), TUNING)
+    units = reachable_units(built.goals)
+    compared = [unit for unit in units if unit.kind is Kind.COMPARE and unit.params["low"] == 0]
+    assert sorted((unit.block, unit.params["groups"]) for unit in compared) == [(1, [1]), (1, [2]), (1, [3])]
+    assert [len(pack.needs) for pack in built.variants["some"].packs] == [0, 3]
+
+
 def test_what_changes_a_block_changes_the_statistics_behind_it(make_spec: MakeSpec, gather: Gather) -> None:
     damped = parse_variant(SEQUENTIAL).model_copy(update={"damping": 0.05})
     before = keys(gather(make_spec(variants=[SEQUENTIAL])))
@@ -260,9 +294,12 @@ def test_what_changes_a_block_changes_the_statistics_behind_it(make_spec: MakeSp
 
 
 @pytest.mark.parametrize("number", [1, 3, 8])
-def test_spans_are_in_no_stored_key_behind_own_blocks(make_spec: MakeSpec, gather: Gather, number: int) -> None:
+@pytest.mark.parametrize("variant", [SEQUENTIAL, IN_TURN])
+def test_spans_are_in_no_stored_key_behind_own_blocks(
+    make_spec: MakeSpec, gather: Gather, variant: str, number: int
+) -> None:
     calibration = {"samples": 12, "slice_sequences": 2}
-    inputs = gather(make_spec(variants=[SEQUENTIAL], calibration=calibration, gates={"heldout_samples": 12}))
+    inputs = gather(make_spec(variants=[variant], calibration=calibration, gates={"heldout_samples": 12}))
     two, many = every(inputs), every(inputs, Tuning(number, TUNING.solve_s, number, number))
     assert durable(two).keys() == durable(many).keys()
     assert {place for unit in two for place in unit.saves} == {place for unit in many for place in unit.saves}

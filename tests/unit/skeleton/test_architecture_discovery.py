@@ -10,10 +10,14 @@ import torch
 
 from pipeline.graph.outline import Source
 from pipeline.skeleton import model
-from pipeline.skeleton.groups import LinearRef, linear_groups
+from pipeline.skeleton.groups import LinearRef, linear_groups, sequential_steps
 from pipeline.skeleton.model import dense_logits
 from pipeline.skeleton.smoothing import Fold, Producer, find_producers
+from pipeline.spec import ExpertStatistics
 from tests.architectures import DENSE
+
+NUM_EXPERTS = 4
+"""Of the tiny Mixtral."""
 
 SourceOf = Callable[[str], Source]
 
@@ -212,6 +216,24 @@ def test_a_linear_turned_to_rows_and_back_is_what_is_stored() -> None:
     transposed = LinearRef("c_fc", "h.0.c_fc", 3, 2, is_transposed=True)
     assert torch.equal(transposed.to_rows(stored), stored.T)
     assert torch.equal(transposed.to_rows(transposed.to_rows(stored)), stored)
+
+
+@pytest.mark.parametrize(
+    ("experts", "expected"),
+    [
+        # Gate and up of all experts read one input and are one group; then every expert's down.
+        (ExpertStatistics.ALL, [1, 1, 1, NUM_EXPERTS]),
+        (ExpertStatistics.ROUTED, [1, 1, NUM_EXPERTS, NUM_EXPERTS]),
+    ],
+)
+def test_experts_are_solved_at_once_what_they_call_in_turn(
+    source_of: SourceOf, experts: ExpertStatistics, expected: list[int]
+) -> None:
+    groups = linear_groups(source_of("mixtral").outline.skeleton, 0, experts)
+    steps = sequential_steps(groups)
+    assert [len(step) for step in steps] == expected
+    assert sorted(position for step in steps for position in step) == list(range(len(groups)))
+    assert {groups[position].label.rpartition(".")[2] for position in steps[-1]} == {"down_proj"}
 
 
 def test_finding_groups_leaves_the_skeleton_as_it_was(source_of: SourceOf) -> None:
