@@ -124,6 +124,8 @@ class ModuleFacts(Facts):
     expert_tokens: int | None = None
     """For a linear of an expert, the calibration tokens that the router sent there; None for others, and for what was
     left unquantized."""
+    refinement_rounds: int = 0
+    """Rounds of refinement that lowered the loss of some of its rows."""
     predicted_kl: float | None = None
     """With mixed precision, what its error alone adds to the divergence, as gradients predict it; None otherwise."""
 

@@ -142,6 +142,7 @@ def _module(
         weight_error=report.get("weight_error", 0.0),
         damping=report.get("damping", 0.0),
         awq_exponent=report.get("awq_exponent"),
+        refinement_rounds=report.get("num_rounds", 0),
         degradations=(*report.get("degradations", ()), *expert_degradations(tokens, calibration)),
         expert_tokens=tokens,
         predicted_kl=plan.predicted_kl_of(name),

@@ -104,6 +104,12 @@ class VariantPlan:
         spec = self.spec
         return {"damping": spec.damping, "act_order": spec.act_order, "clip_search": spec.clip_search}
 
+    @property
+    def codes_options(self) -> dict[str, Any]:
+        """What the solver of codes is asked for, as JSON: what scales are searched with, and what comes after."""
+        refined = {"refinement": self.spec.refinement} if self.spec.refinement else {}
+        return {**self.solver_options, **refined}
+
 
 def quantized_groups(groups: Sequence[LinearGroup], matrices: Mapping[str, MatrixPlan]) -> list[Quantized]:
     """Return what of a block's groups is quantized, in order."""
@@ -494,7 +500,7 @@ class UnitBuilder:
             scales: The block's activation-aware scales that concern its weights.
         """
         spec, shape, (merged, *changes) = plan.spec, shape_of(group), inputs
-        options = {"scheme": scheme, "options": plan.solver_options, "method": spec.method.codes.value}
+        options = {"scheme": scheme, "options": plan.codes_options, "method": spec.method.codes.value}
         is_gptq = spec.method.codes is Method.GPTQ
         own_scales = [unit for unit in scales if unit.params["group"] == position]
         factors = (self._factor(plan, group, position, merged, own_scales),) if is_gptq else ()
@@ -511,7 +517,7 @@ class UnitBuilder:
         )
         members = [linear.local_name for linear in group.linears]
         units = []
-        for rows in self.costs.row_ranges(shape, is_gptq, self.tuning.solve_s):
+        for rows in self.costs.row_ranges(shape, is_gptq, self.tuning.solve_s, spec.refinement):
             part = GroupShape(rows[1] - rows[0], shape.width)
             units.append(
                 WorkUnit(
@@ -520,7 +526,7 @@ class UnitBuilder:
                     {"group": position, "members": members, "rows": rows, "identity": identity, **options},
                     (merged, *changes, *factors, *scales),
                     rank=merged.rank + SOLVED_AFTER,
-                    cost=self.costs.solve_s(part, is_gptq),
+                    cost=self.costs.solve_s(part, is_gptq, spec.refinement),
                     out_bytes=float(part.rows * part.width),
                     block=group.block,
                     variant=spec.name,

@@ -248,9 +248,10 @@ class CostModel:
         passes = (12 + 2 * SEARCH_PASSES) * min(group.rows, SEARCH_ROWS) * group.width / SEARCH_PASSES
         return self.rates.unit_s + scale_flops(group) / self.rates.forward_flops + passes / self.rates.grid_weights
 
-    def solve_s(self, group: GroupShape, is_gptq: bool) -> float:
-        """Return the seconds of solving a group's rows."""
+    def solve_s(self, group: GroupShape, is_gptq: bool, refinement: int = 0) -> float:
+        """Return the seconds of solving a group's rows, with so many rounds of refinement, each of two products."""
         columns = solve_flops(group) / (self.rates.column_flops if is_gptq else self.rates.forward_flops)
+        columns += refinement * 2 * solve_flops(group) / self.rates.column_flops
         return self.rates.unit_s + columns + group.rows * group.width / self.rates.grid_weights
 
     def pack_s(self, parameters: float) -> float:
@@ -282,11 +283,13 @@ class CostModel:
         """Return the seconds of copying tensors."""
         return self.rates.unit_s + 2 * num_bytes / self.rates.touched_bytes
 
-    def row_ranges(self, group: GroupShape, is_gptq: bool, longest_s: float) -> list[tuple[int, int]]:
-        """Return a group's rows cut into ranges of whole tiles that take at most ``longest_s`` each, where tiles
-        allow."""
+    def row_ranges(
+        self, group: GroupShape, is_gptq: bool, longest_s: float, refinement: int = 0
+    ) -> list[tuple[int, int]]:
+        """Return a group's rows cut into ranges of whole tiles that take at most ``longest_s`` each to solve and
+        refine, where tiles allow."""
         num_tiles = -(-group.rows // self.tile_rows)
-        parts = min(num_tiles, max(1, math.ceil(self.solve_s(group, is_gptq) / longest_s)))
+        parts = min(num_tiles, max(1, math.ceil(self.solve_s(group, is_gptq, refinement) / longest_s)))
         per_part = -(-num_tiles // parts) * self.tile_rows
         return [(low, min(low + per_part, group.rows)) for low in range(0, group.rows, per_part)]
 

@@ -240,7 +240,8 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
     embedding = sum(size + (FLOAT * count if count <= TABLE_ELEMENTS else 0) for count, size in outer)
     embedding += FLOAT * HEAD_PART_ELEMENTS
     # Statistics and factor, the rows of the group, and what is made of a tile of them.
-    solve = max(FLOAT * n * (2 * n + rows + 8 * TILE_ROWS["cpu"]) for n, rows in groups)
+    refined = 6 if any(variant.refinement for variant in spec.variants) else 0
+    solve = max(FLOAT * n * (2 * n + rows + (8 + refined) * TILE_ROWS["cpu"]) for n, rows in groups)
     search = max(FLOAT * n * (2 * n + 6 * min(rows, MAX_SEARCHED_ROWS)) for n, rows in groups)
     units = {
         "embed tokens": embedding

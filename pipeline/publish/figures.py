@@ -178,7 +178,8 @@ def describe_scheme(variant: VariantSpec, modules: Iterable[ModuleFacts]) -> str
     bits = f"{', '.join(f'{width}-' for width in others)}{' and ' if others else ''}{last}-bit"
     if others:
         bits += f" ({average_width(widths):.2f} on average)"
-    return f"{bits} {_METHOD_NAMES[variant.method]}, {symmetry}, {group}"
+    refined = " and refinement" if variant.refinement else ""
+    return f"{bits} {_METHOD_NAMES[variant.method]}{refined}, {symmetry}, {group}"
 
 
 def width_rows(facts: ReleaseFacts) -> tuple[WidthRow, ...]:

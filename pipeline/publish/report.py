@@ -25,6 +25,8 @@ from pipeline.units import format_bytes, format_count
 NARROW_COLUMNS = 120
 """Below this width the table of modules shows the first of its figures only."""
 _MODULE_FIGURES = ("rel. error", "weight error", "loss", "damping", "exponent")
+_ROUNDS = "rounds"
+"""Column of the rounds of refinement; there for variants that ask for some."""
 _TOKENS = "tokens"
 """Column of the calibration tokens that the router sent to an expert; there for models that have some."""
 MAX_LISTED = 20
@@ -51,16 +53,20 @@ def render_summary(facts: ReleaseFacts, console: Console) -> None:
 
 def render_modules(facts: ReleaseFacts, console: Console) -> None:
     """Print one row per linear, in the order of the facts, and below the table what is to be said of some of them."""
-    num_figures = 1 if console.width < NARROW_COLUMNS else len(_MODULE_FIGURES)
+    is_wide = console.width >= NARROW_COLUMNS
+    num_figures = len(_MODULE_FIGURES) if is_wide else 1
+    is_refined = is_wide and facts.variant.refinement > 0
     table = _table()
     table.add_column("linear", overflow="fold")
     has_experts = bool(figures.expert_layers(facts))
-    for title in ("shape", "bits", "group", *((_TOKENS,) if has_experts else ()), *_MODULE_FIGURES[:num_figures]):
+    titles = ["shape", "bits", "group", *((_TOKENS,) if has_experts else ()), *_MODULE_FIGURES[:num_figures]]
+    for title in (*titles, _ROUNDS) if is_refined else titles:
         table.add_column(title, justify="right", no_wrap=True)
     budget = facts.verdict.budgets.max_relative_error
     for module in facts.modules:
         tokens = ["-" if module.expert_tokens is None else f"{module.expert_tokens}"] if has_experts else []
-        table.add_row(*_module_cells(module), *tokens, *_module_figures(module, budget)[:num_figures])
+        rounds = [f"{module.refinement_rounds}"] if is_refined else []
+        table.add_row(*_module_cells(module), *tokens, *_module_figures(module, budget)[:num_figures], *rounds)
     console.print(table)
     notes = [(module.name, text) for module in facts.modules for text in (module.note, *module.degradations) if text]
     _print_list(console, "Notes", "bold", _fold_lines(figures.fold_names(notes)), limit=len(notes))

@@ -315,6 +315,58 @@ def solve_block(
             error_norm_R[start + lane] += error_norm_L[lane]
 
 
+@compiled
+def descend_block(
+    pull_BR: Floats,
+    moment_BB: Floats,
+    scale_R: Floats,
+    zero_R: Floats,
+    max_code: np.float32,
+    step_BR: Floats,
+) -> None:
+    """Change the codes of a block's columns one after another to what is best while the others stay, in place.
+
+    Args:
+        pull_BR: Error times the second moment, of these columns; kept up with what changes in the block.
+        moment_BB: Second moment of the columns.
+        scale_R: Of the group, by row.
+        zero_R: Of the group, by row.
+        max_code: The largest code.
+        step_BR: Code - zero, to change.
+    """
+    num_columns, num_rows = step_BR.shape
+    pull_BL = np.empty((num_columns, LANES), np.float32)
+    scale_L, zero_L = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    step_L, change_L = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    pull_BL[:] = _ZERO
+    for lane in range(LANES):
+        step_L[lane] = zero_L[lane] = _ZERO
+        scale_L[lane] = _ONE
+    for start in range(0, num_rows, LANES):
+        rows = slice(start, min(start + LANES, num_rows))
+        count = rows.stop - start
+        scale_L[:count] = scale_R[rows]
+        zero_L[:count] = zero_R[rows]
+        for j in range(num_columns):
+            pull_BL[j, :count] = pull_BR[j, rows]
+        for j in range(num_columns):
+            step_L[:count] = step_BR[j, rows]
+            own, changed = moment_BB[j, j], _ZERO
+            for lane in range(LANES):
+                step = step_L[lane] + pull_BL[j, lane] / (scale_L[lane] * own)
+                step = (min(max(step, -zero_L[lane]), max_code - zero_L[lane]) + _PUSH) - _PUSH
+                change_L[lane] = (step_L[lane] - step) * scale_L[lane]
+                changed += abs(change_L[lane])
+                step_L[lane] = step
+            if changed > _ZERO:
+                step_BR[j, rows] = step_L[:count]
+                for k in range(num_columns):
+                    for lane in range(LANES):
+                        pull_BL[k, lane] += moment_BB[j, k] * change_L[lane]
+        for j in range(num_columns):
+            pull_BR[j, rows] = pull_BL[j, :count]
+
+
 def load() -> None:
     """Have the loops compiled, or loaded where they were compiled before."""
     scale_OG, zero_OG = np.empty((1, 1), np.float32), np.empty((1, 1), np.uint8)
@@ -340,3 +392,4 @@ def load() -> None:
         one_R.copy(),
         one_R.copy(),
     )
+    descend_block(one_BR.copy(), one_BR, few, few, few[0], one_BR.copy())

@@ -21,22 +21,25 @@ def column_blocks(num_columns: int) -> list[slice]:
     return [slice(start, min(start + BLOCK_COLUMNS, num_columns)) for start in range(0, num_columns, BLOCK_COLUMNS)]
 
 
-def row_losses(delta_OI: Tensor, second_moment_II: Tensor) -> Tensor:
+def row_losses(delta_OI: Tensor, second_moment_II: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return float64 [O]: dw H dw^T of every row.
 
-    Products are accumulated in float32, the sum over columns in float64. H is positive semidefinite, so what rounding
-    leaves below zero is zero. Half of the products follow from the other half, as H is symmetric.
+    Products are made and accumulated in ``dtype``, the sum over columns in float64. H is positive semidefinite, so what
+    rounding leaves below zero is zero. Half of the products follow from the other half, as H is symmetric.
 
     Args:
         delta_OI: float32 [O, I].
         second_moment_II: float32 [I, I], symmetric.
+        dtype: float32, or float64 for rows whose errors were made to cancel in the sums: there float32 leaves few
+            digits.
     """
     total_O = torch.zeros(delta_OI.shape[0], dtype=torch.float64, device=delta_OI.device)
     for columns in column_blocks(delta_OI.shape[1]):
-        own_OB = delta_OI[:, columns]
-        moved_OB = own_OB @ second_moment_II[columns, columns]
+        own_OB = delta_OI[:, columns].to(dtype)
+        moved_OB = own_OB @ second_moment_II[columns, columns].to(dtype)
         if columns.start:
             # What is above the diagonal counts for what is below it too.
-            moved_OB.addmm_(delta_OI[:, : columns.start], second_moment_II[: columns.start, columns], alpha=2)
+            above_OI, above_IB = delta_OI[:, : columns.start], second_moment_II[: columns.start, columns]
+            moved_OB.addmm_(above_OI.to(dtype), above_IB.to(dtype), alpha=2)
         total_O += moved_OB.mul_(own_OB).sum(-1, dtype=torch.float64)
     return total_O.clamp_min_(0.0)

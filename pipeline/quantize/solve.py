@@ -9,7 +9,8 @@ them see one shape only: rows are worked on in tiles of a fixed number of rows, 
 The tile also bounds memory: a few times R x I floats, whatever the stack.
 
 GPTQ's codes of a row are replaced by rounding to nearest on the same grid where that has the lower loss (it can, as
-clipping is not undone), so GPTQ is never worse than rounding, row by row.
+clipping is not undone), so GPTQ is never worse than rounding, row by row. What either found may be refined
+(``refine.py``), which lowers a row's loss or leaves it.
 
 A factorization that fails climbs a ladder of damping, and rows that did not stay finite are solved again with more of
 it. What was used is reported, and every rung above the first is a degradation; at the end of the ladder stands an
@@ -30,6 +31,7 @@ from pipeline.quantize.checks import require_solvable
 from pipeline.quantize.gptq import Factor, damping_ladder, factor, solve_columns
 from pipeline.quantize.grid import block_importance, channel_importance, unstorable_groups
 from pipeline.quantize.loss import row_losses
+from pipeline.quantize.refine import FoundRows, refine_rows
 from pipeline.quantize.rtn import round_rows
 from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport, Statistics, dequantize
 from pipeline.spec import Method
@@ -49,11 +51,14 @@ class SolveOptions:
         damping: GPTQ: first rung of the damping ladder, a fraction of the mean diagonal of the second moment.
         act_order: GPTQ: solve columns in falling order of the second moment's diagonal.
         clip_search: Search each group's range for the least error instead of spanning it.
+        refinement: Most rounds in which scales, zero points and codes are made better in turn, whatever found them; 0
+            for none. They are damped as GPTQ is.
     """
 
     damping: float = 0.01
     act_order: bool = True
     clip_search: bool = True
+    refinement: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class SolvedRows:
         damping_O: float64 [O], damping that the row was solved with; 0 where nothing was factored.
         num_below_O: int64 [O], groups that need a scale below half of what can be stored.
         num_above_O: int64 [O], groups that need a scale above what can be stored.
+        num_rounds_O: int64 [O], rounds of refinement that lowered the row's loss.
     """
 
     codes_OI: Tensor
@@ -83,6 +89,7 @@ class SolvedRows:
     damping_O: Tensor
     num_below_O: Tensor
     num_above_O: Tensor
+    num_rounds_O: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by field name, for storage; ``SolvedRows(**tensors)`` is the inverse."""
@@ -101,13 +108,9 @@ class SolvedRows:
 
 @dataclass(frozen=True)
 class _SolvedTile:
-    """A tile's codes and grids as ``SolvedRows`` has them, and which rows stayed finite (bool [R])."""
+    """What was found for the rows of a tile, and which of them stayed finite (bool [R])."""
 
-    codes_RI: Tensor
-    scale_RG: Tensor
-    zero_RG: Tensor
-    loss_R: Tensor
-    error_norm_R: Tensor
+    found: FoundRows
     is_finite_R: Tensor
 
 
@@ -159,7 +162,9 @@ def solve_rows(
         parts: list[SolvedRows] = []
         order: list[Tensor] = []
         for tile_solver, damping in _attempts(method, second_moment_II, scheme, options, factored):
-            rows, is_finite = _solve_in_tiles(weight_OI[pending], second_moment_II, tile_solver, scheme, damping)
+            rows, is_finite = _solve_in_tiles(
+                weight_OI[pending], second_moment_II, tile_solver, scheme, options, damping
+            )
             parts.append(SolvedRows(*(tensor[is_finite] for tensor in vars(rows).values())))
             order.append(pending[is_finite])
             pending = pending[~is_finite]
@@ -227,6 +232,7 @@ def as_linear(
         weight_error=(error_norm / norm) ** 0.5 if norm > 0 else 0.0,
         damping=damping,
         num_dead_inputs=num_dead_inputs,
+        num_rounds=int(rows.num_rounds_O.max()),
         degradations=tuple(_degradations(rows, damping, options)),
     )
     # Own memory: a view would keep (and a serializer would write) the whole stack.
@@ -293,16 +299,16 @@ def _gptq_solver(second_moment_II: Tensor, factored: Factor, scheme: Scheme, opt
     importance_I = channel_importance(second_moment_II.diagonal())
 
     def solve_tile(weight_RI: Tensor) -> _SolvedTile:
-        nearest = _round_tile(weight_RI, importance_I, second_moment_II, scheme, options)
-        solved = solve_columns(weight_RI, nearest.scale_RG, nearest.zero_RG, scheme, factored)
-        is_worse_R = solved.loss_O > nearest.loss_R
-        return replace(
+        nearest = _round_tile(weight_RI, importance_I, second_moment_II, scheme, options).found
+        solved = solve_columns(weight_RI, nearest.scale_OG, nearest.zero_OG, scheme, factored)
+        is_worse_R = solved.loss_O > nearest.loss_O
+        found = replace(
             nearest,
-            codes_RI=torch.where(is_worse_R[:, None], nearest.codes_RI, solved.codes_OI),
-            loss_R=torch.where(is_worse_R, nearest.loss_R, solved.loss_O),
-            error_norm_R=torch.where(is_worse_R, nearest.error_norm_R, solved.error_norm_O),
-            is_finite_R=solved.is_finite_O,
+            codes_OI=torch.where(is_worse_R[:, None], nearest.codes_OI, solved.codes_OI),
+            loss_O=torch.where(is_worse_R, nearest.loss_O, solved.loss_O),
+            error_norm_O=torch.where(is_worse_R, nearest.error_norm_O, solved.error_norm_O),
         )
+        return _SolvedTile(found, solved.is_finite_O)
 
     return solve_tile
 
@@ -314,11 +320,17 @@ def _round_tile(
     delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(weight_RI)
     loss_R = row_losses(delta_RI, second_moment_II)
     error_norm_R = delta_RI.square_().sum(-1, dtype=torch.float64)
-    return _SolvedTile(codes_RI, scale_RG, zero_RG, loss_R, error_norm_R, torch.ones_like(loss_R, dtype=torch.bool))
+    found = FoundRows(codes_RI, scale_RG, zero_RG, loss_R, error_norm_R, torch.zeros_like(loss_R, dtype=torch.int64))
+    return _SolvedTile(found, torch.ones_like(loss_R, dtype=torch.bool))
 
 
 def _solve_in_tiles(
-    weight_OI: Tensor, second_moment_II: Tensor, tile_solver: _TileSolver, scheme: Scheme, damping: float
+    weight_OI: Tensor,
+    second_moment_II: Tensor,
+    tile_solver: _TileSolver,
+    scheme: Scheme,
+    options: SolveOptions,
+    damping: float,
 ) -> tuple[SolvedRows, Tensor]:
     """Return the solved rows, and which of them stayed finite (bool [O])."""
     tile_rows = TILE_ROWS.get(weight_OI.device.type, TILE_ROWS_DEVICE)
@@ -328,18 +340,20 @@ def _solve_in_tiles(
         num_rows = weight_RI.shape[0]
         padded_RI = torch.nn.functional.pad(weight_RI, (0, 0, 0, tile_rows - num_rows))
         tile = tile_solver(padded_RI)
+        found = refine_rows(padded_RI, tile.found, second_moment_II, scheme, options.damping, options.refinement)
         num_below_R, num_above_R = unstorable_groups(padded_RI, scheme)
         solved = SolvedRows(
-            codes_OI=tile.codes_RI,
-            scale_OG=tile.scale_RG,
-            zero_OG=tile.zero_RG,
-            loss_O=tile.loss_R,
+            codes_OI=found.codes_OI,
+            scale_OG=found.scale_OG,
+            zero_OG=found.zero_OG,
+            loss_O=found.loss_O,
             energy_O=row_losses(padded_RI, second_moment_II),
-            error_norm_O=tile.error_norm_R,
+            error_norm_O=found.error_norm_O,
             norm_O=padded_RI.square().sum(-1, dtype=torch.float64),
-            damping_O=torch.full_like(tile.loss_R, damping),
+            damping_O=torch.full_like(found.loss_O, damping),
             num_below_O=num_below_R,
             num_above_O=num_above_R,
+            num_rounds_O=found.rounds_O,
         )
         tiles.append(SolvedRows(*(tensor[:num_rows] for tensor in vars(solved).values())))
         finite.append(tile.is_finite_R[:num_rows])

@@ -66,6 +66,7 @@ class SolveReport:
         weight_error: ||dW|| / ||W||, Frobenius, dimensionless.
         damping: Fraction of the mean diagonal that was added to H before it was factored; 0 where nothing was factored.
         num_dead_inputs: Input channels that were zero on every token.
+        num_rounds: Rounds of refinement that lowered the loss of some row.
         degradations: What was done otherwise than asked, in words; empty when nothing was.
     """
 
@@ -74,6 +75,7 @@ class SolveReport:
     weight_error: float
     damping: float
     num_dead_inputs: int
+    num_rounds: int
     degradations: tuple[str, ...]
 
 

@@ -43,7 +43,11 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     ]
     behind = [f"{method}-{suffix}" for method in (*METHODS, *SCALED) for suffix in ("seq", "twopass")]
     behind += [f"{method}-trueseq" for method in METHODS]
-    variants: list[str | dict[str, Any]] = [*METHODS, *SCALED, *behind, *plain]
+    refined = [
+        {**parse_variant(method).model_dump(), "name": f"{method}-refined", "refinement": 4}
+        for method in (*METHODS, *SCALED)
+    ]
+    variants: list[str | dict[str, Any]] = [*METHODS, *SCALED, *behind, *plain, *refined]
     # With two blocks the second one would read the same behind the first one's first and only form.
     source = make_model("llama", root / "llama", num_hidden_layers=3)
     return convert_folder(source, root / "out", variants, precision="float32")
@@ -97,6 +101,22 @@ def test_losses_are_of_what_linears_read_behind_their_own_blocks(converted: Conv
         others = [errors_of(converted.folder(name), source, tokens_NL, other) for other in behind.values()]
         # Else nothing would have been told apart.
         assert sum(stated != pytest.approx(other, rel=1e-2) for other in others) == len(set(behind.values())) - 1
+
+
+@pytest.mark.parametrize("method", [*METHODS, *SCALED])
+def test_refinement_lowers_the_error_of_what_a_method_found(converted: Converted, method: str) -> None:
+    plain, refined = (converted.outcomes[f"{method}{suffix}"].facts for suffix in ("", "-refined"))
+    before, after = ({module.name: module.loss for module in facts.modules} for facts in (plain, refined))
+    assert all(after[name] <= before[name] for name in before)
+    assert sum(after.values()) < 0.98 * sum(before.values())
+    assert all(1 <= module.refinement_rounds <= 4 for module in refined.modules)
+    assert not any(module.refinement_rounds for module in plain.modules)
+    assert "and refinement" in render_card(refined)
+    if method in METHODS:
+        tokens_NL, source = calibration_tokens(converted), converted.source
+        assert after == pytest.approx(
+            errors_of(converted.folder(f"{method}-refined"), source, tokens_NL, source), rel=1e-3
+        )
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ options = st.builds(
     damping=st.sampled_from([0.001, 0.01, 0.1]),
     act_order=st.booleans(),
     clip_search=st.booleans(),
+    refinement=st.sampled_from([0, 2]),
 )
 
 
@@ -78,10 +79,27 @@ def test_gptq_is_at_least_as_good_as_rounding_in_every_row(
 ) -> None:
     weight, statistics = _layer(rows, groups * scheme.group_size, seed)
     gptq, rtn = (
-        _output_losses(solve(method, weight, [rows], statistics, scheme, how)[0], weight, statistics)
+        _output_losses(
+            solve(method, weight, [rows], statistics, scheme, replace(how, refinement=0))[0], weight, statistics
+        )
         for method in (Method.GPTQ, Method.RTN)
     )
     assert bool((gptq <= rtn * (1 + 1e-4) + 1e-12).all())
+
+
+@LAWS
+@given(st.sampled_from(Method), st.integers(1, 60), st.integers(1, 6), schemes, options, seeds)
+def test_refinement_makes_no_row_worse(
+    method: Method, rows: int, groups: int, scheme: Scheme, how: SolveOptions, seed: int
+) -> None:
+    weight, statistics = _layer(rows, groups * scheme.group_size, seed)
+    plain, refined = (
+        _output_losses(
+            solve(method, weight, [rows], statistics, scheme, replace(how, refinement=rounds))[0], weight, statistics
+        )
+        for rounds in (0, 3)
+    )
+    assert bool((refined <= plain * (1 + 1e-9) + 1e-12).all())
 
 
 @LAWS

@@ -256,7 +256,7 @@ def test_a_method_of_two_words_is_told_from_a_format(name: str, format_: Format,
         ("gptq-w4.5-g64", "twopass", Propagate.TWO_PASS),
         ("rtn-w8-channel", "twopass", Propagate.TWO_PASS),
         ("gptq-w3-g64", "trueseq", Propagate.TRUE_SEQUENTIAL),
-        ("rtn-w4-g64-ct", "trueseq", Propagate.TRUE_SEQUENTIAL),
+        ("rtn-w4-g64", "trueseq", Propagate.TRUE_SEQUENTIAL),
     ],
 )
 def test_a_short_name_says_the_schedule(plain: str, suffix: str, schedule: Propagate) -> None:

@@ -19,7 +19,7 @@ ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
     Kind.FACTOR: 4,
     Kind.SENSE: 3,
     Kind.SCALES: 5,
-    Kind.SOLVE: 5,
+    Kind.SOLVE: 6,
     Kind.CALIBRATE: 5,
     Kind.PROPAGATE: 5,
     Kind.FORWARD: 5,

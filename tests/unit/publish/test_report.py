@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipeline.facts import Check, ReleaseFacts
 from pipeline.publish.report import facts_as_json, render_modules, render_summary
+from pipeline.spec import parse_variant
 from tests.factories import make_facts, make_module, make_verdict
 
 
@@ -130,6 +131,14 @@ def test_rows_hold_the_figures_of_their_linear() -> None:
         ["m.0.v", "1024", "x", "1024", "4", "row", "8.00", "%", "9.00", "%", "0.0123", "-", "-"],
     ]
     assert text.endswith("Notes\n  m.0.q: why\n  m.0.q: damping 0.04\n")
+
+
+def test_rounds_are_shown_of_variants_that_were_refined() -> None:
+    variant = parse_variant("gptq-w4-g128").model_copy(update={"refinement": 5})
+    facts = make_facts(variant=variant, modules=(make_module("m.0.q", refinement_rounds=3),))
+    header, *_, row = (line.split() for line in modules(facts).splitlines())
+    assert (header[-1], row[-1]) == ("rounds", "3")
+    assert "GPTQ and refinement" in text_of(render_summary, facts, console())
 
 
 def test_colours_are_for_terminals_only() -> None:
