@@ -33,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.device}, {args.threads} thread(s), group size 64")
-    print(f"{'shape':>12}  {'solver':<10} {'grid':<9} {'time':>9}  relative output error")
+    print(f"{'shape':>12}  {'solver':<13} {'grid':<9} {'time':>9}  relative output error")
     for shape in args.shape or ("960x576", "3072x576", "576x1536"):
         rows, columns = map(int, shape.split("x"))
         weight_OI, statistics = _layer(rows, columns, torch.device(args.device))
@@ -44,12 +44,14 @@ def main() -> None:
 
 def _scheme_rows(shape: str, weight_OI: Tensor, statistics: Statistics, scheme: Scheme) -> None:
     grid, sizes = f"w{scheme.bits} {'sym' if scheme.symmetric else 'asym'}", [weight_OI.shape[0]]
-    for label, method, search in (
-        ("rtn plain", Method.RTN, False),
-        ("rtn", Method.RTN, True),
-        ("gptq", Method.GPTQ, True),
+    for label, method, options in (
+        ("rtn plain", Method.RTN, SolveOptions(clip_search=False)),
+        ("rtn", Method.RTN, SolveOptions()),
+        ("gptq", Method.GPTQ, SolveOptions()),
+        ("gptq, 1 round", Method.GPTQ, SolveOptions(refinement=1)),
+        ("gptq, 5", Method.GPTQ, SolveOptions(refinement=5)),
+        ("rtn, 5", Method.RTN, SolveOptions(refinement=5)),
     ):
-        options = SolveOptions(clip_search=search)
         (linear,) = solve(method, weight_OI, sizes, statistics, scheme, options)
         seconds = _timed(partial(solve, method, weight_OI, sizes, statistics, scheme, options))
         _row(shape, label, grid, seconds, linear.report.relative_error)
@@ -63,7 +65,7 @@ def _scheme_rows(shape: str, weight_OI: Tensor, statistics: Statistics, scheme: 
 
 
 def _row(shape: str, solver: str, grid: str, seconds: float, error: float | None) -> None:
-    print(f"{shape:>12}  {solver:<10} {grid:<9} {seconds * 1e3:6.0f} ms  {'' if error is None else f'{error:.5f}'}")
+    print(f"{shape:>12}  {solver:<13} {grid:<9} {seconds * 1e3:6.0f} ms  {'' if error is None else f'{error:.5f}'}")
 
 
 def _layer(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Statistics]:

@@ -192,7 +192,7 @@ class VariantSpec(Strict):
     refinement: Annotated[int, Field(ge=0, le=20)] = 0
     """Most rounds in which what the method found is made better: each group's scale and zero point are fitted again to
     its codes, and codes changed one after another, as long as the output error falls by a thousandth a round. A round
-    takes as long as GPTQ's columns. The output error falls by a tenth or more, the model gains less."""
+    takes about twice as long as GPTQ's columns. The model gains less by it than the output error falls."""
     clip_search: bool = True
     """Search each group's range for the least output error (AWQ: with the group's second moment; others: diagonal)."""
 

@@ -45,6 +45,10 @@ BLOCK_SIZE = 128
 LEAST_GAIN = 1e-3
 """A row that gains less in a round, as a fraction of its loss, is done."""
 
+LEAST_ADDED = 1e-30
+"""Where damping adds no more than this to the second moment's diagonal, no input was ever alive: there is no loss, and
+what float32 divides by may be zero."""
+
 
 @dataclass(frozen=True)
 class FoundRows:
@@ -81,8 +85,8 @@ def refine_rows(
         rounds: How many at most.
     """
     added = damping * float(second_moment_II.diagonal().mean(dtype=torch.float64))
-    if not rounds or not added > 0:
-        return found  # where no input was ever alive there is no loss
+    if not rounds or not added > LEAST_ADDED:
+        return found
 
     def err(grids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the errors of codes and grids, and their losses."""
