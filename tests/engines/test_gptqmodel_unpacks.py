@@ -43,7 +43,7 @@ def make_linear(rows: int, columns: int, scheme: Scheme) -> QuantizedLinear:
     scale = torch.ldexp(torch.ones(groups), torch.randint(-6, 3, groups, generator=generator))
     zero = torch.full(groups, scheme.middle, dtype=torch.uint8)
     codes = torch.randint(0, scheme.max_code + 1, (rows, columns), generator=generator, dtype=torch.uint8)
-    return QuantizedLinear(scheme, codes, scale, zero, SolveReport(0.0, 0.0, 0.0, 0.0, 0, ()))
+    return QuantizedLinear(scheme, codes, scale, zero, SolveReport(0.0, 0.0, 0.0, 0.0, 0, 0, ()))
 
 
 def test_gptqmodel_unpacks_every_width_to_the_same_weights(tmp_path: Path) -> None:

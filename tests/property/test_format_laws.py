@@ -17,7 +17,7 @@ from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport
 from pipeline.spec import FORMAT_BITS, Format, parse_variant
 
 LAWS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-REPORT = SolveReport(0.0, 0.0, 0.0, 0.0, 0, ())
+REPORT = SolveReport(0.0, 0.0, 0.0, 0.0, 0, 0, ())
 seeds = st.integers(0, 2**31)
 
 

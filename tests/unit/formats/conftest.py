@@ -9,7 +9,7 @@ import torch
 
 from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport
 
-REPORT = SolveReport(0.0, 0.0, 0.0, 0.0, 0, ())
+REPORT = SolveReport(0.0, 0.0, 0.0, 0.0, 0, 0, ())
 
 
 @pytest.fixture(scope="session")
