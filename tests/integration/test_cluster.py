@@ -39,10 +39,9 @@ from pipeline.spec import build_spec
 from pipeline.storage.work_directory import DirectoryWorkStore
 
 DEMO_MODEL = Path(__file__).parents[2] / "jobs" / "demo" / "model"
-VARIANTS = ("gptq-w4-g64", "awq-w4-g64", "rtn-w8-g128-trueseq", "gptq-w4.5-g64-gptq", "awq-gptq-w4-g64-seq")
+VARIANTS = ("gptq-w4-g64", "awq-w4-g64", "rtn-w8-g128", "gptq-w4.5-g64-gptq", "awq-gptq-w4-g64-seq")
 """Every method, and every format: gptq, awq, compressed-tensors; mixed precision, which is decided on the way; and
-statistics behind the variant's own blocks, one after the other, with scales before the codes are found, and behind the
-linears of the same block that were quantized before."""
+statistics behind the variant's own blocks, one after the other, with scales before the codes are found."""
 
 QUICK_DEATHS = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
