@@ -33,7 +33,7 @@ from tests.integration.test_architectures import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VARIANTS = ("rtn-w8-g64", "gptq-w4-g64", "awq-w4-g64", "gptq-w4-g64-ct")
+VARIANTS = ("rtn-w8-g64", "gptq-w4-g64", "awq-w4-g64", "gptq-w4-g64-ct", "gptq-w4-g64-ct-trueseq")
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
