@@ -84,8 +84,10 @@ def refine_rows(
         damping: Fraction of H's mean diagonal that is added to its diagonal.
         rounds: How many at most.
     """
+    if not rounds:
+        return found
     added = damping * float(second_moment_II.diagonal().mean(dtype=torch.float64))
-    if not rounds or not added > LEAST_ADDED:
+    if not added > LEAST_ADDED:
         return found
 
     def err(grids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
