@@ -179,7 +179,8 @@ class VariantSpec(Strict):
     three passes over the calibration text for each such variant (two without `compensation`); `two-pass`: all blocks
     are solved as with `float`, text passes them, and all are solved again on what they read then, side by side; or
     `true-sequential`: as `quantized`, and inside a block linears are solved in the order in which they are called too,
-    each behind those before it, at the price of two more passes for each of them (one without `compensation`). Methods
+    each behind those before it, at the price of two more passes for each input but a block's first (one without
+    `compensation`). What either gives was not measured against the other. Methods
     with activation-aware scales cannot have that: scales change linears that were called, hence solved, before."""
     compensation: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     """Where `propagate` is not `float`: how far weights go, before they are quantized, towards those that
@@ -192,7 +193,7 @@ class VariantSpec(Strict):
     refinement: Annotated[int, Field(ge=0, le=20)] = 0
     """Most rounds in which what the method found is made better: each group's scale and zero point are fitted again to
     its codes, and codes changed one after another, as long as the output error falls by a thousandth a round. A round
-    takes about twice as long as GPTQ's columns. The model gains less by it than the output error falls."""
+    takes as long as GPTQ, or longer (docs/benchmarks.md)."""
     clip_search: bool = True
     """Search each group's range for the least output error (AWQ: with the group's second moment; others: diagonal)."""
 
