@@ -3,28 +3,28 @@
 Every class that ``AutoModelForCausalLM`` knows gets a tiny random instance of its own config, a plan, a conversion, and
 a comparison: transformers' own model computes with the published tensors, unpacked, and its logits may differ from the
 source's by the error that the report states. Each model type has a process of its own and a time limit, so that one
-that crashes or hangs costs the others nothing.
+that crashes or hangs costs the others nothing; processes are forked from one that has imported everything.
 
 A model passes, or is refused by the plan with a reason, or fails; a failure that the plan did not foresee is a fault of
 Bitmill. What transformers itself cannot make, save and load again is set apart, as nothing is said of it.
-From the repository root: ``.venv/bin/python -m benchmarks.causal_models [--only llama,qwen3] [--json FILE]``
+From the repository root: ``.venv/bin/python -m benchmarks.causal_models [--only llama,qwen3] [--plan] [--json FILE]``
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import math
-import subprocess
-import sys
+import multiprocessing
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,39 @@ SIZES: dict[str, int] = {
 }
 """Sizes of an instance by the names that configs have for them, as far as a config has these."""
 
+PRELOADED = [
+    "pipeline.graph.convert",
+    "pipeline.graph.plan",
+    "pipeline.publish.plots",
+    "tests.architectures",
+    "transformers.models.llama.modeling_llama",
+]
+"""What every process needs, none of which computes anything while it is imported."""
+
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note": {"per_layer_config": None},
+    "falcon_h1": {"mamba_d_ssm": 256},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "layer_types": None},
+    "zamba2": {"layer_types": ["mamba", "hybrid"], "num_hidden_layers": 2},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""What an instance of one model type needs besides, by the names of its config."""
+
 TOKEN_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "decoder_start_token_id": 0}
 
 
@@ -96,6 +129,7 @@ class Ending(StrEnum):
     """What became of a model type."""
 
     PASSED = "passed"
+    PLANNED = "planned"
     REFUSED = "refused by plan"
     FAILED = "failed"
     UNTRIED = "transformers cannot make it"
@@ -125,22 +159,23 @@ def main() -> None:
     parser.add_argument("--only", help="model types, with commas between them; default: all")
     parser.add_argument("--processes", type=int, default=2, help="default 2")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds for one model type, default 180")
+    parser.add_argument("--plan", action="store_true", help="only make each and plan, which takes a few seconds")
     parser.add_argument("--json", type=Path, dest="json_file", help="also write the table to this file")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(asdict(_try(args.one))))
-        return
     names = args.only.split(",") if args.only else list(_model_types())
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOADED)
     with ThreadPoolExecutor(args.processes) as pool:
         tried = []
-        for own in pool.map(lambda name: _in_own_process(name, args.timeout), names):
+        for own in pool.map(lambda name: _in_own_process(processes, name, args.timeout, args.plan), names):
             tried.append(own)
             print(_line(own), flush=True)
     counts = Counter(own.ending for own in tried)
     judged = len(tried) - counts[Ending.UNTRIED]
+    right = counts[Ending.PLANNED if args.plan else Ending.PASSED]
     print(f"\n{', '.join(f'{number} {ending}' for ending, number in counts.most_common())}")
-    print(f"{counts[Ending.PASSED]} of {judged} that transformers can make pass: {counts[Ending.PASSED] / judged:.0%}")
+    print(f"{right} of {judged} that transformers can make {'can be planned' if args.plan else 'pass'}", end="")
+    print(f": {right / judged:.0%}" if judged else "")
     if args.json_file:
         args.json_file.write_text(json.dumps([asdict(own) for own in tried], indent=1) + "\n", encoding="utf-8")
 
@@ -161,21 +196,35 @@ def _model_types() -> Iterator[str]:
             yield model_type
 
 
-def _in_own_process(model_type: str, timeout_s: float) -> Tried:
-    command = [sys.executable, "-m", "benchmarks.causal_models", "--one", model_type]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        return Tried(model_type, Ending.FAILED, f"took longer than {timeout_s:.0f} s")
-    try:
-        found = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        last = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
-        return Tried(model_type, Ending.FAILED, last[0][:200])
-    return Tried(**{**found, "ending": Ending(found["ending"])})
+def _in_own_process(processes: ForkServerContext, model_type: str, timeout_s: float, is_planned_only: bool) -> Tried:
+    with tempfile.TemporaryDirectory(prefix="bitmill-causal-models-") as name:
+        folder = Path(name)
+        receiver, sender = processes.Pipe(duplex=False)
+        process = processes.Process(target=_send, args=(sender, model_type, folder, is_planned_only))
+        process.start()
+        sender.close()
+        try:
+            if not receiver.poll(timeout_s):
+                return Tried(model_type, Ending.FAILED, f"took longer than {timeout_s:.0f} s")
+            return receiver.recv()
+        except EOFError:
+            process.join()
+            last = (folder / "output").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            return Tried(model_type, Ending.FAILED, f"ended with {process.exitcode}: {''.join(last)[:200]}")
+        finally:
+            process.kill()
+            process.join()
 
 
-def _try(model_type: str) -> Tried:
+def _send(sender: Connection, model_type: str, folder: Path, is_planned_only: bool) -> None:
+    """Try one model type in this process, with what it prints in a file."""
+    with (folder / "output").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sender.send(_try(model_type, folder, is_planned_only))
+
+
+def _try(model_type: str, folder: Path, is_planned_only: bool) -> Tried:
     """Return what becomes of one model type."""
     from pipeline.errors import PipelineError
     from pipeline.graph.convert import RunOptions, convert
@@ -183,47 +232,45 @@ def _try(model_type: str) -> Tried:
     from pipeline.settings import load_settings
     from pipeline.spec import build_spec
 
-    with (
-        tempfile.TemporaryDirectory(prefix="bitmill-causal-models-") as name,
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        folder = Path(name)
-        source = folder / "source"
-        try:
-            expected, router_names = _make(model_type, source)
-        except Exception as error:  # whatever a class of transformers raises on an instance of its own config
-            return Tried(model_type, Ending.UNTRIED, _said(error))
-        spec = build_spec(
-            {
-                "source": str(source),
-                "variants": [VARIANT],
-                "targets": [str(folder / "out")],
-                "gates": GENEROUS,
-                "calibration": {"samples": 8, "length": 32},
-            },
-            "causal models",
-        )
-        settings = load_settings()
-        try:
-            plan_conversion(spec, settings, 1)
-        except PipelineError as error:
-            return Tried(model_type, Ending.REFUSED, _said(error))
-        try:
-            (outcome,) = convert(spec, settings, RunOptions(folder / "work", workers=1, inline=True), _Silent())
-        except Exception as error:  # the point is to find what is not one of ours
-            return Tried(model_type, Ending.FAILED, f"convert: {_said(error)}")
-        if not outcome.locations:
-            return Tried(model_type, Ending.FAILED, f"gates: {_failed_gates(outcome)}")
-        stated = math.sqrt(sum(module.relative_error**2 for module in outcome.facts.modules))
-        try:
-            found = _published_logits(Path(outcome.locations[0]), source, folder / "dense")
-        except Exception as error:
-            return Tried(model_type, Ending.FAILED, f"published: {_said(error)}")
-        share = ROUTED_SHARE if router_names else 0.0
-        wrong = _error(found, expected, share)
-        is_right = LEAST_ERROR < wrong < ERROR_FACTOR * stated
-        reason = "" if is_right else f"logits are off by {wrong:.2e}, stated is {stated:.2e}"
-        return Tried(model_type, Ending.PASSED if is_right else Ending.FAILED, reason, wrong, stated)
+    source = folder / "source"
+    try:
+        expected, has_routers = _make(model_type, source)
+    except Exception as error:  # whatever a class of transformers raises on an instance of its own config
+        return Tried(model_type, Ending.UNTRIED, _said(error))
+    spec = build_spec(
+        {
+            "source": str(source),
+            "variants": [VARIANT],
+            "targets": [str(folder / "out")],
+            "gates": GENEROUS,
+            "calibration": {"samples": 8, "length": 32},
+        },
+        "causal models",
+    )
+    settings = load_settings()
+    try:
+        plan_conversion(spec, settings, 1)
+    except PipelineError as error:
+        return Tried(model_type, Ending.REFUSED, _said(error))
+    except Exception as error:  # the point is to find what is not one of ours
+        return Tried(model_type, Ending.FAILED, f"plan: {_said(error)}")
+    if is_planned_only:
+        return Tried(model_type, Ending.PLANNED)
+    try:
+        (outcome,) = convert(spec, settings, RunOptions(folder / "work", workers=1, inline=True), _Silent())
+    except Exception as error:  # as above
+        return Tried(model_type, Ending.FAILED, f"convert: {_said(error)}")
+    if not outcome.locations:
+        return Tried(model_type, Ending.FAILED, f"gates: {_failed_gates(outcome)}")
+    stated = math.sqrt(sum(module.relative_error**2 for module in outcome.facts.modules))
+    try:
+        found = _published_logits(Path(outcome.locations[0]), source, folder / "dense")
+    except Exception as error:
+        return Tried(model_type, Ending.FAILED, f"published: {_said(error)}")
+    wrong = _error(found, expected, ROUTED_SHARE if has_routers else 0.0)
+    is_right = LEAST_ERROR < wrong < ERROR_FACTOR * stated
+    reason = "" if is_right else f"logits are off by {wrong:.2e}, stated is {stated:.2e}"
+    return Tried(model_type, Ending.PASSED if is_right else Ending.FAILED, reason, wrong, stated)
 
 
 class _Silent:
@@ -258,13 +305,15 @@ def _make(model_type: str, folder: Path) -> tuple[Any, bool]:
 
 def tiny_config(config: Any) -> Any:
     """Return a config of the same class with ``SIZES``, and the same of what it holds."""
-    return type(config)(**_tiny_values(config))
+    return type(config)(**_tiny_values(config) | OWN_SIZES.get(config.model_type, {}))
 
 
 def _tiny_values(config: Any) -> dict[str, Any]:
     own = config.to_dict()
     values = {name: size for name, size in SIZES.items() if type(own.get(name)) is int}
     values |= {name: number for name, number in TOKEN_IDS.items() if name in own}
+    if "head_dim" in own and own["head_dim"] is None:
+        values["head_dim"] = SIZES["head_dim"]  # what follows from the others; some compute with it before it does
     if own.get("num_key_value_heads") == own.get("num_attention_heads") and "num_key_value_heads" in values:
         values["num_key_value_heads"] = values["num_attention_heads"]
     if isinstance(own.get("layer_types"), list):

@@ -25,7 +25,7 @@ from pipeline.settings import Settings
 from pipeline.skeleton.experts import find_routers
 from pipeline.skeleton.groups import LinearGroup, linear_groups
 from pipeline.skeleton.limits import vocabulary_size
-from pipeline.skeleton.model import Skeleton, is_linear
+from pipeline.skeleton.model import PROBE_TOKENS, Skeleton, is_linear
 from pipeline.spec import ExpertStatistics
 from pipeline.storage.file_cache import FileCache
 from pipeline.storage.work import NONDETERMINISTIC, WorkStore
@@ -138,7 +138,15 @@ def make_outline(
         )
     skeleton = Skeleton(folder, device)
     skeleton.bind({name: entry.shape for name, (_, entry) in index.entries.items()})
-    groups = tuple(linear_groups(skeleton, block, experts) for block in range(skeleton.num_blocks))
+    try:
+        groups = tuple(linear_groups(skeleton, block, experts) for block in range(skeleton.num_blocks))
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Raised by the model's own code, on tensors without content.
+        raise UnsupportedArchitectureError(
+            f"blocks of {skeleton.architecture} cannot be tried on {PROBE_TOKENS} tokens without weights: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
+            hint="this architecture is not supported yet; see docs/reference/architectures.md",
+        ) from error
     if not any(groups):
         raise UnsupportedArchitectureError(f"no block of {skeleton.architecture} has a linear layer")
     return Outline(config, index, skeleton, groups, experts)

@@ -38,10 +38,9 @@ def kv_cache(skeleton: Skeleton, max_tokens: int) -> tuple[int, int]:
     config = text_config(skeleton)
     limit = position_limit(skeleton)
     tokens = min(max_tokens, limit.tokens) if limit else max_tokens
-    heads = getattr(config, "num_attention_heads", None) or 1
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    width = _num_kv_heads(config, heads) * head_dim
-    return tokens, 2 * CACHE_BYTES * config.num_hidden_layers * width * tokens
+    # Gemma 4's global layers have other heads than its local ones.
+    width = sum(_cache_width(layer) for layer in config.per_layer_config)
+    return tokens, 2 * CACHE_BYTES * width * tokens
 
 
 def vocabulary_size(skeleton: Skeleton) -> int:
@@ -53,6 +52,14 @@ def vocabulary_size(skeleton: Skeleton) -> int:
 def text_config(skeleton: Skeleton) -> Any:
     """Return the config of the language model, which vision models nest in theirs."""
     return skeleton.net.config.get_text_config()
+
+
+def _cache_width(config: Any) -> int:
+    """Return the numbers that one layer's keys of one token are, from the layer's config."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width: int = _num_kv_heads(config, heads) * head_dim
+    return width
 
 
 def _num_kv_heads(config: Any, heads: int) -> int:

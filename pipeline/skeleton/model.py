@@ -25,6 +25,7 @@ tensor while loading (but for experts that it merges), and classes that need rem
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -88,6 +89,10 @@ RunBlock = Callable[[int, BlockForward, BlockCall, Tensor], Any]
 """What stands in for a block: ``run(index, forward, call, hidden_BLH)`` gives the block's output."""
 
 
+class _Beside:
+    """Stands for what a block returns beside its hidden states, which nobody has computed."""
+
+
 class _Reached(Exception):
     """The forward pass has come as far as it was needed."""
 
@@ -119,6 +124,7 @@ class Skeleton:
         self.extra_names: tuple[str, ...] = ()
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self._blocks_return_tuples = False
+        self._beside: dict[int, tuple[_Beside | None, ...]] = {}
         self._outer: Mapping[str, Tensor] = {}
         self._embedding: dict[str, str] | None = None
         self._is_rest_zero = True
@@ -372,9 +378,20 @@ class Skeleton:
             hidden = kwargs.pop("hidden_states") if by_name else args[0]
             call = BlockCall(args if by_name else args[1:], kwargs, by_name)
             output = run(index, original, call, hidden)
-            return (output,) if self._blocks_return_tuples and isinstance(output, Tensor) else output
+            if not (self._blocks_return_tuples and isinstance(output, Tensor)):
+                return output
+            if index not in self._beside:
+                self._beside[index] = self._returned_beside(index, call, hidden)
+            return (output, *self._beside[index])
 
         return forward
+
+    def _returned_beside(self, index: int, call: BlockCall, hidden: Tensor) -> tuple[_Beside | None, ...]:
+        """Return what stands for all that a block returns after its hidden states."""
+        block = copy.deepcopy(self.block(index)).to("meta")
+        vars(block).pop("forward", None)  # what stands in for the original's
+        output = call.to("meta").run_raw(block, hidden.to("meta"))
+        return () if isinstance(output, Tensor) else tuple(None if v is None else _Beside() for v in output[1:])
 
     def _capture(
         self, tokens_BL: Tensor, past_key_values: Any = None, use_cache: bool = False
@@ -390,12 +407,25 @@ class Skeleton:
                 raise _Reached
             return hidden
 
-        with self.blocks_replaced(record), suppress(_Reached):
-            self.net(input_ids=tokens_BL, past_key_values=past_key_values, use_cache=use_cache)
-        if seen and seen[-1].dim() != seen[0].dim() and not self._blocks_return_tuples:
-            # The model indexed our tensor, so it expects its blocks to return tuples.
+        try:
+            with self.blocks_replaced(record), suppress(_Reached):
+                self.net(input_ids=tokens_BL, past_key_values=past_key_values, use_cache=use_cache)
+            is_indexed = bool(seen) and seen[-1].dim() != seen[0].dim()
+        except (ValueError, TypeError, IndexError):  # it could not be taken apart as the model does it
+            is_indexed = not self._blocks_return_tuples
+            if not (seen and is_indexed):
+                raise
+        if is_indexed and not self._blocks_return_tuples:
+            # The model indexed or unpacked our tensor, so it expects its blocks to return tuples.
             self._blocks_return_tuples = True
+            if past_key_values is not None:  # what blocks return is found without a cache, which trying would fill
+                self.calls(*tokens_BL.shape)
             return self._capture(tokens_BL, past_key_values, use_cache)
+        if any(_holds_beside((call.args, call.kwargs)) for call in calls):
+            raise UnsupportedArchitectureError(
+                f"blocks of {self.architecture} hand on more than hidden states to those after them",
+                hint="this architecture is not supported yet; see docs/reference/architectures.md",
+            )
         if len(calls) != self.num_blocks or seen[-1].shape != seen[0].shape:
             raise UnsupportedArchitectureError(
                 f"the forward pass of {self.architecture} does not run its decoder blocks one after the other",
@@ -683,6 +713,16 @@ def _move(value: Any, device: torch.device | str) -> Any:
             return {key: _move(item, device) for key, item in value.items()}
         case _:
             return value
+
+
+def _holds_beside(value: Any) -> bool:
+    match value:
+        case tuple() | list():
+            return any(map(_holds_beside, value))
+        case dict():
+            return any(map(_holds_beside, value.values()))
+        case _:
+            return isinstance(value, _Beside)
 
 
 def _same(a: Any, b: Any) -> bool:
