@@ -193,7 +193,11 @@ def dense_net(folder: Path, source: Path, root: Path, expert_dtype: torch.dtype 
     """Return transformers' own model with the published tensors, unpacked under the source's names, so that it merges
     experts itself; written to ``root``."""
     root.mkdir()
-    dense = _dense(folder, source, {name: name for name in open_folder(source).outline.index.entries})
+    outline = open_folder(source).outline
+    dense = _dense(folder, source, {name: name for name in outline.index.entries})
+    shapes = {name: entry.shape for name, (_, entry) in read_folder_index(source).entries.items()}
+    for name, parts in outline.skeleton.fused_parts(shapes).items():
+        dense[name] = torch.cat([dense.pop(part) for part in parts]).reshape(shapes[name])
     rounded = {n: t.to(expert_dtype).float() if ".experts." in n else t.float() for n, t in dense.items()}
     return net_of(rounded, source, root)
 

@@ -40,6 +40,7 @@ from pipeline.graph.schemes import (
     MatrixPlan,
     plan_matrices,
     quantized_part,
+    require_all_quantized,
     require_known_names,
     require_whole_groups,
 )
@@ -137,6 +138,7 @@ def make_variant_plan(spec: VariantSpec, outline: ModelShape, damages: Damages |
     tried = candidates(spec, outline)
     allocated = allocated_widths(spec, outline, tried, damages) if tried else None
     matrices = plan_matrices(spec, outline.groups, allocated)
+    require_all_quantized(spec, matrices, outline.index.parts)
     require_known_names(spec, [*matrices, *outline.other_linears])
     require_whole_groups(spec, (group for block in outline.groups for group in block), matrices)
     # Loaders take every linear for quantized that is not named, so the output head and the like are named too. They

@@ -57,7 +57,7 @@ class Outline:
 
     Attributes:
         config: Contents of config.json.
-        index: Where every tensor lies.
+        index: Where every tensor lies; experts that share one are tensors of their own.
         skeleton: The model without weights, bound to the index's names.
         groups: The linear groups of each block.
         experts: Which tokens the statistics of experts are of, which decides what they share.
@@ -137,8 +137,10 @@ def make_outline(
             hint="convert a 16-bit version of the model",
         )
     skeleton = Skeleton(folder, device)
+    index = index.cut(skeleton.fused_parts({name: entry.shape for name, (_, entry) in index.entries.items()}))
     skeleton.bind({name: entry.shape for name, (_, entry) in index.entries.items()})
     try:
+        skeleton.require_plain_calls()
         groups = tuple(linear_groups(skeleton, block, experts) for block in range(skeleton.num_blocks))
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # Raised by the model's own code, on tensors without content.
@@ -236,9 +238,10 @@ def open_folder(
     Raises:
         SourceError: as ``make_outline`` and ``read_folder_index``.
     """
-    index = read_folder_index(folder)
+    outline = make_outline(folder, read_folder_index(folder), device, experts)
+    index = outline.index
     weights = LocalTensors(folder, index, stamps or stamp_files(folder, index.files))
-    return Source(folder, make_outline(folder, index, device, experts), weights)
+    return Source(folder, outline, weights)
 
 
 def open_streamed(
@@ -256,8 +259,9 @@ def open_streamed(
     """
     fetched = fetch(source, settings, with_weights=False)
     read_range, sizes = range_reader(source, settings), source.file_sizes
-    index = read_index({path: sizes[path] for path in sizes if path in fetched.digests}, read_range)
-    outline = make_outline(fetched.folder, index, device, experts)
+    files = {path: sizes[path] for path in sizes if path in fetched.digests}
+    outline = make_outline(fetched.folder, read_index(files, read_range), device, experts)
+    index = outline.index
     cache = FileCache(settings.cache_dir / RANGES_FOLDER, RANGES_BYTES, grace_s=0)
     groups, book = weight_groups(outline), WorkDigests(work, index, fetched.digests)
     weights = StreamedTensors(index, sizes, fetched.digests, read_range, cache, book, groups)

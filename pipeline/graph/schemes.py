@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -125,6 +125,28 @@ def require_whole_groups(variant: VariantSpec, groups: Iterable[LinearGroup], pl
                 "which activation-aware scaling changes",
                 code="plan.group",
                 hint="ignore all of them, or none, or choose method gptq or rtn",
+            )
+
+
+def require_all_quantized(variant: VariantSpec, plans: Mapping[str, MatrixPlan], parts: Collection[str]) -> None:
+    """Return when all experts are quantized that the source has no tensors of their own for: the rest of such a tensor
+    could be published under no name that is loaded.
+
+    Args:
+        variant: The variant.
+        plans: What is decided for each linear by name.
+        parts: Names of tensors that the source holds as parts of others.
+
+    Raises:
+        PlanError: naming the first that is not.
+    """
+    for name, plan in plans.items():
+        if plan.scheme is None and f"{name}.weight" in parts:
+            raise PlanError(
+                f"variant {variant.name}: {name} cannot stay unquantized, as the source holds all experts of its block "
+                f"in one tensor{f' ({plan.note})' if plan.note else ''}",
+                code="plan.group",
+                hint="take experts out of ignore, or choose a group size that divides their in_features",
             )
 
 

@@ -93,6 +93,11 @@ class Experts(nn.Module):
             output.index_add_(0, rows, (own * top_k_weights[rows, places, None]).to(output.dtype))
         return output
 
+    def fused_shape(self, parameter: str) -> tuple[int, ...]:
+        """Return the shape of transformers' fused parameter."""
+        shapes = [self.get_submodule(f"0.{part}").get_parameter("weight").shape for part in PARTS[parameter]]
+        return len(self._modules), sum(rows for rows, _ in shapes), shapes[0][1]
+
     def _trace(self, hidden_states: Tensor) -> Tensor:
         """Run every expert on a tensor without content: all on the same, or each on one of its own."""
         for expert in self.children():
@@ -153,9 +158,9 @@ def find_routers(block: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def fused_names(experts: Mapping[str, Experts]) -> set[str]:
-    """Return the names that transformers has for the parameters that were split."""
-    return {f"{name}.{part}" for name in experts for part in PARTS}
+def fused_names(experts: Mapping[str, Experts]) -> dict[str, tuple[int, ...]]:
+    """Return the names that transformers has for the parameters that were split, with their shapes."""
+    return {f"{name}.{part}": own.fused_shape(part) for name, own in experts.items() for part in PARTS}
 
 
 def per_expert_name(renamed: str, fused: str, sources: Sequence[str], pattern: str) -> str | None:

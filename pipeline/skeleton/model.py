@@ -19,8 +19,8 @@ device, so one that was missed would be an error, never other numbers.
 
 Experts of a mixture become linears of their own (``experts.py``), under the names that checkpoints have for them.
 
-Refused: models whose block arguments depend on the tokens, checkpoints that transformers would convert tensor by
-tensor while loading (but for experts that it merges), and classes that need remote code.
+Refused: models whose block arguments depend on the tokens or on other blocks, checkpoints that transformers would
+convert tensor by tensor while loading (but for experts that it merges), and classes that need remote code.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import CorruptWeightsError, UnsupportedArchitectureError
 from pipeline.precision import Precision
-from pipeline.skeleton.experts import Experts, fused_names, per_expert_name, split_experts
+from pipeline.skeleton.experts import PARTS, Experts, fused_names, per_expert_name, split_experts
 from pipeline.skeleton.products import DTYPES, products
 
 TABLE_ELEMENTS = 1 << 25
@@ -84,6 +85,9 @@ class BlockCall:
 
 BlockForward = Callable[..., Any]
 """A block's own forward, bound to the block."""
+
+NOT_AS_EXPECTED = (IndexError, TypeError, ValueError)
+"""What a model raises that cannot take apart or use what stands for the output of a block."""
 
 RunBlock = Callable[[int, BlockForward, BlockCall, Tensor], Any]
 """What stands in for a block: ``run(index, forward, call, hidden_BLH)`` gives the block's output."""
@@ -146,6 +150,23 @@ class Skeleton:
         """Return the module of one decoder block."""
         block: nn.Module = self.net.get_submodule(self.block_names[index])
         return block
+
+    def fused_parts(self, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, tuple[str, ...]]:
+        """Return which checkpoint tensors (name to shape) hold all experts of a block, as the model fuses them, with
+        names for their parts in order: those that checkpoints with a tensor for each expert have, so that whatever
+        loads these loads the parts."""
+        renamings, converters = _conversions(self.net)
+        fused = fused_names(self.experts)
+        state = {**self.net.state_dict(), **dict.fromkeys(fused, True)}
+        found = {}
+        for name, shape in shapes.items():
+            model_name, converted = _renamed(self.net, name, renamings, converters, state)
+            if model_name in fused and converted is None and shape == fused[model_name]:
+                owner, _, parameter = model_name.rpartition(".")
+                stored = name.removesuffix(f".{parameter}") if name.endswith(f".{parameter}") else owner
+                leaves = _expert_leaves(parameter, converters)
+                found[name] = tuple(f"{stored}.{number}.{leaf}" for number in range(shape[0]) for leaf in leaves)
+        return found
 
     def bind(self, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
         """Match checkpoint tensors (name to shape) with the model's parameters and persistent buffers.
@@ -307,7 +328,32 @@ class Skeleton:
             raise self._reads_more() from error
         if hidden_BLH.is_meta:
             raise self._reads_more()
-        plain = self.calls(*tokens_BL.shape)
+        self._require_same(calls, self.calls(*tokens_BL.shape))
+        return hidden_BLH
+
+    @torch.no_grad()
+    def require_plain_calls(self) -> None:
+        """Return when arguments of blocks do not depend on the tokens, tried without the checkpoint's weights: with
+        numbers instead that differ from row to row and take no memory.
+
+        Raises:
+            UnsupportedArchitectureError: when they do.
+        """
+        generator = torch.Generator().manual_seed(0)
+        with self._outer_kept():
+            state = self.net.state_dict()
+            for name in self._outer_names(state):
+                if state[name].is_floating_point():
+                    self._assign(self.net, {name: _overlapping_rows(state[name].shape, generator)})
+            calls, _ = self._capture(self._some_tokens())
+        self._require_same(calls, self.calls(1, PROBE_TOKENS))
+
+    def _some_tokens(self) -> Tensor:
+        """Return ids [1, PROBE_TOKENS] from all over the vocabulary, should it depend on the token what is read."""
+        vocabulary: int = self.net.config.get_text_config().vocab_size
+        return torch.linspace(0, vocabulary - 1, PROBE_TOKENS, device=self.device).long()[None]
+
+    def _require_same(self, calls: Sequence[BlockCall], plain: Sequence[BlockCall]) -> None:
         for index, (seen, known) in enumerate(zip(calls, plain, strict=True)):
             if not _same((seen.args, seen.kwargs), (known.args, known.kwargs)):
                 raise UnsupportedArchitectureError(
@@ -315,7 +361,6 @@ class Skeleton:
                     "so its blocks cannot be run one at a time",
                     hint="this architecture is not supported yet; see docs/reference/architectures.md",
                 )
-        return hidden_BLH
 
     @torch.no_grad()
     def calls(self, batch: int, length: int) -> list[BlockCall]:
@@ -334,9 +379,18 @@ class Skeleton:
         Args:
             tokens_BL: Token ids [batch, length].
             past: The model's own cache, to which running the calls adds the tokens; None has the model make an empty
-                one, which is among the calls' arguments.
+                one, which is among the calls' arguments, unless it has none of transformers' classes.
         """
-        return self._capture(tokens_BL.to(self.device), past_key_values=past, use_cache=True)
+        return self._capture(tokens_BL.to(self.device), past_key_values=past, use_cache=self._takes_cache)
+
+    @cached_property
+    def _takes_cache(self) -> bool:
+        """Whether blocks are given a key-value cache; what some hand from block to block instead only they know."""
+        try:
+            calls, _ = self._capture(self._some_tokens(), use_cache=True)
+        except (UnsupportedArchitectureError, *NOT_AS_EXPECTED):
+            return False
+        return cache_among(calls) is not None
 
     @torch.no_grad()
     def run_block(self, index: int, hidden_BLH: Tensor) -> Tensor:
@@ -411,7 +465,7 @@ class Skeleton:
             with self.blocks_replaced(record), suppress(_Reached):
                 self.net(input_ids=tokens_BL, past_key_values=past_key_values, use_cache=use_cache)
             is_indexed = bool(seen) and seen[-1].dim() != seen[0].dim()
-        except (ValueError, TypeError, IndexError):  # it could not be taken apart as the model does it
+        except NOT_AS_EXPECTED:  # it could not be taken apart as the model does it
             is_indexed = not self._blocks_return_tuples
             if not (seen and is_indexed):
                 raise
@@ -424,6 +478,12 @@ class Skeleton:
         if any(_holds_beside((call.args, call.kwargs)) for call in calls):
             raise UnsupportedArchitectureError(
                 f"blocks of {self.architecture} hand on more than hidden states to those after them",
+                hint="this architecture is not supported yet; see docs/reference/architectures.md",
+            )
+        if seen and seen[0].shape[:-1] != tokens_BL.shape:
+            raise UnsupportedArchitectureError(
+                f"{self.architecture} makes hidden states {list(seen[0].shape)} of tokens {list(tokens_BL.shape)}, not "
+                "one vector for each of them in their order",
                 hint="this architecture is not supported yet; see docs/reference/architectures.md",
             )
         if len(calls) != self.num_blocks or seen[-1].shape != seen[0].shape:
@@ -453,9 +513,7 @@ class Skeleton:
     def _read_before_blocks(self) -> list[str]:
         """Return the parameters (by model name) outside the blocks that are read before the last block is called."""
         names = self._outer_names(self.net.state_dict())
-        vocabulary: int = self.net.config.get_text_config().vocab_size
-        # Some of everything, should it depend on the token what is read.
-        tokens_BL = torch.linspace(0, vocabulary - 1, PROBE_TOKENS, device=self.device).long()[None]
+        tokens_BL = self._some_tokens()
         with self._outer_kept():
             plain = self._capture(tokens_BL)
 
@@ -642,39 +700,23 @@ def _checkpoint_names(net: Any, names: Iterable[str], experts: Mapping[str, Expe
     Raises:
         UnsupportedArchitectureError: when a tensor would be converted (merged, split, transposed) and not only renamed.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        Concatenate,
-        MergeModulelist,
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
-
-    transforms = get_model_conversion_mapping(net)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings, converters = _conversions(net)
     # Per pattern, the patterns of all tensors that are merged with those it means, where merging is all that is done.
-    merged = {
-        pattern: converter.source_patterns
-        for converter in converters
-        for pattern in converter.source_patterns
-        if {type(operation) for operation in converter.operations} <= {MergeModulelist, Concatenate}
-    }
+    merged = {pattern: sources for sources in _merged_sources(converters) for pattern in sources}
     fused = fused_names(experts)
     state = {**net.state_dict(), **dict.fromkeys(fused, True)}
     found = {}
     for name in names:
-        model_name, converted = rename_source_key(name, renamings, converters, net.base_model_prefix, state)
+        model_name, converted = _renamed(net, name, renamings, converters, state)
         if converted is None and model_name in fused:
             raise UnsupportedArchitectureError(
-                f"{name} of {type(net).__name__} holds all experts of a block in one tensor: only checkpoints with "
-                "tensors for each expert are supported yet",
+                f"{name} of {type(net).__name__} holds all experts of a block in another order of its axes than "
+                f"{list(fused[model_name])}, which is not supported yet",
                 hint="see docs/reference/architectures.md",
             )
         # Of what the model has no use for, as blocks that predict further tokens, nobody asks how it is converted.
         if converted is not None and model_name in state:
-            renamed, _ = rename_source_key(name, renamings, [])
+            renamed, _ = _renamed(net, name, renamings, [], None)
             own_name = None
             if model_name.rpartition(".")[0] in experts and converted in merged:
                 own_name = per_expert_name(renamed, model_name, merged[converted], converted)
@@ -689,9 +731,57 @@ def _checkpoint_names(net: Any, names: Iterable[str], experts: Mapping[str, Expe
     return found
 
 
+def _conversions(net: Any) -> tuple[list[Any], list[Any]]:
+    """Return transformers' renamings and converters of tensors for a model while it loads a checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    transforms = get_model_conversion_mapping(net)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    return renamings, [t for t in transforms if isinstance(t, WeightConverter)]
+
+
+def _renamed(
+    net: Any, name: str, renamings: list[Any], converters: list[Any], state: dict[str, Any] | None
+) -> tuple[str, str | None]:
+    """Return a checkpoint tensor's name in the model, and the pattern by which it is converted, if it is."""
+    from transformers.core_model_loading import rename_source_key
+
+    prefix = net.base_model_prefix if state is not None else None
+    found: tuple[str, str | None] = rename_source_key(name, renamings, converters, prefix, state)
+    return found
+
+
+def _merged_sources(converters: Iterable[Any]) -> Iterator[Sequence[str]]:
+    """Yield the patterns of tensors that are merged, and nothing else."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    for converter in converters:
+        if {type(operation) for operation in converter.operations} <= {MergeModulelist, Concatenate}:
+            yield converter.source_patterns
+
+
+def _expert_leaves(parameter: str, converters: Iterable[Any]) -> tuple[str, ...]:
+    """Return what the parts of a fused parameter are called in checkpoints with a tensor for each expert, after the
+    expert's number: what transformers merges into it, or the model's own names where it knows of none."""
+    parts = tuple(f"{part}.weight" for part in PARTS[parameter])
+    merging = [converter for converter in converters if str(converter.target_patterns[0]).endswith(parameter)]
+    for sources in _merged_sources(merging):
+        leaves = tuple(pattern.rpartition(".*.")[2] for pattern in sources)
+        if len(leaves) == len(parts) and all(".*." in pattern for pattern in sources):
+            return leaves
+    return parts
+
+
 def _plain(calls: Iterable[BlockCall], hidden_BLH: Tensor) -> tuple[Any, ...]:
     """Return what was captured as tuples, lists and dicts."""
     return [(call.args, call.kwargs) for call in calls], hidden_BLH
+
+
+def _overlapping_rows(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return random numbers of a shape, where each row is the one before it shifted by one element."""
+    numbers = 0.02 * torch.randn(sum(shape) + 1, generator=generator)
+    return numbers.as_strided(tuple(shape), (1,) * len(shape))
 
 
 def _set_tensor(owner: nn.Module, name: str, tensor: Tensor) -> None:

@@ -7,8 +7,8 @@ headers in both directions, so that afterwards every tensor has exactly one plac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from pipeline.errors import CorruptWeightsError
@@ -25,12 +25,33 @@ class WeightIndex:
         files: The weights files, sorted; paths relative to the source.
         total_bytes: Bytes of all tensors, without headers.
         num_parameters: Elements of all tensors.
+        parts: Names of those that are parts of a tensor in a file, and stand for it among the entries.
     """
 
     entries: Mapping[str, tuple[str, TensorEntry]]
     files: tuple[str, ...]
     total_bytes: int
     num_parameters: int
+    parts: frozenset[str] = frozenset()
+
+    def cut(self, parts: Mapping[str, Sequence[str]]) -> WeightIndex:
+        """Return the index with some tensors replaced by equal parts of them, which lie one after the other.
+
+        Args:
+            parts: By the name of a tensor [..., columns], names for its parts, [rows / parts, columns] each.
+        """
+        entries = dict(self.entries)
+        for whole, names in parts.items():
+            file, entry = entries.pop(whole)
+            size = entry.num_bytes // len(names)
+            shape = (entry.num_elements // entry.shape[-1] // len(names), entry.shape[-1])
+            for number, name in enumerate(names):
+                start = entry.start_bytes + number * size
+                if name in entries:
+                    _contradiction(f"{file} holds {name!r} and, in {whole!r}, what is called so too", file)
+                entries[name] = (file, TensorEntry(name, entry.dtype, shape, start, start + size))
+        found = frozenset(name for names in parts.values() for name in names)
+        return replace(self, entries=dict(sorted(entries.items())), parts=self.parts | found)
 
 
 def read_index(file_sizes: Mapping[str, int], read_range: ReadRange) -> WeightIndex:
