@@ -116,6 +116,20 @@ def _configs() -> dict[str, Callable[[], Any]]:
         ),
         # Experts that the checkpoint holds in one tensor.
         "granitemoe": lambda: t.GraniteMoeConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2),
+        # Blocks that return more than their hidden states: a state that the next one is given, or that nobody reads.
+        "rwkv": lambda: t.RwkvConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            attention_hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            context_length=512,
+            bos_token_id=0,
+            eos_token_id=1,
+        ),
+        "xlstm": lambda: t.xLSTMConfig(
+            vocab_size=VOCABULARY, hidden_size=128, num_heads=4, num_hidden_layers=2, bos_token_id=0, eos_token_id=1
+        ),
         "gpt_oss": lambda: t.GptOssConfig(
             **_GROUPED,
             head_dim=32,
@@ -127,6 +141,7 @@ def _configs() -> dict[str, Callable[[], Any]]:
 
 
 MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "qwen2_moe")
+STATEFUL = ("rwkv", "xlstm")
 DENSE = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "opt", "gpt2")
 
 
@@ -217,6 +232,15 @@ def net_of(tensors: dict[str, torch.Tensor], source: Path, root: Path) -> Any:
     save_file(contiguous, root / "model.safetensors", {"format": "pt"})
     (root / "config.json").write_text((source / "config.json").read_text())
     return source_net(root)
+
+
+def fuse_experts(folder: Path) -> Path:
+    """Store a checkpoint's tensors as the model has them, all experts of a block in one, and return the folder."""
+    from transformers import AutoModelForCausalLM
+
+    tensors = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
 
 
 def drop_prefix(folder: Path, prefix: str) -> Path:

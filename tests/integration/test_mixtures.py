@@ -7,6 +7,7 @@ model, which merges the experts in its own way.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipeline.errors import PlanError
+from pipeline.graph.build import make_variant_plan
 from pipeline.graph.outline import open_folder
-from pipeline.spec import Format
+from pipeline.spec import Format, parse_variant
 from pipeline.tensors.local import read_folder_index
 from pipeline.tensors.reader import read_tensors
-from tests.architectures import MIXTURES, dense_net, make_model, net_of, source_net
+from tests.architectures import MIXTURES, dense_net, fuse_experts, make_model, net_of, source_net
 from tests.integration.test_architectures import (
     ERROR_FACTOR,
     Converted,
@@ -130,6 +133,28 @@ def test_compressed_tensors_release_loads_in_plain_transformers(converted: Conve
             loaded = logits_of(torch.nn.Module.float(net))
             dense = logits_of(dense_net(folder, converted.source, tmp_path / variant, torch.bfloat16))
             assert relative_error(loaded, dense) < 1e-5, variant
+
+
+def test_it_makes_no_difference_whether_the_source_holds_experts_in_one_tensor(tmp_path: Path) -> None:
+    apart = make_model("qwen3_moe", tmp_path / "apart")
+    fused = fuse_experts(Path(shutil.copytree(apart, tmp_path / "fused")))
+    variant = "awq-w4-g64"
+    made = [convert_folder(source, tmp_path / f"{source.name}-out", [variant]) for source in (apart, fused)]
+    expected, found = (_tensors(own.folder(variant)) for own in made)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    index = read_folder_index(folder)
+    return read_tensors(folder, index, index.entries)
+
+
+def test_experts_in_one_tensor_are_quantized_all_or_the_variant_is_refused(tmp_path: Path) -> None:
+    outline = open_folder(make_model("granitemoe", tmp_path / "granitemoe")).outline
+    spec = parse_variant("gptq-w4-g64-ct").model_copy(update={"ignore": (r"re:experts\.1\.down_proj$",)})
+    with pytest.raises(PlanError, match=r"cannot stay unquantized, .*all experts of its block.*experts\.1\.down_proj"):
+        make_variant_plan(spec, outline)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])

@@ -18,7 +18,7 @@ from pipeline.skeleton.experts import all_tokens, find_routers
 from pipeline.skeleton.groups import linear_inputs
 from pipeline.skeleton.model import dense_logits
 from pipeline.spec import ExpertStatistics
-from tests.architectures import MIXTURES, make_model
+from tests.architectures import MIXTURES, fuse_experts, make_model
 
 SourceOf = Callable[[str], Source]
 
@@ -166,9 +166,46 @@ def test_experts_of_another_layout_are_refused_with_what_differs(tmp_path: Path)
         open_folder(folder)
 
 
-def test_experts_that_the_checkpoint_holds_in_one_tensor_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_in_one_tensor_are_read_as_tensors_of_their_own(name: str, tmp_path: Path) -> None:
+    """Under the names that checkpoints with a tensor for each have, so that whatever loads those loads what is made."""
+    apart = open_folder(make_model(name, tmp_path / "apart"))
+    fused = open_folder(fuse_experts(make_model(name, tmp_path / "fused")))
+    stored = load_file(fused.folder / "model.safetensors")
+    assert sum(name.endswith(("gate_up_proj", "down_proj")) for name in stored) > 1
+    assert not fused.outline.index.parts & stored.keys()
+    assert fused.outline.skeleton.names.keys() == apart.outline.skeleton.names.keys()
+    for block in range(apart.outline.skeleton.num_blocks):
+        found, expected = fused.block(block), apart.block(block)
+        assert all(torch.equal(found[local], expected[local]) for local in expected)
+        names = zip(fused.outline.groups[block], apart.outline.groups[block], strict=True)
+        for ours, theirs in names:
+            moved = [linear.name.replace("block_sparse_moe", "mlp") for linear in theirs.linears]  # Mixtral's renaming
+            assert [linear.name for linear in ours.linears] == moved
+
+
+def test_experts_in_one_tensor_of_a_model_that_has_no_others(tmp_path: Path) -> None:
+    """transformers renames GraniteMoE's tensors to the fused ones, and knows of none for each expert."""
     folder = make_model("granitemoe", tmp_path / "granitemoe")
-    with pytest.raises(UnsupportedArchitectureError, match=r"input_linear\.weight .*all experts of a block in one"):
+    source = open_folder(folder)
+    whole = load_file(folder / "model.safetensors")["model.layers.0.block_sparse_moe.input_linear.weight"]
+    gate, up = (
+        source.read({"": f"model.layers.0.block_sparse_moe.experts.2.{part}.weight"})[""]
+        for part in ("gate_proj", "up_proj")
+    )
+    assert torch.equal(torch.cat([gate, up]), whole[2])
+    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = net(input_ids=TOKENS_BL).logits
+    assert (computed(source) - expected).norm() / expected.norm() < 1e-6
+
+
+def test_experts_in_one_tensor_in_another_order_of_axes_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make_model("granitemoe", tmp_path / "granitemoe")
+    name = "model.layers.0.block_sparse_moe.input_linear.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].mT.contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UnsupportedArchitectureError, match=r"input_linear\.weight .*another order of its axes"):
         open_folder(folder)
 
 

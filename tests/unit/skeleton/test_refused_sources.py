@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as t
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import CorruptWeightsError, SourceError, UnsupportedArchitectureError
 from pipeline.graph.outline import open_folder
+from pipeline.skeleton.limits import kv_cache
 from pipeline.skeleton.model import Skeleton
 from pipeline.skeleton.tokenizer import TextTokenizer
+from tests.architectures import save_instance
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -58,6 +61,66 @@ def test_encoder_is_refused(llama_folder: Path) -> None:
     change_config(llama_folder, model_type="t5", architectures=["T5ForConditionalGeneration"])
     with pytest.raises(UnsupportedArchitectureError, match="cannot build a causal language model"):
         Skeleton(llama_folder)
+
+
+def _gemma4(**changes: Any) -> Any:
+    return t.Gemma4TextConfig(
+        **{"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, **changes},
+        num_key_value_heads=2,
+        head_dim=32,
+        global_head_dim=64,
+        vocab_size=4096,
+        vocab_size_per_layer_input=4096,
+        layer_types=["sliding_attention", "full_attention"],
+        pad_token_id=1,
+    )
+
+
+def _dsa() -> Any:
+    return t.GlmMoeDsaConfig(
+        **dict.fromkeys(("hidden_size", "index_head_dim"), 128),
+        **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 256),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),
+        **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 32),
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 64),
+        num_hidden_layers=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=4096,
+        pad_token_id=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (_dsa, "hand on more than hidden states to those after them"),
+        (lambda: _gemma4(hidden_size_per_layer_input=32), "called with arguments that depend on the tokens"),
+        (
+            lambda: t.XLNetConfig(vocab_size=4096, d_model=128, n_layer=2, n_head=4, d_inner=256),
+            r"hidden states \[8, 1, 128\] of tokens \[1, 8\]",
+        ),
+        (
+            lambda: t.JetMoeConfig(
+                vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=2, kv_channels=32
+            ),
+            "cannot be tried on 8 tokens without weights: Cannot copy out of meta tensor",
+        ),
+    ],
+    ids=["passes on indices", "embeds for each layer", "length first", "routes by what it reads"],
+)
+def test_a_model_whose_blocks_cannot_be_run_alone_is_refused_before_any_weight_is_read(
+    config: Callable[[], Any], reason: str, tmp_path: Path
+) -> None:
+    folder = save_instance(config(), tmp_path / "model")
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        open_folder(folder)
+
+
+def test_heads_may_differ_from_layer_to_layer(tmp_path: Path) -> None:
+    """Gemma 4 has other ones in its global layers than in its local ones."""
+    skeleton = open_folder(save_instance(_gemma4(hidden_size_per_layer_input=0), tmp_path / "model")).outline.skeleton
+    assert kv_cache(skeleton, 100) == (100, 2 * 2 * (2 * 32 + 2 * 64) * 100)
 
 
 def test_missing_tensor_is_named(llama_folder: Path) -> None:
