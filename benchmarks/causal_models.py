@@ -43,7 +43,7 @@ GENEROUS = {
 """Gates of random models: they only have to be passable, as what is judged here is whether numbers are right."""
 
 ERROR_FACTOR = 3.0
-"""Logit error that is allowed over the root of the sum of squares of the linears' stated relative errors."""
+"""Logit error that is allowed over what the linears' stated relative errors amount to."""
 
 LEAST_ERROR = 1e-5
 """What is below is float32's own; where nothing is off by more than this, a release was compared with its source."""
@@ -144,7 +144,8 @@ class Tried:
         ending: What became of it.
         reason: Why it did not pass; empty when it did.
         error: Relative error of the logits.
-        stated: Root of the sum of squares of the linears' relative errors.
+        stated: Root of the sum of squares of the linears' relative errors; where the model makes more of errors than
+            that, what random ones of their size do.
     """
 
     model_type: str
@@ -267,7 +268,10 @@ def _try(model_type: str, folder: Path, is_planned_only: bool) -> Tried:
         found = _published_logits(Path(outcome.locations[0]), source, folder / "dense")
     except Exception as error:
         return Tried(model_type, Ending.FAILED, f"published: {_said(error)}")
-    wrong = _error(found, expected, ROUTED_SHARE if has_routers else 0.0)
+    share = ROUTED_SHARE if has_routers else 0.0
+    wrong = _error(found, expected, share)
+    if wrong >= ERROR_FACTOR * stated:
+        stated = max(stated, _error(_disturbed_logits(source, outcome), expected, share))
     is_right = LEAST_ERROR < wrong < ERROR_FACTOR * stated
     reason = "" if is_right else f"logits are off by {wrong:.2e}, stated is {stated:.2e}"
     return Tried(model_type, Ending.PASSED if is_right else Ending.FAILED, reason, wrong, stated)
@@ -341,6 +345,33 @@ def _published_logits(release: Path, source: Path, folder: Path) -> Any:
     from tests.architectures import dense_net
 
     return _logits(dense_net(release, source, folder))
+
+
+def _disturbed_logits(source: Path, outcome: Any) -> Any:
+    """Return the logits of the source where the output of every linear has a random error of the size that is stated
+    for it: random models may make much more of them than their sum. Experts, which transformers fuses, have none."""
+    import torch
+    import transformers as t
+
+    from pipeline.graph.outline import open_folder
+
+    stored = {name: model for model, name in open_folder(source).outline.skeleton.names.items()}
+    net = t.AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    modules = dict(net.named_modules())
+    generator = torch.Generator().manual_seed(0)
+
+    def hook(relative_error: float) -> Any:
+        def disturb(module: Any, args: Any, output: Any) -> Any:
+            noise = torch.randn(output.shape, generator=generator)
+            return output + relative_error * output.norm() / math.sqrt(output.numel()) * noise
+
+        return disturb
+
+    for own in outcome.facts.modules:
+        module = modules.get(stored[f"{own.name}.weight"].removesuffix(".weight"))
+        if module is not None:
+            module.register_forward_hook(hook(own.relative_error))
+    return _logits(net)
 
 
 def _error(found: Any, expected: Any, left_out: float) -> float:

@@ -177,8 +177,10 @@ class Skeleton:
             UnsupportedArchitectureError: when tensors would be converted while loading.
             CorruptWeightsError: when a parameter is in no tensor, or has another shape.
         """
+        stacked = self._stack_parts(shapes)
         wanted = {name: tuple(tensor.shape) for name, tensor in self.net.state_dict().items()}
-        renamed = _checkpoint_names(self.net, tuple(shapes), self.experts)
+        others = [name for name in shapes if name not in stacked]
+        renamed = {**_checkpoint_names(self.net, others, self.experts), **stacked}
         self.names = {model_name: name for name, model_name in renamed.items() if model_name in wanted}
         self.extra_names = tuple(name for name, model_name in renamed.items() if model_name not in wanted)
         tied = self._tied_names()
@@ -197,6 +199,27 @@ class Skeleton:
                     code="source.shape",
                     hint="config.json and the weights belong to different models",
                 )
+
+    def _stack_parts(self, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, str]:
+        """Have parameters that transformers stacks from several tensors while loading made of these tensors here, and
+        return what they are called, by their names in the checkpoint. Linears are left alone."""
+        renamings, converters = _conversions(self.net)
+        positions = {pattern: number for own in _stacked_sources(converters) for number, pattern in enumerate(own)}
+        state = self.net.state_dict()
+        found: dict[str, dict[int, str]] = {}
+        for name in shapes if positions else ():
+            model_name, pattern = _renamed(self.net, name, renamings, converters, state)
+            if pattern in positions and model_name in state:
+                found.setdefault(model_name, {})[positions[pattern]] = name
+        stacked: dict[str, str] = {}
+        for model_name, names in found.items():
+            owner, _, leaf = model_name.rpartition(".")
+            module, parts = self.net.get_submodule(owner), [shapes[names[number]] for number in sorted(names)]
+            rows = sum(shape[0] for shape in parts if shape)
+            if not is_linear(module) and all(parts) and rows == len(state[model_name]):
+                made = stack_parameter(module, leaf, [shape for shape in parts if shape])
+                stacked |= {names[number]: f"{owner}.{part}" for number, part in zip(sorted(names), made, strict=True)}
+        return stacked
 
     def block_tensors(self, index: int) -> dict[str, str]:
         """Return checkpoint names by the names local to one block, for example ``mlp.up_proj.weight``."""
@@ -759,6 +782,30 @@ def _merged_sources(converters: Iterable[Any]) -> Iterator[Sequence[str]]:
     for converter in converters:
         if {type(operation) for operation in converter.operations} <= {MergeModulelist, Concatenate}:
             yield converter.source_patterns
+
+
+def _stacked_sources(converters: Iterable[Any]) -> Iterator[Sequence[str]]:
+    """Yield the patterns of tensors that are put one above the other in one parameter, and nothing else."""
+    from transformers.core_model_loading import Concatenate
+
+    for converter in converters:
+        sources, operations = converter.source_patterns, converter.operations
+        is_stacking = [(type(own), getattr(own, "dim", None)) for own in operations] == [(Concatenate, 0)]
+        if is_stacking and not any(".*." in pattern for pattern in sources):
+            yield sources
+
+
+def stack_parameter(module: nn.Module, leaf: str, shapes: Sequence[tuple[int, ...]]) -> list[str]:
+    """Replace a parameter by parts of it that stand for it, one above the other, and return their names."""
+    whole = module._parameters.pop(leaf)
+    names = [f"{leaf}_part{number}" for number in range(len(shapes))]
+    for name, shape in zip(names, shapes, strict=True):
+        part = torch.empty(shape, dtype=whole.dtype if whole is not None else None, device="meta")
+        module.register_parameter(name, nn.Parameter(part, requires_grad=False))
+    kind = type(module)
+    stacked = property(lambda self: torch.cat([self._parameters[name] for name in names]))
+    module.__class__ = type(kind.__name__, (kind,), {leaf: stacked})
+    return names
 
 
 def _expert_leaves(parameter: str, converters: Iterable[Any]) -> tuple[str, ...]:
