@@ -98,9 +98,14 @@ PRELOADED = [
 ]
 """What every process needs, none of which computes anything while it is imported."""
 
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": DEFAULT_ROPE, "full_attention": DEFAULT_ROPE},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note": {"per_layer_config": None},
@@ -116,8 +121,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "layer_types": None},
-    "zamba2": {"layer_types": ["mamba", "hybrid"], "num_hidden_layers": 2},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"], "attention_hidden_size": 256},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "attention_hidden_size": 256, "attention_head_dim": 64},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What an instance of one model type needs besides, by the names of its config."""

@@ -1,13 +1,13 @@
 """Experts of a mixture as linears of their own.
 
 transformers keeps the experts of a block in one module with fused parameters, ``gate_up_proj`` [experts, 2 x width,
-hidden] and ``down_proj`` [experts, hidden, width], and checkpoints hold a gate, an up and a down for each expert. Here
-the fused module is replaced by one that has a child for each expert with three linears: everything that looks at
-linears (groups, statistics, solves, formats) then sees experts as any others, under the names of the checkpoint.
+hidden] and ``down_proj`` [experts, hidden, width], and checkpoints hold a gate, an up and a down for each expert, or
+these parameters as they are. Some experts have no gate, and ``up_proj`` [experts, width, hidden] in its place. Here
+the fused module is replaced by one that has a child for each expert with two or three linears: everything that looks
+at linears (groups, statistics, solves, formats) then sees experts as any others, under the names of the checkpoint.
 
 Which modules are experts, how their parameters are laid out and what stands between up and down is what transformers'
-own classes say of themselves; nothing is listed per architecture. Layouts that are not a plain gate, up and down are
-refused.
+own classes say of themselves; nothing is listed per architecture. Layouts that are not plain matrices are refused.
 
 Tokens go to the experts that the router chose. Calibration may have every expert see all tokens (`all_tokens`): what
 the block gives is the same up to rounding, since what an expert makes of tokens that are not its own is dropped, and
@@ -26,30 +26,35 @@ from torch import Tensor, nn
 
 from pipeline.errors import UnsupportedArchitectureError
 
-GATE_UP, DOWN = "gate_up_proj", "down_proj"
+GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
 """transformers' names of the fused parameters."""
 
-PARTS: Mapping[str, tuple[str, ...]] = {GATE_UP: ("gate_proj", "up_proj"), DOWN: ("down_proj",)}
+PARTS: Mapping[str, tuple[str, ...]] = {GATE_UP: ("gate_proj", "up_proj"), UP: ("up_proj",), DOWN: ("down_proj",)}
 """The linears that are fused in each, in order."""
 
+WITH_GATE, WITHOUT_GATE = (GATE_UP, DOWN), (UP, DOWN)
+"""The fused parameters of experts."""
+
 Activation = Callable[[Tensor], Tensor]
-"""What the down projection reads, [tokens, width], from gate and up side by side, [tokens, 2 x width]."""
+"""What the down projection reads, [tokens, width], from gate and up side by side, [tokens, 2 x width], or from up."""
 
 
 class Expert(nn.Module):
-    """One expert: ``down(activation(gate(x), up(x)))``."""
+    """One expert: ``down(activation(gate(x), up(x)))``, or without a gate ``down(activation(up(x)))``."""
 
-    def __init__(self, hidden: int, width: int, activation: Activation, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, width: int, has_gate: bool, activation: Activation, dtype: torch.dtype) -> None:
         """Make the linears on the meta device."""
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False, device="meta", dtype=dtype)
-        self.up_proj = nn.Linear(hidden, width, bias=False, device="meta", dtype=dtype)
+        self._entering = PARTS[GATE_UP if has_gate else UP]
+        for name in self._entering:
+            self.add_module(name, nn.Linear(hidden, width, bias=False, device="meta", dtype=dtype))
         self.down_proj = nn.Linear(width, hidden, bias=False, device="meta", dtype=dtype)
         self._activation = activation
 
     def forward(self, x_TH: Tensor) -> Tensor:
         """Return [tokens, hidden] of [tokens, hidden]."""
-        output: Tensor = self.down_proj(self._activation(torch.cat([self.gate_proj(x_TH), self.up_proj(x_TH)], -1)))
+        entering = torch.cat([self.get_submodule(name)(x_TH) for name in self._entering], -1)
+        output: Tensor = self.down_proj(self._activation(entering))
         return output
 
 
@@ -57,13 +62,15 @@ class Experts(nn.Module):
     """The experts of one block, children by number.
 
     Attributes:
+        fused: transformers' fused parameters.
         sees_all: Whether every expert is run on all tokens.
         rows: The tokens that the router sent to each expert in the last call, as positions in its input.
     """
 
-    def __init__(self, experts: Sequence[Expert]) -> None:
+    def __init__(self, experts: Sequence[Expert], fused: tuple[str, ...]) -> None:
         """Hold the experts in order."""
         super().__init__()
+        self.fused = fused
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
         self.sees_all = False
@@ -109,16 +116,17 @@ def split_experts(net: nn.Module) -> dict[str, Experts]:
     """Replace every fused experts module of ``net``, and return what took its place by its name.
 
     Raises:
-        UnsupportedArchitectureError: when a layout is not a plain gate, up and down for each expert.
+        UnsupportedArchitectureError: when a layout is not plain matrices for each expert.
     """
-    found = {name: module for name, module in net.named_modules() if _is_fused(module)}
+    found = {name: module for name, module in net.named_modules() if _fused_in(module)}
     split = {}
     for name, module in found.items():
         _require_plain(type(net).__name__, name, module)
-        gate_up, down = module.get_parameter(GATE_UP), module.get_parameter(DOWN)
+        fused, down = _fused_in(module), module.get_parameter(DOWN)
         activation = _activation_alone(module)
         number, hidden, width = down.shape
-        experts = Experts([Expert(hidden, width, activation, gate_up.dtype) for _ in range(number)])
+        has_gate = fused == WITH_GATE
+        experts = Experts([Expert(hidden, width, has_gate, activation, down.dtype) for _ in range(number)], fused)
         net.set_submodule(name, experts.eval().requires_grad_(False))
         split[name] = experts
     return split
@@ -160,7 +168,7 @@ def find_routers(block: nn.Module) -> tuple[str, ...]:
 
 def fused_names(experts: Mapping[str, Experts]) -> dict[str, tuple[int, ...]]:
     """Return the names that transformers has for the parameters that were split, with their shapes."""
-    return {f"{name}.{part}": own.fused_shape(part) for name, own in experts.items() for part in PARTS}
+    return {f"{name}.{part}": own.fused_shape(part) for name, own in experts.items() for part in own.fused}
 
 
 def per_expert_name(renamed: str, fused: str, sources: Sequence[str], pattern: str) -> str | None:
@@ -181,21 +189,26 @@ def per_expert_name(renamed: str, fused: str, sources: Sequence[str], pattern: s
     return f"{owner}.{number[1]}.{parts[list(sources).index(pattern)]}.weight"
 
 
-def _is_fused(module: nn.Module) -> bool:
-    return all(name in module._parameters for name in PARTS)
+def _fused_in(module: nn.Module) -> tuple[str, ...]:
+    """Return the fused parameters of a module; none when it is no experts'."""
+    if all(name in module._parameters for name in WITH_GATE):
+        return WITH_GATE
+    has_none = getattr(module, "has_gate", None) is False and all(name in module._parameters for name in WITHOUT_GATE)
+    return WITHOUT_GATE if has_none else ()
 
 
 def _require_plain(architecture: str, name: str, module: Any) -> None:
+    fused = _fused_in(module)
     # What transformers' decorator of experts' classes writes down; a class without it is of a layout of its own.
     wanted = {
         "is_concatenated": True,
         "is_transposed": False,
-        "has_gate": True,
+        "has_gate": fused == WITH_GATE,
         "has_bias": False,
         "has_post_expert_norm": False,
     }
     other = [key for key, value in wanted.items() if getattr(module, key, None) is not value]
-    is_plain = not other and module.down_proj.dim() == 3 and set(module._parameters) == set(PARTS)
+    is_plain = not other and module.down_proj.dim() == 3 and set(module._parameters) == set(fused)
     if not is_plain:
         raise UnsupportedArchitectureError(
             f"the experts of {architecture} ({name}) are not a plain gate, up and down each"
@@ -206,7 +219,8 @@ def _require_plain(architecture: str, name: str, module: Any) -> None:
 
 def _activation_alone(module: Any) -> Activation:
     """Return the module's own activation, and take the fused parameters from the module, which it holds."""
-    for parameter in PARTS:
+    fused = _fused_in(module)
+    activation: Activation = module._apply_gate if fused == WITH_GATE else module.act_fn
+    for parameter in fused:
         del module._parameters[parameter]
-    activation: Activation = module._apply_gate
     return activation
