@@ -333,6 +333,8 @@ def _tiny_values(config: Any) -> dict[str, Any]:
         inner = getattr(config, name, None)
         if inner is not None:
             values[name] = _tiny_values(inner) | {"model_type": inner.model_type}
+            if "vision" in name:
+                values[name] |= {key: NUM_BLOCKS + 1 for key in ("num_hidden_layers",) if key in values[name]}
     return values
 
 

@@ -705,9 +705,12 @@ def _meta_model(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _find_blocks(net: Any) -> tuple[str, ...]:
-    """Return the names of the decoder blocks: the module list with ``num_hidden_layers`` entries and most weights."""
+    """Return the names of the decoder blocks: the module list with ``num_hidden_layers`` entries and most weights, in
+    what transformers calls the decoder, beside which may be a vision model as deep as that."""
     depth = getattr(net.config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    inside = set(net.get_decoder().modules())
+    lists = [(name, m) for name, m in lists if m in inside] or lists
     if not lists:
         raise UnsupportedArchitectureError(
             f"{type(net).__name__} has no list of {depth} decoder blocks",
