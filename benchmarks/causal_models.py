@@ -108,7 +108,6 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note": {"per_layer_config": None},
     "falcon_h1": {"mamba_d_ssm": 256},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
@@ -118,10 +117,16 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_compress_ratio": 2,
+        "indexer_budget": 16,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [64, 64], "axial_pos_shape": [8, 64]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"], "attention_hidden_size": 256},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "attention_hidden_size": 256, "attention_head_dim": 64},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -314,7 +319,7 @@ def _make(model_type: str, folder: Path) -> tuple[Any, bool]:
 
 def tiny_config(config: Any) -> Any:
     """Return a config of the same class with ``SIZES``, and the same of what it holds."""
-    return type(config)(**_tiny_values(config) | OWN_SIZES.get(config.model_type, {}))
+    return type(config)(**_tiny_values(config))
 
 
 def _tiny_values(config: Any) -> dict[str, Any]:
@@ -335,7 +340,7 @@ def _tiny_values(config: Any) -> dict[str, Any]:
             values[name] = _tiny_values(inner) | {"model_type": inner.model_type}
             if "vision" in name:
                 values[name] |= {key: NUM_BLOCKS + 1 for key in ("num_hidden_layers",) if key in values[name]}
-    return values
+    return values | OWN_SIZES.get(config.model_type, {})
 
 
 def _logits(net: Any) -> Any:

@@ -10,17 +10,15 @@ are one group; where each sees its own, they are a group for each expert. Every 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.skeleton.experts import all_tokens, expert_of, find_routers
-from pipeline.skeleton.model import PROBE_TOKENS, Skeleton, is_linear
+from pipeline.skeleton.model import PROBE_TOKENS, BlockCall, Skeleton, is_linear
 from pipeline.spec import ExpertStatistics
 
 
@@ -91,12 +89,16 @@ def linear_groups(
         index: Of the block.
         experts: Which tokens the statistics of experts are of: those that share all tokens are one group.
     """
-    block = copy.deepcopy(skeleton.block(index)).to("meta")
-    call = skeleton.calls(1, PROBE_TOKENS)[index].to("meta")
-    hidden_BLH = torch.empty(1, PROBE_TOKENS, hidden_size(skeleton), dtype=skeleton.dtype, device="meta")
-    seen_by_all = all_tokens(block) if experts is ExpertStatistics.ALL else nullcontext()
-    with linear_inputs(block) as inputs, torch.no_grad(), seen_by_all:
-        call.run(block, hidden_BLH)
+
+    def inputs_of(block: nn.Module, call: BlockCall, hidden_BLH: Tensor) -> list[tuple[str, Tensor, int]]:
+        seen_by_all = all_tokens(block) if experts is ExpertStatistics.ALL else nullcontext()
+        with linear_inputs(block) as inputs, seen_by_all:
+            call.run(block, hidden_BLH)
+        return inputs
+
+    shape = (1, PROBE_TOKENS, hidden_size(skeleton))
+    inputs = skeleton.tried(index, skeleton.calls(1, PROBE_TOKENS)[index], shape, inputs_of)
+    block = skeleton.block(index)
     names, routers = skeleton.block_tensors(index), find_routers(block)
     members: dict[tuple[Any, ...], list[LinearRef]] = {}
     for local_name, tensor, version in inputs:

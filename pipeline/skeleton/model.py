@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,9 @@ NOT_AS_EXPECTED = (IndexError, TypeError, ValueError)
 
 RunBlock = Callable[[int, BlockForward, BlockCall, Tensor], Any]
 """What stands in for a block: ``run(index, forward, call, hidden_BLH)`` gives the block's output."""
+
+
+_Found = TypeVar("_Found")
 
 
 class _Beside:
@@ -465,10 +468,32 @@ class Skeleton:
 
     def _returned_beside(self, index: int, call: BlockCall, hidden: Tensor) -> tuple[_Beside | None, ...]:
         """Return what stands for all that a block returns after its hidden states."""
-        block = copy.deepcopy(self.block(index)).to("meta")
-        vars(block).pop("forward", None)  # what stands in for the original's
-        output = call.to("meta").run_raw(block, hidden.to("meta"))
+        output = self.tried(index, call, hidden.shape, lambda block, own, x: own.run_raw(block, x))
         return () if isinstance(output, Tensor) else tuple(None if v is None else _Beside() for v in output[1:])
+
+    @torch.no_grad()
+    def tried(
+        self, index: int, call: BlockCall, shape: Sequence[int], run: Callable[[nn.Module, BlockCall, Tensor], _Found]
+    ) -> _Found:
+        """Return what ``run`` finds when it runs a copy of a block without its weights, on hidden states of a shape: on
+        the meta device, or where the block looks at numbers, with zeros that take no memory.
+
+        Args:
+            index: Of the block.
+            call: How it is called.
+            shape: Of the hidden states.
+            run: Gets the block, the call, and hidden states.
+        """
+        block = copy.deepcopy(self.block(index))
+        vars(block).pop("forward", None)  # what stands in for the original's
+        meta = copy.deepcopy(block).to("meta")
+        try:
+            return run(meta, call.to("meta"), torch.empty(*shape, dtype=self.dtype, device="meta"))
+        except NotImplementedError:
+            zero = torch.zeros((), dtype=self.dtype, device=self.device)
+            for name, parameter in block.named_parameters():
+                _set_tensor(block, name, zero.to(parameter.dtype).expand(parameter.shape))
+            return run(block, call, torch.zeros(*shape, dtype=self.dtype, device=self.device))
 
     def _capture(
         self, tokens_BL: Tensor, past_key_values: Any = None, use_cache: bool = False
