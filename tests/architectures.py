@@ -130,6 +130,16 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "xlstm": lambda: t.xLSTMConfig(
             vocab_size=VOCABULARY, hidden_size=128, num_heads=4, num_hidden_layers=2, bos_token_id=0, eos_token_id=1
         ),
+        # Embeddings for each layer, which its blocks are called with, and other heads in global layers.
+        "gemma4": lambda: t.Gemma4TextConfig(
+            **_GROUPED,
+            head_dim=32,
+            global_head_dim=64,
+            hidden_size_per_layer_input=32,
+            vocab_size_per_layer_input=VOCABULARY,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=16,
+        ),
         "gpt_oss": lambda: t.GptOssConfig(
             **_GROUPED,
             head_dim=32,
@@ -141,7 +151,9 @@ def _configs() -> dict[str, Callable[[], Any]]:
 
 
 MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "qwen2_moe")
-STATEFUL = ("rwkv", "xlstm")
+MORE_THAN_HIDDEN_STATES = ("rwkv", "xlstm", "gemma4")
+"""What blocks return, or are called with, is more than that."""
+
 DENSE = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "opt", "gpt2")
 
 

@@ -108,7 +108,7 @@ def _back_through(skeleton: Skeleton, index: int, entered_BLH: Tensor, gradient_
     """Return the gradient with respect to what enters a block from that with respect to what leaves it."""
     leaf_BLH = entered_BLH.detach().requires_grad_()
     with torch.enable_grad():
-        left_BLH = skeleton.calls(*leaf_BLH.shape[:2])[index].run(skeleton.block(index), leaf_BLH)
+        left_BLH = skeleton.run_block_with_gradient(index, leaf_BLH)
     try:
         (found,) = torch.autograd.grad(left_BLH, leaf_BLH, gradient_BLH)
     except RuntimeError as error:  # torch has no class of its own for what has no gradient

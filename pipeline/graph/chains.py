@@ -25,7 +25,7 @@ from pipeline.fingerprint import fingerprint
 from pipeline.graph.cost import CostModel, GroupShape, sum_bytes
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import Keyring
-from pipeline.graph.shape import active_elements
+from pipeline.graph.shape import active_elements, state_size
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.skeleton.groups import LinearGroup
 from pipeline.spec import ExpertStatistics
@@ -232,8 +232,7 @@ class ChainBuilder:
         self._experts = keys.outline.experts
         self._collections = [plan_collections(groups, self._experts) for groups in keys.outline.groups]
         self.num_blocks = keys.outline.skeleton.num_blocks
-        # What enters the linears that a block calls first is as wide as what enters the block.
-        self._hidden = next(group.in_features for block in keys.outline.groups for group in block)
+        self._hidden = state_size(keys.outline)
 
     def calibration(self, tokens: Tokens, num_spans: int) -> Chain:
         """Return the chain that collects statistics on the way, in ``num_spans`` spans at most."""

@@ -21,7 +21,7 @@ from pipeline.graph.dag import WALKS, Kind
 from pipeline.graph.folds import MAX_SEARCHED_ROWS
 from pipeline.graph.mixed import SENSED_SEQUENCES
 from pipeline.graph.parts import PART_BYTES
-from pipeline.graph.shape import ModelShape
+from pipeline.graph.shape import ModelShape, state_size
 from pipeline.graph.tuning import Tuning, make_tuning
 from pipeline.heap import FREED_BYTES, LEAST_FREED_BYTES
 from pipeline.quantize.solve import TILE_ROWS
@@ -228,7 +228,7 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
     moment = FLOAT * widest**2
     collections = [plan_collections(block, outline.experts) for block in outline.groups]
     moments = max(FLOAT * sum(width**2 for width in items.widths) for items in collections)
-    hidden = FLOAT * next(group.in_features for block in outline.groups for group in block)
+    hidden = FLOAT * state_size(outline)
 
     def passing(text: _Passed) -> int:
         """What passes a block needs: the widest activations of a few are there at a time (inputs, outputs, and what an

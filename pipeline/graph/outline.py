@@ -140,7 +140,7 @@ def make_outline(
     index = index.cut(skeleton.fused_parts({name: entry.shape for name, (_, entry) in index.entries.items()}))
     skeleton.bind({name: entry.shape for name, (_, entry) in index.entries.items()})
     try:
-        skeleton.require_plain_calls()
+        skeleton.find_carried()
         groups = tuple(linear_groups(skeleton, block, experts) for block in range(skeleton.num_blocks))
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # Raised by the model's own code, on tensors without content.

@@ -36,6 +36,11 @@ class SkeletonShape(Protocol):
         """Checkpoint tensors that the model has no use for."""
         ...
 
+    @property
+    def carried_size(self) -> int:
+        """Numbers of each token that go from block to block beside its hidden state."""
+        ...
+
     def block_tensors(self, index: int) -> Mapping[str, str]:
         """Return checkpoint names by the names local to one block."""
         ...
@@ -94,6 +99,13 @@ class ModelShape(Protocol):
     def tensor_elements(self, name: str) -> int:
         """Return the number of elements of one tensor."""
         ...
+
+
+def state_size(outline: ModelShape) -> int:
+    """Return the numbers of each token that go from block to block."""
+    # What enters the linears that a block calls first is as wide as what enters the block.
+    hidden = next(group.in_features for block in outline.groups for group in block)
+    return hidden + outline.skeleton.carried_size
 
 
 EXPERTS_PER_TOKEN = "num_experts_per_tok"

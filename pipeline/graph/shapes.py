@@ -253,6 +253,7 @@ class ShapeSkeleton:
     blocks: tuple[Mapping[str, str], ...]
     outer: Mapping[str, str]
     extra_names: tuple[str, ...] = ()
+    carried_size: int = 0
 
     @property
     def num_blocks(self) -> int:

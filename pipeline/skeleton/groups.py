@@ -96,7 +96,7 @@ def linear_groups(
             call.run(block, hidden_BLH)
         return inputs
 
-    shape = (1, PROBE_TOKENS, hidden_size(skeleton))
+    shape = (1, PROBE_TOKENS, skeleton.hidden_size)
     inputs = skeleton.tried(index, skeleton.calls(1, PROBE_TOKENS)[index], shape, inputs_of)
     block = skeleton.block(index)
     names, routers = skeleton.block_tensors(index), find_routers(block)
@@ -123,12 +123,6 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     if not tensor.is_contiguous():
         return (id(tensor),)
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel(), tensor.shape[-1]
-
-
-def hidden_size(skeleton: Skeleton) -> int:
-    """Return the width of the residual stream."""
-    size: int = skeleton.net.config.get_text_config().hidden_size
-    return size
 
 
 @contextmanager

@@ -19,14 +19,16 @@ device, so one that was missed would be an error, never other numbers.
 
 Experts of a mixture become linears of their own (``experts.py``), under the names that checkpoints have for them.
 
-Refused: models whose block arguments depend on the tokens or on other blocks, checkpoints that transformers would
+Arguments of blocks that follow from the tokens (embeddings for each layer) are carried along beside hidden states.
+
+Refused: models whose block arguments are more than that or come from other blocks, checkpoints that transformers would
 convert tensor by tensor while loading (but for experts that it merges), and classes that need remote code.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +52,10 @@ PROBE_TOKENS = 8
 
 HEAD_PART_ELEMENTS = 1 << 23
 """Elements of the output head that are converted together (32 MB in float32)."""
+
+
+Place = tuple[Any, ...]
+"""Where something is in nested tuples, lists and dicts: positions and keys, from the outside in."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,16 @@ class BlockCall:
         if self.hidden_by_name:
             return block(*self.args, hidden_states=hidden_BLH, **self.kwargs)
         return block(hidden_BLH, *self.args, **self.kwargs)
+
+    def leaves(self) -> dict[Place, Any]:
+        """Return every argument, of tuples, lists and dicts what is in them, by where it is."""
+        return dict(_leaves((self.args, self.kwargs)))
+
+    def replaced(self, tensors: Mapping[Place, Tensor]) -> BlockCall:
+        """Return the call with other tensors [batch, length, columns], by where they are, in the shapes of those that
+        are there."""
+        args, kwargs = _with_leaves((self.args, self.kwargs), tensors)
+        return BlockCall(args, kwargs, self.hidden_by_name)
 
     def to(self, device: torch.device | str) -> BlockCall:
         """Return the call with every tensor in it on ``device``."""
@@ -114,6 +130,8 @@ class Skeleton:
         names: Checkpoint name of each parameter and persistent buffer that the checkpoint holds, by its name in
             ``net``; filled by ``bind``.
         extra_names: Checkpoint tensors that ``net`` has no use for.
+        carried_size: Numbers of each token that go from block to block beside its hidden state, as arguments of blocks
+            depend on the tokens (Gemma 4's embeddings for each layer); filled by ``find_carried``.
     """
 
     def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -132,6 +150,8 @@ class Skeleton:
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self._blocks_return_tuples = False
         self._beside: dict[int, tuple[_Beside | None, ...]] = {}
+        self._carried: list[dict[Place, slice]] = []
+        self.carried_size = 0
         self._outer: Mapping[str, Tensor] = {}
         self._embedding: dict[str, str] | None = None
         self._is_rest_zero = True
@@ -148,6 +168,12 @@ class Skeleton:
     def architecture(self) -> str:
         """Name of the transformers class."""
         return type(self.net).__name__
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        size: int = self.net.config.get_text_config().hidden_size
+        return size
 
     def block(self, index: int) -> nn.Module:
         """Return the module of one decoder block."""
@@ -340,8 +366,8 @@ class Skeleton:
 
     @torch.no_grad()
     def embed(self, tokens_BL: Tensor) -> Tensor:
-        """Return the hidden states that enter the first block, [batch, length, hidden]. Needs ``attach_outer`` or
-        ``embedding_attached``.
+        """Return the hidden states that enter the first block, [batch, length, hidden], with what is carried beside
+        them in further columns. Needs ``attach_outer`` or ``embedding_attached``.
 
         Raises:
             UnsupportedArchitectureError: when block arguments, or which weights are read, depend on the tokens.
@@ -354,39 +380,77 @@ class Skeleton:
             raise self._reads_more() from error
         if hidden_BLH.is_meta:
             raise self._reads_more()
-        self._require_same(calls, self.calls(*tokens_BL.shape))
-        return hidden_BLH
+        carried = self._carried_of(calls, self.calls(*tokens_BL.shape))
+        return torch.cat([hidden_BLH, *(part.to(hidden_BLH.dtype) for part in carried)], -1) if carried else hidden_BLH
 
     @torch.no_grad()
-    def require_plain_calls(self) -> None:
-        """Return when arguments of blocks do not depend on the tokens, tried without the checkpoint's weights: with
-        numbers instead that differ from row to row and take no memory.
+    def find_carried(self) -> None:
+        """Find the arguments of blocks that depend on the tokens: tried without the checkpoint's weights, with numbers
+        instead that differ from row to row and take no memory. Those that have a vector for each token are carried
+        from block to block beside hidden states.
 
         Raises:
-            UnsupportedArchitectureError: when they do.
+            UnsupportedArchitectureError: when one is something else.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator, tokens_BL = torch.Generator().manual_seed(0), self._some_tokens()
         with self._outer_kept():
             state = self.net.state_dict()
             for name in self._outer_names(state):
                 if state[name].is_floating_point():
                     self._assign(self.net, {name: _overlapping_rows(state[name].shape, generator)})
-            calls, _ = self._capture(self._some_tokens())
-        self._require_same(calls, self.calls(1, PROBE_TOKENS))
+            calls, _ = self._capture(tokens_BL)
+        different: list[Tensor] = []
+        carried: list[dict[Place, slice]] = []
+        start, starts = 0, []
+        for index, (seen, known) in enumerate(zip(calls, self.calls(*tokens_BL.shape), strict=True)):
+            own, plain, places = seen.leaves(), known.leaves(), dict[Place, slice]()
+            for path in own.keys() | plain.keys():
+                value = own.get(path)
+                if _same(value, plain.get(path)):
+                    continue
+                if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape[:2] == tokens_BL.shape):
+                    raise self._depends_on_tokens(index)
+                number = next((n for n, other in enumerate(different) if _same(value, other)), len(different))
+                if number == len(different):
+                    different.append(value)
+                    starts.append(start)
+                    start += value[0, 0].numel()
+                places[path] = slice(starts[number], starts[number] + value[0, 0].numel())
+            carried.append(places)
+        self._carried, self.carried_size = carried, start
 
     def _some_tokens(self) -> Tensor:
         """Return ids [1, PROBE_TOKENS] from all over the vocabulary, should it depend on the token what is read."""
         vocabulary: int = self.net.config.get_text_config().vocab_size
         return torch.linspace(0, vocabulary - 1, PROBE_TOKENS, device=self.device).long()[None]
 
-    def _require_same(self, calls: Sequence[BlockCall], plain: Sequence[BlockCall]) -> None:
+    def _depends_on_tokens(self, index: int) -> UnsupportedArchitectureError:
+        return UnsupportedArchitectureError(
+            f"block {index} of {self.architecture} is called with arguments that depend on the tokens, and not with a "
+            "vector for each of them, so its blocks cannot be run one at a time",
+            hint="this architecture is not supported yet; see docs/reference/architectures.md",
+        )
+
+    def _carried_of(self, calls: Sequence[BlockCall], plain: Sequence[BlockCall]) -> list[Tensor]:
+        """Return what is carried of a call's arguments, [batch, length, columns] each, in the order of the columns.
+
+        Raises:
+            UnsupportedArchitectureError: when others depend on the tokens.
+        """
+        found: dict[int, Tensor] = {}
         for index, (seen, known) in enumerate(zip(calls, plain, strict=True)):
-            if not _same((seen.args, seen.kwargs), (known.args, known.kwargs)):
-                raise UnsupportedArchitectureError(
-                    f"block {index} of {self.architecture} is called with arguments that depend on the tokens, "
-                    "so its blocks cannot be run one at a time",
-                    hint="this architecture is not supported yet; see docs/reference/architectures.md",
-                )
+            own, expected, places = seen.leaves(), known.leaves(), self._carried_by(index)
+            if own.keys() != expected.keys():
+                raise self._depends_on_tokens(index)
+            for path, value in own.items():
+                if path in places:
+                    found.setdefault(places[path].start, value.flatten(2))
+                elif not _same(value, expected[path]):
+                    raise self._depends_on_tokens(index)
+        return [found[start] for start in sorted(found)]
+
+    def _carried_by(self, index: int) -> Mapping[Place, slice]:
+        return self._carried[index] if self.carried_size else {}
 
     @torch.no_grad()
     def calls(self, batch: int, length: int) -> list[BlockCall]:
@@ -420,18 +484,28 @@ class Skeleton:
 
     @torch.no_grad()
     def run_block(self, index: int, hidden_BLH: Tensor) -> Tensor:
-        """Return the output of one block whose weights are attached, [batch, length, hidden]."""
-        batch, length = hidden_BLH.shape[:2]
-        return self.calls(batch, length)[index].run(self.block(index), hidden_BLH)
+        """Return the output of one block whose weights are attached, [batch, length, hidden], and what is carried."""
+        return self.run_block_with_gradient(index, hidden_BLH)
+
+    def run_block_with_gradient(self, index: int, hidden_BLH: Tensor) -> Tensor:
+        """Return what ``run_block`` does, as torch may differentiate it by the hidden states."""
+        call = self.calls(*hidden_BLH.shape[:2])[index]
+        if not self.carried_size:
+            return call.run(self.block(index), hidden_BLH)
+        hidden_BLH, carried = hidden_BLH.tensor_split([self.hidden_size], dim=-1)
+        own = {path: carried[..., columns] for path, columns in self._carried_by(index).items()}
+        return torch.cat([call.replaced(own).run(self.block(index), hidden_BLH), carried], -1)
 
     @torch.no_grad()
     def logits(self, hidden_BLH: Tensor) -> Tensor:
-        """Return float32 logits [batch, length, vocabulary] of final hidden states. Needs ``attach_outer``."""
+        """Return float32 logits [batch, length, vocabulary] of final hidden states, whatever is carried beside them.
+        Needs ``attach_outer``."""
         return self.logits_with_gradient(hidden_BLH)
 
     def logits_with_gradient(self, hidden_BLH: Tensor) -> Tensor:
         """Return what ``logits`` does, as torch may differentiate it by the hidden states."""
         zeros = torch.zeros(hidden_BLH.shape[:2], dtype=torch.long, device=self.device)
+        hidden_BLH = hidden_BLH[..., : self.hidden_size]
 
         def give(index: int, forward: BlockForward, call: BlockCall, hidden: Tensor) -> Tensor:
             return hidden_BLH if index == self.num_blocks - 1 else hidden
@@ -487,13 +561,24 @@ class Skeleton:
         block = copy.deepcopy(self.block(index))
         vars(block).pop("forward", None)  # what stands in for the original's
         meta = copy.deepcopy(block).to("meta")
+        moved, before = call.to("meta"), _written_places(call)
         try:
-            return run(meta, call.to("meta"), torch.empty(*shape, dtype=self.dtype, device="meta"))
+            found = run(meta, moved, torch.empty(*shape, dtype=self.dtype, device="meta"))
         except NotImplementedError:
             zero = torch.zeros((), dtype=self.dtype, device=self.device)
             for name, parameter in block.named_parameters():
                 _set_tensor(block, name, zero.to(parameter.dtype).expand(parameter.shape))
-            return run(block, call, torch.zeros(*shape, dtype=self.dtype, device=self.device))
+            moved = call.to(self.device)
+            found = run(block, moved, torch.zeros(*shape, dtype=self.dtype, device=self.device))
+        if _written_places(moved) != before:
+            raise self._hands_on()
+        return found
+
+    def _hands_on(self) -> UnsupportedArchitectureError:
+        return UnsupportedArchitectureError(
+            f"blocks of {self.architecture} hand on more than hidden states to those after them",
+            hint="this architecture is not supported yet; see docs/reference/architectures.md",
+        )
 
     def _capture(
         self, tokens_BL: Tensor, past_key_values: Any = None, use_cache: bool = False
@@ -523,11 +608,8 @@ class Skeleton:
             if past_key_values is not None:  # what blocks return is found without a cache, which trying would fill
                 self.calls(*tokens_BL.shape)
             return self._capture(tokens_BL, past_key_values, use_cache)
-        if any(_holds_beside((call.args, call.kwargs)) for call in calls):
-            raise UnsupportedArchitectureError(
-                f"blocks of {self.architecture} hand on more than hidden states to those after them",
-                hint="this architecture is not supported yet; see docs/reference/architectures.md",
-            )
+        if any(isinstance(leaf, _Beside) for call in calls for leaf in call.leaves().values()):
+            raise self._hands_on()
         if seen and seen[0].shape[:-1] != tokens_BL.shape:
             raise UnsupportedArchitectureError(
                 f"{self.architecture} makes hidden states {list(seen[0].shape)} of tokens {list(tokens_BL.shape)}, not "
@@ -607,20 +689,22 @@ class Skeleton:
         return {name: other for name, other in both_ways if name not in self.names and other in self.names}
 
     def _compute_by_parts(self) -> None:
-        """Have token embedding and output head compute from tables where there are some. Others than torch's own
-        classes, which say what a forward is, are left alone."""
-        names = {module: name for name, module in self.net.named_modules()}
+        """Have token embeddings, of which there may be one for each layer, and the output head compute from tables
+        where there are some. Others than torch's own classes, which say what a forward is, are left alone."""
         embedding, head = self.net.get_input_embeddings(), self.net.get_output_embeddings()
-        if isinstance(embedding, nn.Embedding):
-            embedding.padding_idx = None  # matters to gradients only, and has to be among the rows at hand
+        num_tokens = getattr(embedding, "num_embeddings", None)
+        prefixes = tuple(name + "." for name in self.block_names)
         self._tabled: list[str] = []
-        for module, is_meant in (
-            (embedding, isinstance(embedding, nn.Embedding) and embedding.max_norm is None),
-            (head, type(head) is nn.Linear),
-        ):
-            if is_meant and module in names:
-                table = f"{names[module]}.weight"
-                module.forward = self._by_parts(table, module, _embed if module is embedding else _apply_head)
+        for name, module in self.net.named_modules():
+            if name.startswith(prefixes):
+                continue
+            table = f"{name}.weight"
+            if isinstance(module, nn.Embedding) and module.max_norm is None and module.num_embeddings == num_tokens:
+                module.padding_idx = None  # matters to gradients only, and has to be among the rows at hand
+                vars(module)["forward"] = self._by_parts(table, module, _embed)
+                self._tabled.append(table)
+            elif module is head and type(head) is nn.Linear:
+                vars(module)["forward"] = self._by_parts(table, module, _apply_head)
                 self._tabled.append(table)
 
     def _by_parts(self, table: str, module: nn.Module, parts: _ByParts) -> BlockForward:
@@ -880,14 +964,32 @@ def _move(value: Any, device: torch.device | str) -> Any:
             return value
 
 
-def _holds_beside(value: Any) -> bool:
+def _leaves(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
     match value:
         case tuple() | list():
-            return any(map(_holds_beside, value))
+            for number, item in enumerate(value):
+                yield from _leaves(item, (*path, number))
         case dict():
-            return any(map(_holds_beside, value.values()))
+            for key, item in value.items():
+                yield from _leaves(item, (*path, key))
         case _:
-            return isinstance(value, _Beside)
+            yield path, value
+
+
+def _written_places(call: BlockCall) -> dict[Place, int]:
+    """Return all places among a call's arguments, with the sizes of those that hold others in some class's own way: a
+    block that writes into what is passed on to the next changes this."""
+    return {path: len(leaf) if isinstance(leaf, MutableMapping) else 0 for path, leaf in call.leaves().items()}
+
+
+def _with_leaves(value: Any, tensors: Mapping[Place, Tensor], path: Place = ()) -> Any:
+    match value:
+        case tuple() | list():
+            return type(value)(_with_leaves(item, tensors, (*path, number)) for number, item in enumerate(value))
+        case dict():
+            return {key: _with_leaves(item, tensors, (*path, key)) for key, item in value.items()}
+        case _:
+            return tensors[path].reshape(value.shape) if path in tensors else value
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.skeleton.experts import all_tokens, find_routers
-from pipeline.skeleton.groups import LinearGroup, hidden_size
+from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.model import PROBE_TOKENS, Skeleton, is_linear
 
 TOLERANCE = 1e-4
@@ -108,7 +108,7 @@ def _scope(skeleton: Skeleton, block: nn.Module, group: LinearGroup) -> Callable
     or the block, of which the residual stream is left out."""
     generator = torch.Generator().manual_seed(group.block)
     call = skeleton.calls(1, PROBE_TOKENS)[group.block]
-    hidden_BLH = torch.randn(1, PROBE_TOKENS, hidden_size(skeleton), generator=generator)
+    hidden_BLH = torch.randn(1, PROBE_TOKENS, skeleton.hidden_size, generator=generator)
     hidden_BLH = hidden_BLH.to(device=skeleton.device, dtype=skeleton.dtype)
     if group.expert:
         expert = block.get_submodule(group.expert)

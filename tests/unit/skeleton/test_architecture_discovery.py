@@ -14,7 +14,7 @@ from pipeline.skeleton.groups import LinearRef, linear_groups, sequential_steps
 from pipeline.skeleton.model import dense_logits
 from pipeline.skeleton.smoothing import Fold, Producer, find_producers
 from pipeline.spec import ExpertStatistics
-from tests.architectures import DENSE, STATEFUL
+from tests.architectures import DENSE, MORE_THAN_HIDDEN_STATES
 
 NUM_EXPERTS = 4
 """Of the tiny Mixtral."""
@@ -140,7 +140,7 @@ def test_grouped_query_heads_share_the_value_rows_of_their_head(source_of: Sourc
     assert producer == Producer("self_attn.v_proj", Fold.ROWS, 0, first + first + second + second)
 
 
-@pytest.mark.parametrize("name", [*DENSE, *STATEFUL])
+@pytest.mark.parametrize("name", [*DENSE, *MORE_THAN_HIDDEN_STATES])
 def test_one_block_in_memory_at_a_time_computes_what_transformers_computes(name: str, source_of: SourceOf) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -157,7 +157,7 @@ def test_one_block_in_memory_at_a_time_computes_what_transformers_computes(name:
     assert all(p.is_meta for index in (0, 1) for p in skeleton.block(index).parameters())
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [*DENSE, "gemma4"])
 def test_large_tables_compute_by_parts_what_they_compute_as_a_whole(
     name: str, source_of: SourceOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
