@@ -255,12 +255,33 @@ def _transformers_compressed(contents: Contents) -> Iterator[Limit]:
 
 
 def _transformers_experts(contents: Contents) -> Iterator[Limit]:
+    if not _merges_experts(contents.architecture):
+        yield _refused(
+            f"it knows checkpoints of {contents.architecture} with all experts of a block in one tensor only, which "
+            "packed ones are not. Nothing but `bitmill verify` was tried on them"
+        )
+        return
     way = "Symmetric compressed-tensors files have no such limit (for example gptq-w4-g64-ct)"
     if contents.format is not Format.COMPRESSED_TENSORS:
         name = "GPTQ" if contents.format is Format.GPTQ else "AWQ"
         yield _refused(f"its {name} loader passes over experts, and computes with random ones. {way}")
     elif not contents.symmetric:
         yield _refused(f"it unpacks experts without their zero points, and fails. {way}")
+
+
+def _merges_experts(architecture: str) -> bool:
+    """Return whether transformers makes the experts of a class from tensors for each; of classes that it does not know
+    nothing is said."""
+    import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist, WeightConverter
+
+    config_class = getattr(getattr(transformers, architecture, None), "config_class", None)
+    if config_class is None:
+        return True
+    found = get_checkpoint_conversion_mapping(config_class.model_type) or []  # type: ignore[no-untyped-call]
+    converters = [own for own in found if isinstance(own, WeightConverter)]
+    return any(isinstance(step, MergeModulelist) for own in converters for step in own.operations)
 
 
 def _asked_for_weights(contents: Contents, asked: Sequence[str]) -> str:

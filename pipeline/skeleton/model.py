@@ -148,7 +148,7 @@ class Skeleton:
         self.names: dict[str, str] = {}
         self.extra_names: tuple[str, ...] = ()
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
-        self._blocks_return_tuples = False
+        self._returns_tuples: set[bool] = set()
         self._beside: dict[int, tuple[_Beside | None, ...]] = {}
         self._carried: list[dict[Place, slice]] = []
         self.carried_size = 0
@@ -404,7 +404,7 @@ class Skeleton:
         start, starts = 0, []
         for index, (seen, known) in enumerate(zip(calls, self.calls(*tokens_BL.shape), strict=True)):
             own, plain, places = seen.leaves(), known.leaves(), dict[Place, slice]()
-            for path in own.keys() | plain.keys():
+            for path in dict.fromkeys([*own, *plain]):  # in an order that is the same in every process
                 value = own.get(path)
                 if _same(value, plain.get(path)):
                     continue
@@ -505,7 +505,8 @@ class Skeleton:
     def logits_with_gradient(self, hidden_BLH: Tensor) -> Tensor:
         """Return what ``logits`` does, as torch may differentiate it by the hidden states."""
         zeros = torch.zeros(hidden_BLH.shape[:2], dtype=torch.long, device=self.device)
-        hidden_BLH = hidden_BLH[..., : self.hidden_size]
+        if self.carried_size:
+            hidden_BLH = hidden_BLH[..., : self.hidden_size]
 
         def give(index: int, forward: BlockForward, call: BlockCall, hidden: Tensor) -> Tensor:
             return hidden_BLH if index == self.num_blocks - 1 else hidden
@@ -515,24 +516,25 @@ class Skeleton:
         return logits.to(torch.float32)
 
     @contextmanager
-    def blocks_replaced(self, run: RunBlock) -> Iterator[None]:
-        """Within the context, ``run`` stands in for every block; a tensor it gives is returned as the model expects."""
+    def blocks_replaced(self, run: RunBlock, use_cache: bool = False) -> Iterator[None]:
+        """Within the context, ``run`` stands in for every block; a tensor it gives is returned as the model expects it
+        with or without a key-value cache."""
         blocks = [self.block(index) for index in range(self.num_blocks)]
         for index, block in enumerate(blocks):
-            block.forward = self._replacement(index, block.forward, run)
+            block.forward = self._replacement(index, block.forward, run, use_cache in self._returns_tuples)
         try:
             yield
         finally:
             for block in blocks:
                 del block.forward
 
-    def _replacement(self, index: int, original: BlockForward, run: RunBlock) -> BlockForward:
+    def _replacement(self, index: int, original: BlockForward, run: RunBlock, is_tuple: bool) -> BlockForward:
         def forward(*args: Any, **kwargs: Any) -> Any:
             by_name = "hidden_states" in kwargs
             hidden = kwargs.pop("hidden_states") if by_name else args[0]
             call = BlockCall(args if by_name else args[1:], kwargs, by_name)
             output = run(index, original, call, hidden)
-            if not (self._blocks_return_tuples and isinstance(output, Tensor)):
+            if not (is_tuple and isinstance(output, Tensor)):
                 return output
             if index not in self._beside:
                 self._beside[index] = self._returned_beside(index, call, hidden)
@@ -594,17 +596,18 @@ class Skeleton:
                 raise _Reached
             return hidden
 
+        returns_tuples = use_cache in self._returns_tuples
         try:
-            with self.blocks_replaced(record), suppress(_Reached):
+            with self.blocks_replaced(record, use_cache), suppress(_Reached):
                 self.net(input_ids=tokens_BL, past_key_values=past_key_values, use_cache=use_cache)
-            is_indexed = bool(seen) and seen[-1].dim() != seen[0].dim()
-        except NOT_AS_EXPECTED:  # it could not be taken apart as the model does it
-            is_indexed = not self._blocks_return_tuples
-            if not (seen and is_indexed):
+            is_taken_apart = bool(seen) and seen[-1].dim() != seen[0].dim()
+        except NOT_AS_EXPECTED:
+            if not seen or returns_tuples:
                 raise
-        if is_indexed and not self._blocks_return_tuples:
+            is_taken_apart = True
+        if is_taken_apart and not returns_tuples:
             # The model indexed or unpacked our tensor, so it expects its blocks to return tuples.
-            self._blocks_return_tuples = True
+            self._returns_tuples.add(use_cache)
             if past_key_values is not None:  # what blocks return is found without a cache, which trying would fill
                 self.calls(*tokens_BL.shape)
             return self._capture(tokens_BL, past_key_values, use_cache)
