@@ -262,3 +262,10 @@ def test_experts_are_loaded_by_transformers_from_symmetric_compressed_tensors_al
         assert any(limit.loader is loader and text in limit.text for limit in found)
     dense = Contents("MixtralForCausalLM", spec.format, spec.symmetric, frozenset({(4, 64)}), EXPERTS[:1])
     assert limits(dense) == ()
+
+
+def test_experts_that_transformers_knows_in_one_tensor_only_are_not_loaded_by_it() -> None:
+    found = limits(Contents("GraniteMoeForCausalLM", Format.COMPRESSED_TENSORS, True, frozenset({(4, 64)}), EXPERTS))
+    (limit,) = (limit for limit in found if limit.loader is Loader.TRANSFORMERS)
+    assert not limit.loads
+    assert "GraniteMoeForCausalLM with all experts of a block in one tensor only" in limit.text
