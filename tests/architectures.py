@@ -130,6 +130,18 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "xlstm": lambda: t.xLSTMConfig(
             vocab_size=VOCABULARY, hidden_size=128, num_heads=4, num_hidden_layers=2, bos_token_id=0, eos_token_id=1
         ),
+        # A linear between the embedding and the first block.
+        "opt_projected": lambda: t.OPTConfig(
+            hidden_size=128,
+            ffn_dim=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=VOCABULARY,
+            word_embed_proj_dim=64,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        ),
         # Embeddings for each layer, which its blocks are called with, and other heads in global layers.
         "gemma4": lambda: t.Gemma4TextConfig(
             **_GROUPED,

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import CorruptWeightsError, UnsupportedArchitectureError
 from pipeline.precision import Precision
@@ -107,6 +109,17 @@ NOT_AS_EXPECTED = (IndexError, TypeError, ValueError)
 
 RunBlock = Callable[[int, BlockForward, BlockCall, Tensor], Any]
 """What stands in for a block: ``run(index, forward, call, hidden_BLH)`` gives the block's output."""
+
+
+class _NothingMadeUp(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within the context, computing with a tensor without content is an error. Products of a matrix with content and
+    one on the meta device (mm, addmm, convolution; torch 2.13) are memory that nobody has set otherwise."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+        if len({tensor.is_meta for tensor in tensors}) == 2:
+            raise RuntimeError(f"{func} of a tensor on the meta device and of others")
+        return func(*args, **(kwargs or {}))
 
 
 _Found = TypeVar("_Found")
@@ -373,7 +386,8 @@ class Skeleton:
             UnsupportedArchitectureError: when block arguments, or which weights are read, depend on the tokens.
         """
         try:
-            calls, hidden_BLH = self._capture(tokens_BL.to(self.device))
+            with nullcontext() if self._is_rest_zero else _NothingMadeUp():  # type: ignore[no-untyped-call]
+                calls, hidden_BLH = self._capture(tokens_BL.to(self.device))
         except (RuntimeError, TypeError) as error:
             if self._is_rest_zero or "meta" not in str(error):
                 raise
@@ -654,7 +668,8 @@ class Skeleton:
                 self.detach_outer()
                 self._lose(some)
                 try:
-                    return _same(_plain(*self._capture(tokens_BL)), _plain(*plain))
+                    with _NothingMadeUp():  # type: ignore[no-untyped-call]
+                        return _same(_plain(*self._capture(tokens_BL)), _plain(*plain))
                 except (RuntimeError, TypeError):  # what torch says of a tensor without content
                     return False
 

@@ -19,7 +19,7 @@ from pipeline.observe.events import Event
 from pipeline.settings import Settings
 from pipeline.spec import ConversionSpec, build_spec
 from pipeline.tensors.local import read_folder_index
-from tests.architectures import make_model
+from tests.architectures import fuse_experts, make_model
 from tests.loopback_hub import Fault, LoopbackHub
 
 SEGMENT = 64 << 10
@@ -120,6 +120,14 @@ def test_a_streamed_conversion_gives_the_same_bytes_and_leaves_the_weights_on_th
     assert sorted(segments) == [(s, min(s + SEGMENT, size)) for s in range(SEGMENT, size, SEGMENT)]
     fetched = run(hub, tmp_path, "fetched", stream=False)
     assert contents(streamed) == contents(fetched)
+
+
+def test_experts_in_one_tensor_are_streamed_one_by_one(hub: LoopbackHub, tmp_path: Path) -> None:
+    source = fuse_experts(make_model("qwen3_moe", tmp_path / "model"))
+    hub.add("org/tiny", {path.name: path.read_bytes() for path in source.iterdir()})
+    streamed = run(hub, tmp_path, "streamed", stream=True)
+    assert not list((tmp_path / "cache" / "bitmill" / "sources").rglob("*.safetensors"))
+    assert contents(streamed) == contents(run(hub, tmp_path, "fetched", stream=False))
 
 
 def test_the_disk_that_streaming_takes_does_not_grow_with_depth(

@@ -34,6 +34,17 @@ EMBEDDING = {
     "gpt2": ["transformer.wpe.weight", "transformer.wte.weight"],
     "phi": ["model.embed_tokens.weight"],
     "gemma3_vlm": ["model.language_model.embed_tokens.weight"],
+    "opt_projected": [
+        "model.decoder.embed_positions.weight",
+        "model.decoder.embed_tokens.weight",
+        "model.decoder.project_in.weight",
+    ],
+    "gemma4": [
+        "model.embed_tokens.weight",
+        "model.embed_tokens_per_layer.weight",
+        "model.per_layer_model_projection.weight",
+        "model.per_layer_projection_norm.weight",
+    ],
 }
 
 
