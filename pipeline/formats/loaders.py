@@ -52,6 +52,12 @@ OWN_LINEARS = frozenset({"FalconForCausalLM"})
 """Architectures whose linears are of a class of their own: transformers' GPTQ loader passes over it, and the model asks
 each of them for its ``weight`` after loading."""
 
+FUSED_EXPERTS = frozenset(
+    {"GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM", "GraniteMoeSWAForCausalLM", "GraniteMoeSharedForCausalLM"}
+    | {"HYV4ForCausalLM", "InklingForCausalLM", "MiniMaxM3VLForCausalLM", "ZayaForCausalLM"}
+)
+"""Architectures of which transformers knows checkpoints with all experts of a block in one tensor only."""
+
 REORDERED_BY_VLLM: Mapping[str, str] = {"BloomForCausalLM": "query_key_value"}
 """Linears, by last name part, whose rows vLLM puts into another order as if they were never packed."""
 
@@ -255,7 +261,7 @@ def _transformers_compressed(contents: Contents) -> Iterator[Limit]:
 
 
 def _transformers_experts(contents: Contents) -> Iterator[Limit]:
-    if not _merges_experts(contents.architecture):
+    if contents.architecture in FUSED_EXPERTS:
         yield _refused(
             f"it knows checkpoints of {contents.architecture} with all experts of a block in one tensor only, which "
             "packed ones are not. Nothing but `bitmill verify` was tried on them"
@@ -267,21 +273,6 @@ def _transformers_experts(contents: Contents) -> Iterator[Limit]:
         yield _refused(f"its {name} loader passes over experts, and computes with random ones. {way}")
     elif not contents.symmetric:
         yield _refused(f"it unpacks experts without their zero points, and fails. {way}")
-
-
-def _merges_experts(architecture: str) -> bool:
-    """Return whether transformers makes the experts of a class from tensors for each; of classes that it does not know
-    nothing is said."""
-    import transformers
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import MergeModulelist, WeightConverter
-
-    config_class = getattr(getattr(transformers, architecture, None), "config_class", None)
-    if config_class is None:
-        return True
-    found = get_checkpoint_conversion_mapping(config_class.model_type) or []  # type: ignore[no-untyped-call]
-    converters = [own for own in found if isinstance(own, WeightConverter)]
-    return any(isinstance(step, MergeModulelist) for own in converters for step in own.operations)
 
 
 def _asked_for_weights(contents: Contents, asked: Sequence[str]) -> str:

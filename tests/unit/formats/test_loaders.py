@@ -9,11 +9,14 @@ import torch
 import transformers as t
 from torch import nn
 from transformers import initialization
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist
 from transformers.integrations.awq import AWQ_SCALES_MAPPINGS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.formats.loaders import (
+    FUSED_EXPERTS,
     INITIALIZED,
     LOADED_BY_VLLM,
     OWN_LINEARS,
@@ -269,3 +272,19 @@ def test_experts_that_transformers_knows_in_one_tensor_only_are_not_loaded_by_it
     (limit,) = (limit for limit in found if limit.loader is Loader.TRANSFORMERS)
     assert not limit.loads
     assert "GraniteMoeForCausalLM with all experts of a block in one tensor only" in limit.text
+
+
+def test_what_is_said_to_have_experts_in_one_tensor_only_has_no_conversion_that_merges_some() -> None:
+    """Those it merges from tensors for each expert say so in its table of conversions."""
+    found = set()
+    for model_type, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        steps = [
+            step
+            for own in get_checkpoint_conversion_mapping(model_type) or []
+            for step in getattr(own, "operations", [])
+        ]
+        if any(isinstance(step, MergeModulelist) for step in steps):
+            found.add(class_name)
+    assert not FUSED_EXPERTS & found
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) >= FUSED_EXPERTS
+    assert {"MixtralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "NemotronHForCausalLM"} <= found
