@@ -130,6 +130,10 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "xlstm": lambda: t.xLSTMConfig(
             vocab_size=VOCABULARY, hidden_size=128, num_heads=4, num_hidden_layers=2, bos_token_id=0, eos_token_id=1
         ),
+        # Blocks that look at numbers: a router that counts its tokens.
+        "jetmoe": lambda: t.JetMoeConfig(
+            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=2, kv_channels=32
+        ),
         # A linear between the embedding and the first block.
         "opt_projected": lambda: t.OPTConfig(
             hidden_size=128,
@@ -163,7 +167,7 @@ def _configs() -> dict[str, Callable[[], Any]]:
 
 
 MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v3", "qwen2_moe")
-MORE_THAN_HIDDEN_STATES = ("rwkv", "xlstm", "gemma4")
+MORE_THAN_HIDDEN_STATES = ("rwkv", "xlstm", "gemma4", "jetmoe")
 """What blocks return, or are called with, is more than that."""
 
 DENSE = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox", "opt", "gpt2")

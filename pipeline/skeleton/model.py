@@ -574,13 +574,17 @@ class Skeleton:
             shape: Of the hidden states.
             run: Gets the block, the call, and hidden states.
         """
-        block = copy.deepcopy(self.block(index))
-        vars(block).pop("forward", None)  # what stands in for the original's
-        meta = copy.deepcopy(block).to("meta")
+
+        def copied() -> nn.Module:
+            block = copy.deepcopy(self.block(index))
+            vars(block).pop("forward", None)  # what stands in for the original's
+            return block
+
         moved, before = call.to("meta"), _written_places(call)
         try:
-            found = run(meta, moved, torch.empty(*shape, dtype=self.dtype, device="meta"))
+            found = run(copied().to("meta"), moved, torch.empty(*shape, dtype=self.dtype, device="meta"))
         except NotImplementedError:
+            block = copied()
             zero = torch.zeros((), dtype=self.dtype, device=self.device)
             for name, parameter in block.named_parameters():
                 _set_tensor(block, name, zero.to(parameter.dtype).expand(parameter.shape))
