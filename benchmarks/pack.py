@@ -54,7 +54,9 @@ def _linear(rows: int, columns: int, scheme: Scheme) -> QuantizedLinear:
     codes = torch.randint(0, scheme.max_code + 1, (rows, columns), dtype=torch.uint8)
     groups = rows, columns // scheme.group_size
     zero = torch.full(groups, scheme.middle, dtype=torch.uint8)
-    return QuantizedLinear(scheme, codes, torch.full(groups, 2.0**-7), zero, SolveReport(0.0, 0.0, 0.0, 0.0, 0, 0, ()))
+    return QuantizedLinear(
+        scheme, codes, torch.full(groups, 2.0**-7), zero, SolveReport(0.0, 0.0, 0.0, 0.0, 1.0, 1, 0, 0, ())
+    )
 
 
 def _best_s(call: Callable[[], object]) -> float:

@@ -126,6 +126,12 @@ class ModuleFacts(Facts):
     left unquantized."""
     refinement_rounds: int = 0
     """Rounds of refinement that lowered the loss of some of its rows."""
+    clip: float | None = None
+    """Mean over groups of the scale over the one that clips nothing; None for what was left unquantized."""
+    tokens: int | None = None
+    """Calibration tokens that its statistics are sums over; None for what was left unquantized."""
+    dead_inputs: int | None = None
+    """Input channels that were zero on all of these tokens; None for what was left unquantized."""
     predicted_kl: float | None = None
     """With mixed precision, what its error alone adds to the divergence, as gradients predict it; None otherwise."""
 

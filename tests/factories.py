@@ -18,6 +18,7 @@ from pipeline.facts import (
 )
 from pipeline.fingerprint import fingerprint
 from pipeline.precision import Precision
+from pipeline.quantize.types import SolveReport
 from pipeline.spec import GateSpec, VariantSpec, parse_variant, resolve_budgets
 
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 1024, 256, 2816, 32_000
@@ -30,6 +31,10 @@ _SHAPES = {
     "mlp.up_proj": (INTERMEDIATE, HIDDEN),
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
+
+
+UNSOLVED = SolveReport(0.0, 0.0, 0.0, 0.0, 1.0, 1, 0, 0, ())
+"""The report of a linear whose codes nobody has searched for."""
 
 
 def make_module(name: str = "model.layers.0.self_attn.q_proj", **changes: Any) -> ModuleFacts:
@@ -48,6 +53,9 @@ def make_module(name: str = "model.layers.0.self_attn.q_proj", **changes: Any) -
         "damping": 0.01,
         "awq_exponent": None,
         "degradations": (),
+        "clip": 0.94,
+        "tokens": 16384,
+        "dead_inputs": 0,
     }
     return ModuleFacts(**(fields | changes))
 

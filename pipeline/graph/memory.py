@@ -26,7 +26,7 @@ from pipeline.graph.tuning import Tuning, make_tuning
 from pipeline.heap import FREED_BYTES, LEAST_FREED_BYTES
 from pipeline.quantize.solve import TILE_ROWS
 from pipeline.skeleton.groups import LinearGroup
-from pipeline.skeleton.model import HEAD_PART_ELEMENTS, TABLE_ELEMENTS
+from pipeline.skeleton.tables import HEAD_PART_ELEMENTS, TABLE_ELEMENTS
 from pipeline.spec import ConversionSpec, Method, Propagate
 from pipeline.units import format_bytes
 from pipeline.validate.divergence import CHUNK_ELEMENTS

@@ -25,7 +25,8 @@ from pipeline.settings import Settings
 from pipeline.skeleton.experts import find_routers
 from pipeline.skeleton.groups import LinearGroup, linear_groups
 from pipeline.skeleton.limits import vocabulary_size
-from pipeline.skeleton.model import PROBE_TOKENS, Skeleton, is_linear
+from pipeline.skeleton.model import PROBE_TOKENS, Skeleton
+from pipeline.skeleton.modules import is_linear
 from pipeline.spec import ExpertStatistics
 from pipeline.storage.file_cache import FileCache
 from pipeline.storage.work import NONDETERMINISTIC, WorkStore

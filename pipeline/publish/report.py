@@ -24,7 +24,7 @@ from pipeline.units import format_bytes, format_count
 
 NARROW_COLUMNS = 120
 """Below this width the table of modules shows the first of its figures only."""
-_MODULE_FIGURES = ("rel. error", "weight error", "loss", "damping", "exponent")
+_MODULE_FIGURES = ("rel. error", "weight error", "loss", "damping", "clip", "exponent")
 _ROUNDS = "rounds"
 """Column of the rounds of refinement; there for variants that ask for some."""
 _TOKENS = "tokens"
@@ -68,7 +68,7 @@ def render_modules(facts: ReleaseFacts, console: Console) -> None:
         rounds = [f"{module.refinement_rounds}"] if is_refined else []
         table.add_row(*_module_cells(module), *tokens, *_module_figures(module, budget)[:num_figures], *rounds)
     console.print(table)
-    notes = [(module.name, text) for module in facts.modules for text in (module.note, *module.degradations) if text]
+    notes = [(module.name, text) for module in facts.modules for text in _module_notes(module) if text]
     _print_list(console, "Notes", "bold", _fold_lines(figures.fold_names(notes)), limit=len(notes))
 
 
@@ -162,8 +162,14 @@ def _module_figures(module: ModuleFacts, budget: float | None) -> list[str | Tex
         f"{100 * module.weight_error:.2f} %",
         f"{module.loss:.3g}",
         f"{module.damping:.3g}" if module.damping else "-",
+        "-" if module.clip is None else f"{module.clip:.3f}",
         "-" if module.awq_exponent is None else f"{module.awq_exponent:.3g}",
     ]
+
+
+def _module_notes(module: ModuleFacts) -> tuple[str, ...]:
+    dead = f"{module.dead_inputs} of {module.in_features} inputs were zero on all tokens" if module.dead_inputs else ""
+    return (module.note, *module.degradations, dead)
 
 
 def _table() -> Table:

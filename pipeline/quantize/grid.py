@@ -21,7 +21,7 @@ Search
 
 Degenerate groups (zero, constant, tiny, huge) need no special case: the scale is clamped to the storable range, and a
 zero weight has the zero point as its code, which dequantizes to exactly 0. A clamped scale costs precision, or clips:
-``unstorable_groups`` tells which ones were, and ``solve`` reports how many.
+``clipping`` tells which ones were, and ``solve`` reports how many.
 """
 
 from __future__ import annotations
@@ -171,19 +171,35 @@ def _wished_scale(weight_RGg: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return low_RG, high_RG / scheme.max_code - low_RG / scheme.max_code
 
 
-def unstorable_groups(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Return how many groups of each row need, to clip nothing, a scale below MIN_SCALE / 2 and one above MAX_SCALE.
+@dataclass(frozen=True)
+class Clipping:
+    """What became of the ranges of each row's groups; rows are looked at alone, so a stack changes nothing.
 
-    Both are int64 [O]. A group of zeros needs none. From MIN_SCALE / 2 up to MIN_SCALE the steps are less than twice as
-    wide as they would be: a group loses less than a bit. Rows are counted alone, so a stack changes nothing.
+    Attributes:
+        num_below_O: int64 [O], groups that need a scale below ``MIN_SCALE / 2`` to clip nothing. A group of zeros needs
+            none. From there up to ``MIN_SCALE`` the steps are less than twice as wide as they would be: a group loses
+            less than a bit.
+        num_above_O: int64 [O], groups that need a scale above ``MAX_SCALE`` to clip nothing.
+        kept_O: float64 [O], the sum over groups of the scale over the one that clips nothing; 1 for a group of zeros.
+    """
+
+    num_below_O: Tensor
+    num_above_O: Tensor
+    kept_O: Tensor
+
+
+def clipping(weight_OI: Tensor, scale_OG: Tensor, scheme: Scheme) -> Clipping:
+    """Return what scales make of the ranges of a weight's groups.
 
     Args:
         weight_OI: float32 [O, I], finite.
+        scale_OG: float32 [O, G].
         scheme: Grid; its group size divides I.
     """
     _, wished_OG = _wished_scale(weight_OI.view(weight_OI.shape[0], -1, scheme.group_size), scheme)
     below_OG = (wished_OG > 0) & (wished_OG < MIN_SCALE / 2)
-    return below_OG.sum(-1), (wished_OG > MAX_SCALE).sum(-1)
+    kept_OG = torch.where(wished_OG > 0, scale_OG.double() / wished_OG.double(), 1.0)
+    return Clipping(below_OG.sum(-1), (wished_OG > MAX_SCALE).sum(-1), kept_OG.sum(-1))
 
 
 def _zero_for(low_RG: Tensor, scale_RG: Tensor, scheme: Scheme) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from pipeline.errors import QuantizationError
 from pipeline.quantize.checks import require_solvable
 from pipeline.quantize.gptq import Factor, damping_ladder, factor, solve_columns
-from pipeline.quantize.grid import block_importance, channel_importance, unstorable_groups
+from pipeline.quantize.grid import block_importance, channel_importance, clipping
 from pipeline.quantize.loss import row_losses
 from pipeline.quantize.refine import FoundRows, refine_rows
 from pipeline.quantize.rtn import round_rows
@@ -76,6 +76,7 @@ class SolvedRows:
         damping_O: float64 [O], damping that the row was solved with; 0 where nothing was factored.
         num_below_O: int64 [O], groups that need a scale below half of what can be stored.
         num_above_O: int64 [O], groups that need a scale above what can be stored.
+        kept_O: float64 [O], the sum over groups of the scale over the one that clips nothing.
         num_rounds_O: int64 [O], rounds of refinement that lowered the row's loss.
     """
 
@@ -89,6 +90,7 @@ class SolvedRows:
     damping_O: Tensor
     num_below_O: Tensor
     num_above_O: Tensor
+    kept_O: Tensor
     num_rounds_O: Tensor
 
     def tensors(self) -> dict[str, Tensor]:
@@ -231,6 +233,8 @@ def as_linear(
         relative_error=(loss / energy) ** 0.5 if energy > 0 else 0.0,
         weight_error=(error_norm / norm) ** 0.5 if norm > 0 else 0.0,
         damping=damping,
+        clip=float(rows.kept_O.sum()) / rows.scale_OG.numel(),
+        num_tokens=num_tokens,
         num_dead_inputs=num_dead_inputs,
         num_rounds=int(rows.num_rounds_O.max()),
         degradations=tuple(_degradations(rows, damping, options)),
@@ -341,7 +345,7 @@ def _solve_in_tiles(
         padded_RI = torch.nn.functional.pad(weight_RI, (0, 0, 0, tile_rows - num_rows))
         tile = tile_solver(padded_RI)
         found = refine_rows(padded_RI, tile.found, second_moment_II, scheme, options.damping, options.refinement)
-        num_below_R, num_above_R = unstorable_groups(padded_RI, scheme)
+        ranges = clipping(padded_RI, found.scale_OG, scheme)
         solved = SolvedRows(
             codes_OI=found.codes_OI,
             scale_OG=found.scale_OG,
@@ -351,8 +355,7 @@ def _solve_in_tiles(
             error_norm_O=found.error_norm_O,
             norm_O=padded_RI.square().sum(-1, dtype=torch.float64),
             damping_O=torch.full_like(found.loss_O, damping),
-            num_below_O=num_below_R,
-            num_above_O=num_above_R,
+            **vars(ranges),
             num_rounds_O=found.rounds_O,
         )
         tiles.append(SolvedRows(*(tensor[:num_rows] for tensor in vars(solved).values())))

@@ -65,6 +65,8 @@ class SolveReport:
         relative_error: sqrt(tr(dW H dW^T) / tr(W H W^T)), dimensionless.
         weight_error: ||dW|| / ||W||, Frobenius, dimensionless.
         damping: Fraction of the mean diagonal that was added to H before it was factored; 0 where nothing was factored.
+        clip: Mean over groups of the scale over the one that clips nothing; below 1 the largest weights were clipped.
+        num_tokens: Tokens that H is the sum over.
         num_dead_inputs: Input channels that were zero on every token.
         num_rounds: Rounds of refinement that lowered the loss of some row.
         degradations: What was done otherwise than asked, in words; empty when nothing was.
@@ -74,6 +76,8 @@ class SolveReport:
     relative_error: float
     weight_error: float
     damping: float
+    clip: float
+    num_tokens: int
     num_dead_inputs: int
     num_rounds: int
     degradations: tuple[str, ...]

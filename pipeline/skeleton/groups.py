@@ -17,8 +17,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pipeline.skeleton.calls import BlockCall
 from pipeline.skeleton.experts import all_tokens, expert_of, find_routers
-from pipeline.skeleton.model import PROBE_TOKENS, BlockCall, Skeleton, is_linear
+from pipeline.skeleton.model import PROBE_TOKENS, Skeleton
+from pipeline.skeleton.modules import is_linear
 from pipeline.spec import ExpertStatistics
 
 

@@ -9,9 +9,7 @@ with each block's ``forward`` replaced by a function of ours, which gives
 - the logits of given final hidden states (final norm, head, soft caps).
 
 Weights are attached to one block for the time it runs and taken off again, so memory holds one block whatever the
-depth. Parameters outside the blocks that are not needed are zero-stride zeros: real tensors without storage. A large
-table (token embedding, output head) stays in the dtype that it is stored in: the rows of the tokens at hand are
-converted, or the head's rows a part at a time.
+depth. Parameters outside the blocks that are not needed are zero-stride zeros: real tensors without storage.
 
 What the hidden states that enter the first block follow from is found by trying: a parameter on the meta device has no
 content, so whatever is computed while it is there does not depend on it. They are made with all others on the meta
@@ -28,9 +26,8 @@ convert tensor by tensor while loading (but for experts that it merges), and cla
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,67 +39,15 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import CorruptWeightsError, UnsupportedArchitectureError
 from pipeline.precision import Precision
-from pipeline.skeleton.experts import PARTS, Experts, fused_names, per_expert_name, split_experts
+from pipeline.skeleton.calls import BlockCall, BlockForward, Place, cache_among, is_same
+from pipeline.skeleton.checkpoint import Shapes, checkpoint_names, fused_parts, stack_parts
+from pipeline.skeleton.experts import split_experts
+from pipeline.skeleton.modules import is_linear, set_tensor
 from pipeline.skeleton.products import DTYPES, products
-
-TABLE_ELEMENTS = 1 << 25
-"""Tables up to this size (128 MB in float32) are converted as a whole: for every token anew would be slower. Part of
-the order of summation, as the next one."""
+from pipeline.skeleton.tables import Tables
 
 PROBE_TOKENS = 8
 """Length of the sequence that the model is probed with."""
-
-HEAD_PART_ELEMENTS = 1 << 23
-"""Elements of the output head that are converted together (32 MB in float32)."""
-
-
-Place = tuple[Any, ...]
-"""Where something is in nested tuples, lists and dicts: positions and keys, from the outside in."""
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """The arguments of one block besides its hidden states, as the model's own forward passes them.
-
-    Attributes:
-        args: Positional arguments after the hidden states.
-        kwargs: Keyword arguments.
-        hidden_by_name: Whether the hidden states are passed by keyword.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hidden_by_name: bool
-
-    def run(self, block: Callable[..., Any], hidden_BLH: Tensor) -> Tensor:
-        """Return the output hidden states of a block (or of its forward function), [batch, length, hidden]."""
-        output = self.run_raw(block, hidden_BLH)
-        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-        return hidden
-
-    def run_raw(self, block: Callable[..., Any], hidden_BLH: Tensor) -> Any:
-        """Return what the block returns, as it is."""
-        if self.hidden_by_name:
-            return block(*self.args, hidden_states=hidden_BLH, **self.kwargs)
-        return block(hidden_BLH, *self.args, **self.kwargs)
-
-    def leaves(self) -> dict[Place, Any]:
-        """Return every argument, of tuples, lists and dicts what is in them, by where it is."""
-        return dict(_leaves((self.args, self.kwargs)))
-
-    def replaced(self, tensors: Mapping[Place, Tensor]) -> BlockCall:
-        """Return the call with other tensors [batch, length, columns], by where they are, in the shapes of those that
-        are there."""
-        args, kwargs = _with_leaves((self.args, self.kwargs), tensors)
-        return BlockCall(args, kwargs, self.hidden_by_name)
-
-    def to(self, device: torch.device | str) -> BlockCall:
-        """Return the call with every tensor in it on ``device``."""
-        return BlockCall(_move(self.args, device), _move(self.kwargs, device), self.hidden_by_name)
-
-
-BlockForward = Callable[..., Any]
-"""A block's own forward, bound to the block."""
 
 NOT_AS_EXPECTED = (IndexError, TypeError, ValueError)
 """What a model raises that cannot take apart or use what stands for the output of a block."""
@@ -143,6 +88,7 @@ class Skeleton:
         names: Checkpoint name of each parameter and persistent buffer that the checkpoint holds, by its name in
             ``net``; filled by ``bind``.
         extra_names: Checkpoint tensors that ``net`` has no use for.
+        tables: Large ones outside the blocks, which stay in the dtype that they are stored in.
         carried_size: Numbers of each token that go from block to block beside its hidden state, as arguments of blocks
             depend on the tokens (Gemma 4's embeddings for each layer); filled by ``find_carried``.
     """
@@ -160,6 +106,7 @@ class Skeleton:
         self.block_names = _find_blocks(self.net)
         self.names: dict[str, str] = {}
         self.extra_names: tuple[str, ...] = ()
+        self.tables = Tables(self.net, tuple(name + "." for name in self.block_names), dtype)
         self._calls: dict[tuple[int, int], list[BlockCall]] = {}
         self._returns_tuples: set[bool] = set()
         self._beside: dict[int, tuple[_Beside | None, ...]] = {}
@@ -168,9 +115,7 @@ class Skeleton:
         self._outer: Mapping[str, Tensor] = {}
         self._embedding: dict[str, str] | None = None
         self._is_rest_zero = True
-        self._tables: dict[str, Tensor] = {}
         self._move_buffers()
-        self._compute_by_parts()
 
     @property
     def num_blocks(self) -> int:
@@ -193,24 +138,11 @@ class Skeleton:
         block: nn.Module = self.net.get_submodule(self.block_names[index])
         return block
 
-    def fused_parts(self, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, tuple[str, ...]]:
-        """Return which checkpoint tensors (name to shape) hold all experts of a block, as the model fuses them, with
-        names for their parts in order: those that checkpoints with a tensor for each expert have, so that whatever
-        loads these loads the parts."""
-        renamings, converters = _conversions(self.net)
-        fused = fused_names(self.experts)
-        state = {**self.net.state_dict(), **dict.fromkeys(fused, True)}
-        found = {}
-        for name, shape in shapes.items():
-            model_name, converted = _renamed(self.net, name, renamings, converters, state)
-            if model_name in fused and converted is None and shape == fused[model_name]:
-                owner, _, parameter = model_name.rpartition(".")
-                stored = name.removesuffix(f".{parameter}") if name.endswith(f".{parameter}") else owner
-                leaves = _expert_leaves(parameter, converters)
-                found[name] = tuple(f"{stored}.{number}.{leaf}" for number in range(shape[0]) for leaf in leaves)
-        return found
+    def fused_parts(self, shapes: Shapes) -> dict[str, tuple[str, ...]]:
+        """Return which checkpoint tensors hold all experts of a block; see ``checkpoint.fused_parts``."""
+        return fused_parts(self.net, self.experts, shapes)
 
-    def bind(self, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+    def bind(self, shapes: Shapes) -> None:
         """Match checkpoint tensors (name to shape) with the model's parameters and persistent buffers.
 
         A shape of None is not compared: the tensor is packed, and its format knows.
@@ -219,10 +151,10 @@ class Skeleton:
             UnsupportedArchitectureError: when tensors would be converted while loading.
             CorruptWeightsError: when a parameter is in no tensor, or has another shape.
         """
-        stacked = self._stack_parts(shapes)
+        stacked = stack_parts(self.net, shapes)
         wanted = {name: tuple(tensor.shape) for name, tensor in self.net.state_dict().items()}
         others = [name for name in shapes if name not in stacked]
-        renamed = {**_checkpoint_names(self.net, others, self.experts), **stacked}
+        renamed = {**checkpoint_names(self.net, others, self.experts), **stacked}
         self.names = {model_name: name for name, model_name in renamed.items() if model_name in wanted}
         self.extra_names = tuple(name for name, model_name in renamed.items() if model_name not in wanted)
         tied = self._tied_names()
@@ -241,27 +173,6 @@ class Skeleton:
                     code="source.shape",
                     hint="config.json and the weights belong to different models",
                 )
-
-    def _stack_parts(self, shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, str]:
-        """Have parameters that transformers stacks from several tensors while loading made of these tensors here, and
-        return what they are called, by their names in the checkpoint. Linears are left alone."""
-        renamings, converters = _conversions(self.net)
-        positions = {pattern: number for own in _stacked_sources(converters) for number, pattern in enumerate(own)}
-        state = self.net.state_dict()
-        found: dict[str, dict[int, str]] = {}
-        for name in shapes if positions else ():
-            model_name, pattern = _renamed(self.net, name, renamings, converters, state)
-            if pattern in positions and model_name in state:
-                found.setdefault(model_name, {})[positions[pattern]] = name
-        stacked: dict[str, str] = {}
-        for model_name, names in found.items():
-            owner, _, leaf = model_name.rpartition(".")
-            module, parts = self.net.get_submodule(owner), [shapes[names[number]] for number in sorted(names)]
-            rows = sum(shape[0] for shape in parts if shape)
-            if not is_linear(module) and all(parts) and rows == len(state[model_name]):
-                made = stack_parameter(module, leaf, [shape for shape in parts if shape])
-                stacked |= {names[number]: f"{owner}.{part}" for number, part in zip(sorted(names), made, strict=True)}
-        return stacked
 
     def block_tensors(self, index: int) -> dict[str, str]:
         """Return checkpoint names by the names local to one block, for example ``mlp.up_proj.weight``."""
@@ -292,13 +203,13 @@ class Skeleton:
         block = self.block(index)
         before = dict(block.named_parameters()) | dict(block.named_buffers())
         for name, tensor in self.dense(index, dict(weights), precision).items():
-            _set_tensor(block, name, tensor)
+            set_tensor(block, name, tensor)
         try:
             with products(precision):
                 yield block
         finally:
             for name in weights:
-                _set_tensor(block, name, before[name].detach().to("meta"))
+                set_tensor(block, name, before[name].detach().to("meta"))
 
     @contextmanager
     def replaced(self, index: int, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -306,12 +217,12 @@ class Skeleton:
         block = self.block(index)
         before = {name: block.get_parameter(name) for name in weights}
         for name, tensor in weights.items():
-            _set_tensor(block, name, tensor)
+            set_tensor(block, name, tensor)
         try:
             yield
         finally:
             for name, tensor in before.items():
-                _set_tensor(block, name, tensor)
+                set_tensor(block, name, tensor)
 
     def dense(
         self, index: int, weights: dict[str, Tensor], precision: Precision = Precision.FLOAT32
@@ -334,7 +245,7 @@ class Skeleton:
         state = self.net.state_dict()
         tied = {name: weights[origin] for name, origin in self._tied_names().items() if origin in weights}
         found = {**tied, **weights}
-        large = {name: found[name] for name in self._tabled if name in found and found[name].numel() > TABLE_ELEMENTS}
+        large = self.tables.among(found)
         # What stands under two names, as tied embeddings do, is in memory once.
         placed: dict[int, Tensor] = {}
 
@@ -343,7 +254,7 @@ class Skeleton:
                 placed[id(tensor)] = convert(tensor)
             return placed[id(tensor)]
 
-        self._tables = {name: place(tensor, lambda t: t.to(self.device)) for name, tensor in large.items()}
+        self.tables.held = {name: place(tensor, lambda t: t.to(self.device)) for name, tensor in large.items()}
         zero = torch.zeros((), dtype=self.dtype, device=self.device)
         for name, before in state.items():
             if not name.startswith(prefixes):
@@ -420,11 +331,11 @@ class Skeleton:
             own, plain, places = seen.leaves(), known.leaves(), dict[Place, slice]()
             for path in dict.fromkeys([*own, *plain]):  # in an order that is the same in every process
                 value = own.get(path)
-                if _same(value, plain.get(path)):
+                if is_same(value, plain.get(path)):
                     continue
                 if not (isinstance(value, Tensor) and value.is_floating_point() and value.shape[:2] == tokens_BL.shape):
                     raise self._depends_on_tokens(index)
-                number = next((n for n, other in enumerate(different) if _same(value, other)), len(different))
+                number = next((n for n, other in enumerate(different) if is_same(value, other)), len(different))
                 if number == len(different):
                     different.append(value)
                     starts.append(start)
@@ -459,7 +370,7 @@ class Skeleton:
             for path, value in own.items():
                 if path in places:
                     found.setdefault(places[path].start, value.flatten(2))
-                elif not _same(value, expected[path]):
+                elif not is_same(value, expected[path]):
                     raise self._depends_on_tokens(index)
         return [found[start] for start in sorted(found)]
 
@@ -580,17 +491,17 @@ class Skeleton:
             vars(block).pop("forward", None)  # what stands in for the original's
             return block
 
-        moved, before = call.to("meta"), _written_places(call)
+        moved, before = call.to("meta"), call.places()
         try:
             found = run(copied().to("meta"), moved, torch.empty(*shape, dtype=self.dtype, device="meta"))
         except NotImplementedError:
             block = copied()
             zero = torch.zeros((), dtype=self.dtype, device=self.device)
             for name, parameter in block.named_parameters():
-                _set_tensor(block, name, zero.to(parameter.dtype).expand(parameter.shape))
+                set_tensor(block, name, zero.to(parameter.dtype).expand(parameter.shape))
             moved = call.to(self.device)
             found = run(block, moved, torch.zeros(*shape, dtype=self.dtype, device=self.device))
-        if _written_places(moved) != before:
+        if moved.places() != before:
             raise self._hands_on()
         return found
 
@@ -673,7 +584,7 @@ class Skeleton:
                 self._lose(some)
                 try:
                     with _NothingMadeUp():  # type: ignore[no-untyped-call]
-                        return _same(_plain(*self._capture(tokens_BL)), _plain(*plain))
+                        return is_same(_plain(*self._capture(tokens_BL)), _plain(*plain))
                 except (RuntimeError, TypeError):  # what torch says of a tensor without content
                     return False
 
@@ -696,7 +607,7 @@ class Skeleton:
         """Parameters and buffers have no content any more: they are on the meta device."""
         state = self.net.state_dict()
         for name in names:
-            _set_tensor(self.net, name, torch.empty_like(state[name], device="meta"))
+            set_tensor(self.net, name, torch.empty_like(state[name], device="meta"))
 
     def _tied_names(self) -> dict[str, str]:
         """Return the parameters that another one provides when the checkpoint does not hold them."""
@@ -710,34 +621,6 @@ class Skeleton:
         both_ways = [pair for a, b in pairs for pair in ((a, b), (b, a))]
         return {name: other for name, other in both_ways if name not in self.names and other in self.names}
 
-    def _compute_by_parts(self) -> None:
-        """Have token embeddings, of which there may be one for each layer, and the output head compute from tables
-        where there are some. Others than torch's own classes, which say what a forward is, are left alone."""
-        embedding, head = self.net.get_input_embeddings(), self.net.get_output_embeddings()
-        num_tokens = getattr(embedding, "num_embeddings", None)
-        prefixes = tuple(name + "." for name in self.block_names)
-        self._tabled: list[str] = []
-        for name, module in self.net.named_modules():
-            if name.startswith(prefixes):
-                continue
-            table = f"{name}.weight"
-            if isinstance(module, nn.Embedding) and module.max_norm is None and module.num_embeddings == num_tokens:
-                module.padding_idx = None  # matters to gradients only, and has to be among the rows at hand
-                vars(module)["forward"] = self._by_parts(table, module, _embed)
-                self._tabled.append(table)
-            elif module is head and type(head) is nn.Linear:
-                vars(module)["forward"] = self._by_parts(table, module, _apply_head)
-                self._tabled.append(table)
-
-    def _by_parts(self, table: str, module: nn.Module, parts: _ByParts) -> BlockForward:
-        whole = module.forward
-
-        def forward(x: Tensor) -> Any:
-            found = self._tables.get(table)
-            return whole(x) if found is None else parts(module, whole, found, x, self.dtype)
-
-        return forward
-
     def _computed_with(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor.to(
             device=self.device, dtype=(dtype or self.dtype) if tensor.is_floating_point() else tensor.dtype
@@ -745,55 +628,13 @@ class Skeleton:
 
     def _assign(self, owner: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for name, tensor in weights.items():
-            _set_tensor(owner, name, self._computed_with(tensor))
+            set_tensor(owner, name, self._computed_with(tensor))
 
     def _move_buffers(self) -> None:
         for module in self.net.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Return whether the module multiplies its input by one weight matrix."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-_ByParts = Callable[[nn.Module, BlockForward, Tensor, Tensor, torch.dtype], Tensor]
-"""What a module gives, from its own forward, a table in the stored dtype, its input, and the dtype to compute in."""
-
-
-def _embed(module: nn.Module, whole: BlockForward, table_VH: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what the embedding gives for token ids: its own forward over the rows of those that occur."""
-    occurring, places = torch.unique(ids, return_inverse=True)
-    before = module._parameters["weight"]
-    _set_tensor(module, "weight", table_VH[occurring].to(dtype))
-    try:
-        output: Tensor = whole(places)
-    finally:
-        module._parameters["weight"] = before
-    return output
-
-
-def _apply_head(module: nn.Module, whole: BlockForward, table_VH: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what the output head gives, [..., vocabulary]."""
-    output = x.new_empty(*x.shape[:-1], table_VH.shape[0])
-    num_rows = max(1, HEAD_PART_ELEMENTS // table_VH.shape[1])
-    for start in range(0, table_VH.shape[0], num_rows):
-        rows = slice(start, start + num_rows)
-        output[..., rows] = nn.functional.linear(x, table_VH[rows].to(dtype))
-    bias = module._parameters["bias"]
-    return output if bias is None else output.add_(bias)
-
-
-def cache_among(calls: Sequence[BlockCall]) -> Any:
-    """Return the key-value cache that blocks were called with, or None: then every pass begins with the first token."""
-    from transformers.cache_utils import Cache
-
-    arguments = (value for call in calls for value in (*call.args, *call.kwargs.values()))
-    return next((value for value in arguments if isinstance(value, Cache)), None)
 
 
 def dense_logits(
@@ -851,109 +692,6 @@ def _find_blocks(net: Any) -> tuple[str, ...]:
     return tuple(f"{name}.{index}" for index in range(len(blocks)))
 
 
-def _checkpoint_names(net: Any, names: Iterable[str], experts: Mapping[str, Experts]) -> dict[str, str]:
-    """Return model names by checkpoint name, as transformers would load them; experts keep tensors of their own.
-
-    Raises:
-        UnsupportedArchitectureError: when a tensor would be converted (merged, split, transposed) and not only renamed.
-    """
-    renamings, converters = _conversions(net)
-    # Per pattern, the patterns of all tensors that are merged with those it means, where merging is all that is done.
-    merged = {pattern: sources for sources in _merged_sources(converters) for pattern in sources}
-    fused = fused_names(experts)
-    state = {**net.state_dict(), **dict.fromkeys(fused, True)}
-    found = {}
-    for name in names:
-        model_name, converted = _renamed(net, name, renamings, converters, state)
-        if converted is None and model_name in fused:
-            raise UnsupportedArchitectureError(
-                f"{name} of {type(net).__name__} holds all experts of a block in another order of its axes than "
-                f"{list(fused[model_name])}, which is not supported yet",
-                hint="see docs/reference/architectures.md",
-            )
-        # Of what the model has no use for, as blocks that predict further tokens, nobody asks how it is converted.
-        if converted is not None and model_name in state:
-            renamed, _ = _renamed(net, name, renamings, [], None)
-            own_name = None
-            if model_name.rpartition(".")[0] in experts and converted in merged:
-                own_name = per_expert_name(renamed, model_name, merged[converted], converted)
-            if own_name is None:
-                raise UnsupportedArchitectureError(
-                    f"{name} of {type(net).__name__} is not stored as the model uses it ({converted}): converted "
-                    "layouts other than one tensor for each expert are not supported yet",
-                    hint="see docs/reference/architectures.md",
-                )
-            model_name = own_name
-        found[name] = model_name
-    return found
-
-
-def _conversions(net: Any) -> tuple[list[Any], list[Any]]:
-    """Return transformers' renamings and converters of tensors for a model while it loads a checkpoint."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    transforms = get_model_conversion_mapping(net)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    return renamings, [t for t in transforms if isinstance(t, WeightConverter)]
-
-
-def _renamed(
-    net: Any, name: str, renamings: list[Any], converters: list[Any], state: dict[str, Any] | None
-) -> tuple[str, str | None]:
-    """Return a checkpoint tensor's name in the model, and the pattern by which it is converted, if it is."""
-    from transformers.core_model_loading import rename_source_key
-
-    prefix = net.base_model_prefix if state is not None else None
-    found: tuple[str, str | None] = rename_source_key(name, renamings, converters, prefix, state)
-    return found
-
-
-def _merged_sources(converters: Iterable[Any]) -> Iterator[Sequence[str]]:
-    """Yield the patterns of tensors that are merged, and nothing else."""
-    from transformers.core_model_loading import Concatenate, MergeModulelist
-
-    for converter in converters:
-        if {type(operation) for operation in converter.operations} <= {MergeModulelist, Concatenate}:
-            yield converter.source_patterns
-
-
-def _stacked_sources(converters: Iterable[Any]) -> Iterator[Sequence[str]]:
-    """Yield the patterns of tensors that are put one above the other in one parameter, and nothing else."""
-    from transformers.core_model_loading import Concatenate
-
-    for converter in converters:
-        sources, operations = converter.source_patterns, converter.operations
-        is_stacking = [(type(own), getattr(own, "dim", None)) for own in operations] == [(Concatenate, 0)]
-        if is_stacking and not any(".*." in pattern for pattern in sources):
-            yield sources
-
-
-def stack_parameter(module: nn.Module, leaf: str, shapes: Sequence[tuple[int, ...]]) -> list[str]:
-    """Replace a parameter by parts of it that stand for it, one above the other, and return their names."""
-    whole = module._parameters.pop(leaf)
-    names = [f"{leaf}_part{number}" for number in range(len(shapes))]
-    for name, shape in zip(names, shapes, strict=True):
-        part = torch.empty(shape, dtype=whole.dtype if whole is not None else None, device="meta")
-        module.register_parameter(name, nn.Parameter(part, requires_grad=False))
-    kind = type(module)
-    stacked = property(lambda self: torch.cat([self._parameters[name] for name in names]))
-    module.__class__ = type(kind.__name__, (kind,), {leaf: stacked})
-    return names
-
-
-def _expert_leaves(parameter: str, converters: Iterable[Any]) -> tuple[str, ...]:
-    """Return what the parts of a fused parameter are called in checkpoints with a tensor for each expert, after the
-    expert's number: what transformers merges into it, or the model's own names where it knows of none."""
-    parts = tuple(f"{part}.weight" for part in PARTS[parameter])
-    merging = [converter for converter in converters if str(converter.target_patterns[0]).endswith(parameter)]
-    for sources in _merged_sources(merging):
-        leaves = tuple(pattern.rpartition(".*.")[2] for pattern in sources)
-        if len(leaves) == len(parts) and all(".*." in pattern for pattern in sources):
-            return leaves
-    return parts
-
-
 def _plain(calls: Iterable[BlockCall], hidden_BLH: Tensor) -> tuple[Any, ...]:
     """Return what was captured as tuples, lists and dicts."""
     return [(call.args, call.kwargs) for call in calls], hidden_BLH
@@ -963,64 +701,3 @@ def _overlapping_rows(shape: Sequence[int], generator: torch.Generator) -> Tenso
     """Return random numbers of a shape, where each row is the one before it shifted by one element."""
     numbers = 0.02 * torch.randn(sum(shape) + 1, generator=generator)
     return numbers.as_strided(tuple(shape), (1,) * len(shape))
-
-
-def _set_tensor(owner: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = owner.get_submodule(path)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor
-
-
-def _move(value: Any, device: torch.device | str) -> Any:
-    match value:
-        case Tensor():
-            return value.to(device)
-        case tuple() | list():
-            return type(value)(_move(item, device) for item in value)
-        case dict():
-            return {key: _move(item, device) for key, item in value.items()}
-        case _:
-            return value
-
-
-def _leaves(value: Any, path: Place = ()) -> Iterator[tuple[Place, Any]]:
-    match value:
-        case tuple() | list():
-            for number, item in enumerate(value):
-                yield from _leaves(item, (*path, number))
-        case dict():
-            for key, item in value.items():
-                yield from _leaves(item, (*path, key))
-        case _:
-            yield path, value
-
-
-def _written_places(call: BlockCall) -> dict[Place, int]:
-    """Return all places among a call's arguments, with the sizes of those that hold others in some class's own way: a
-    block that writes into what is passed on to the next changes this."""
-    return {path: len(leaf) if isinstance(leaf, MutableMapping) else 0 for path, leaf in call.leaves().items()}
-
-
-def _with_leaves(value: Any, tensors: Mapping[Place, Tensor], path: Place = ()) -> Any:
-    match value:
-        case tuple() | list():
-            return type(value)(_with_leaves(item, tensors, (*path, number)) for number, item in enumerate(value))
-        case dict():
-            return {key: _with_leaves(item, tensors, (*path, key)) for key, item in value.items()}
-        case _:
-            return tensors[path].reshape(value.shape) if path in tensors else value
-
-
-def _same(a: Any, b: Any) -> bool:
-    match a:
-        case Tensor():
-            return isinstance(b, Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
-        case tuple() | list():
-            return isinstance(b, type(a)) and len(a) == len(b) and all(map(_same, a, b))
-        case dict():
-            return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-        case _:
-            return type(a) is type(b) and (a == b or a is b)

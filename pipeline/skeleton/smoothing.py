@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from pipeline.skeleton.experts import all_tokens, find_routers
 from pipeline.skeleton.groups import LinearGroup
-from pipeline.skeleton.model import PROBE_TOKENS, Skeleton, is_linear
+from pipeline.skeleton.model import PROBE_TOKENS, Skeleton
+from pipeline.skeleton.modules import is_linear
 
 TOLERANCE = 1e-4
 """Relative difference up to which a change counts as none. Float32 gives about 1e-6; a gate whose inputs are so small

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.skeleton.model import BlockCall, Skeleton, cache_among
+from pipeline.skeleton.calls import BlockCall, cache_among
+from pipeline.skeleton.model import Skeleton
 from pipeline.spec import PromptSpec
 
 FIRST_TRIED_TOKENS = 8

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.formats.codec import codec_for
-from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport
+from pipeline.quantize.types import QuantizedLinear, Scheme
 from pipeline.settings import engine_environment, load_settings
 from pipeline.spec import FORMAT_BITS, Format
 from pipeline.validate.engines.environment import ensure_environment
+from tests.factories import UNSOLVED
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(3000)]
 
@@ -43,7 +44,7 @@ def make_linear(rows: int, columns: int, scheme: Scheme) -> QuantizedLinear:
     scale = torch.ldexp(torch.ones(groups), torch.randint(-6, 3, groups, generator=generator))
     zero = torch.full(groups, scheme.middle, dtype=torch.uint8)
     codes = torch.randint(0, scheme.max_code + 1, (rows, columns), generator=generator, dtype=torch.uint8)
-    return QuantizedLinear(scheme, codes, scale, zero, SolveReport(0.0, 0.0, 0.0, 0.0, 0, 0, ()))
+    return QuantizedLinear(scheme, codes, scale, zero, UNSOLVED)
 
 
 def test_gptqmodel_unpacks_every_width_to_the_same_weights(tmp_path: Path) -> None:

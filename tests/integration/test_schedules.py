@@ -111,6 +111,11 @@ def test_refinement_lowers_the_error_of_what_a_method_found(converted: Converted
     assert sum(after.values()) < 0.98 * sum(before.values())
     assert all(1 <= module.refinement_rounds <= 4 for module in refined.modules)
     assert not any(module.refinement_rounds for module in plain.modules)
+    num_tokens = calibration_tokens(converted).numel()
+    for module in (*plain.modules, *refined.modules):
+        assert (module.tokens, module.dead_inputs) == (num_tokens, 0)
+        assert module.clip is not None
+        assert 0.5 < module.clip < 1
     assert "and refinement" in render_card(refined)
     if method in METHODS:
         tokens_NL, source = calibration_tokens(converted), converted.source

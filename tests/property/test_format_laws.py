@@ -13,11 +13,11 @@ from pipeline.formats.codec import codec_for, prove_round_trip
 from pipeline.formats.config import quantization_config, read_quantization_config
 from pipeline.formats.names import cover
 from pipeline.formats.packing import pack_rows, unpack_rows
-from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport
+from pipeline.quantize.types import QuantizedLinear, Scheme
 from pipeline.spec import FORMAT_BITS, Format, parse_variant
+from tests.factories import UNSOLVED
 
 LAWS = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-REPORT = SolveReport(0.0, 0.0, 0.0, 0.0, 0, 0, ())
 seeds = st.integers(0, 2**31)
 
 
@@ -39,7 +39,7 @@ def _linear(rows: int, columns: int, scheme: Scheme, seed: int) -> QuantizedLine
     if not scheme.symmetric:
         zero = torch.randint(0, scheme.max_code + 1, shape, generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, scheme.max_code + 1, (rows, columns), generator=generator, dtype=torch.uint8)
-    return QuantizedLinear(scheme, codes, scale, zero, REPORT)
+    return QuantizedLinear(scheme, codes, scale, zero, UNSOLVED)
 
 
 held = st.one_of(

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport
-
-REPORT = SolveReport(0.0, 0.0, 0.0, 0.0, 0, 0, ())
+from pipeline.quantize.types import QuantizedLinear, Scheme
+from tests.factories import UNSOLVED
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +22,6 @@ def make_linear() -> Callable[..., QuantizedLinear]:
         if not scheme.symmetric:
             zero = torch.randint(0, scheme.max_code + 1, shape, generator=generator, dtype=torch.uint8)
         codes = torch.randint(0, scheme.max_code + 1, (rows, columns), generator=generator, dtype=torch.uint8)
-        return QuantizedLinear(scheme, codes, scale, zero, REPORT)
+        return QuantizedLinear(scheme, codes, scale, zero, UNSOLVED)
 
     return make

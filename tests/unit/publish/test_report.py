@@ -120,17 +120,19 @@ def test_rows_hold_the_figures_of_their_linear() -> None:
         modules=(
             make_module("m.0.q", awq_exponent=0.45, note="why", degradations=("damping 0.04",)),
             make_module("m.0.k", bits=16, group_size=0),
-            make_module("m.0.v", group_size=-1, damping=0.0),
+            make_module("m.0.v", group_size=-1, damping=0.0, dead_inputs=3),
         )
     )
     text = modules(facts)
     rows = [line.split() for line in text.splitlines()[2:5]]
     assert rows == [
-        ["m.0.q", "1024", "x", "1024", "4", "128", "8.00", "%", "9.00", "%", "0.0123", "0.01", "0.45"],
-        ["m.0.k", "1024", "x", "1024", "-", "-", "-", "-", "-", "-", "-"],
-        ["m.0.v", "1024", "x", "1024", "4", "row", "8.00", "%", "9.00", "%", "0.0123", "-", "-"],
+        ["m.0.q", "1024", "x", "1024", "4", "128", "8.00", "%", "9.00", "%", "0.0123", "0.01", "0.940", "0.45"],
+        ["m.0.k", "1024", "x", "1024", "-", "-", "-", "-", "-", "-", "-", "-"],
+        ["m.0.v", "1024", "x", "1024", "4", "row", "8.00", "%", "9.00", "%", "0.0123", "-", "0.940", "-"],
     ]
-    assert text.endswith("Notes\n  m.0.q: why\n  m.0.q: damping 0.04\n")
+    assert text.endswith(
+        "Notes\n  m.0.q: why\n  m.0.q: damping 0.04\n  m.0.v: 3 of 1024 inputs were zero on all tokens\n"
+    )
 
 
 def test_rounds_are_shown_of_variants_that_were_refined() -> None:

@@ -45,8 +45,31 @@ def test_report_states_the_losses_of_what_is_returned(layer: Layer, method: Meth
     assert linear.report.relative_error == pytest.approx((linear.report.loss / energy) ** 0.5, rel=1e-4)
     assert linear.report.weight_error == pytest.approx(float(delta.norm() / weight.double().norm()), rel=1e-5)
     assert linear.report.damping == (0.01 if method.codes is Method.GPTQ else 0.0)
+    assert linear.report.num_tokens == statistics.num_tokens
     assert linear.report.num_dead_inputs == 0
     assert linear.report.degradations == ()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_report_says_how_far_ranges_were_clipped(layer: Layer, method: Method, scheme: Scheme) -> None:
+    weight, statistics = layer(24, 96)
+    weight[:, 5] *= 8  # worth clipping: it hardly matters
+    moment = statistics.second_moment_II.clone()
+    moment[5], moment[:, 5] = moment[5] / 1e4, moment[:, 5] / 1e4
+    statistics = replace(statistics, second_moment_II=moment)
+
+    def clip(clip_search: bool) -> float:
+        (linear,) = solve(method, weight, [24], statistics, scheme, SolveOptions(clip_search=clip_search))
+        groups = weight.double().view(24, -1, scheme.group_size)
+        high, low = groups.amax(-1).clamp_min(0), groups.amin(-1).clamp_max(0)
+        whole = torch.maximum(high / (scheme.middle - 1), -low / scheme.middle)
+        whole = whole if scheme.symmetric else (high - low) / scheme.max_code
+        assert linear.report.clip == pytest.approx(float((linear.scale_OG / whole).mean()), rel=1e-6)
+        return linear.report.clip
+
+    assert clip(clip_search=False) == pytest.approx(1.0, abs=2**-8)
+    assert clip(clip_search=True) < 0.98
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -149,6 +172,7 @@ def test_nothing_alive_has_no_error_to_report(layer: Layer) -> None:
         (linear,) = solve(method, weight, [8], silent, Scheme(4, 16, True), SolveOptions())
         assert (linear.report.loss, linear.report.relative_error) == (0.0, 0.0)
         assert linear.report.num_dead_inputs == 32
+        assert linear.report.clip > 0
         assert 0 < linear.report.weight_error < 0.2
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.graph.outline import Source
-from pipeline.skeleton import model
+from pipeline.skeleton import tables
 from pipeline.skeleton.groups import LinearRef, linear_groups, sequential_steps
 from pipeline.skeleton.model import dense_logits
 from pipeline.skeleton.smoothing import Fold, Producer, find_producers
@@ -167,31 +167,31 @@ def test_large_tables_compute_by_parts_what_they_compute_as_a_whole(
     skeleton.attach_outer(outer)
     hidden = skeleton.embed(tokens)
     whole = skeleton.logits(hidden)
-    monkeypatch.setattr(model, "TABLE_ELEMENTS", 1000)
-    monkeypatch.setattr(model, "HEAD_PART_ELEMENTS", 1000 * hidden.shape[-1])
+    monkeypatch.setattr(tables, "TABLE_ELEMENTS", 1000)
+    monkeypatch.setattr(tables, "HEAD_PART_ELEMENTS", 1000 * hidden.shape[-1])
     skeleton.attach_outer(outer)
     assert torch.equal(skeleton.embed(tokens), hidden)
     torch.testing.assert_close(skeleton.logits(hidden), whole)
     # Nothing as large as a table was made in float32.
-    tables = [t for t in skeleton.net.state_dict().values() if not t.is_meta and t.dim() == 2 and t.shape[0] == 4096]
-    assert tables
-    assert all(table.untyped_storage().nbytes() == 4 for table in tables)
+    stored = [t for t in skeleton.net.state_dict().values() if not t.is_meta and t.dim() == 2 and t.shape[0] == 4096]
+    assert stored
+    assert all(table.untyped_storage().nbytes() == 4 for table in stored)
     skeleton.detach_outer()
     assert not skeleton.logits(hidden).any()
 
 
-@pytest.mark.parametrize("limit", [model.TABLE_ELEMENTS, 1000])
+@pytest.mark.parametrize("limit", [tables.TABLE_ELEMENTS, 1000])
 def test_tied_tables_are_in_memory_once(limit: int, source_of: SourceOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "TABLE_ELEMENTS", limit)
+    monkeypatch.setattr(tables, "TABLE_ELEMENTS", limit)
     source = source_of("gemma3")
     skeleton = source.outline.skeleton
     outer = {name: tensor.bfloat16() for name, tensor in source.outer().items()}
     assert "lm_head.weight" not in outer
     with skeleton.outer_attached(outer):
-        state, tables = skeleton.net.state_dict(), skeleton._tables
-        places = [tables.get(n, state[n]).data_ptr() for n in ("model.embed_tokens.weight", "lm_head.weight")]
+        state, held = skeleton.net.state_dict(), skeleton.tables.held
+        places = [held.get(n, state[n]).data_ptr() for n in ("model.embed_tokens.weight", "lm_head.weight")]
         assert places[0] == places[1]
-        assert bool(tables) == (limit == 1000)
+        assert bool(held) == (limit == 1000)
 
 
 def test_nothing_stays_attached_after_a_failure(source_of: SourceOf) -> None:

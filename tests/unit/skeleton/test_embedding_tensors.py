@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import UnsupportedArchitectureError
 from pipeline.graph.outline import Source, open_folder
-from pipeline.skeleton import model
+from pipeline.skeleton import tables
 from pipeline.skeleton.model import Skeleton
 from tests.architectures import DENSE, VOCABULARY, make_model
 
@@ -90,9 +90,9 @@ def test_a_large_table_is_all_that_is_needed_too(
     source = source_of(name)
     skeleton = source.outline.skeleton
     expected = hidden_states(skeleton, source.outer())
-    monkeypatch.setattr(model, "TABLE_ELEMENTS", 0)
+    monkeypatch.setattr(tables, "TABLE_ELEMENTS", 0)
     with skeleton.embedding_attached(source.read(skeleton.embedding_tensors())):
-        assert skeleton._tables
+        assert skeleton.tables.held
         assert torch.equal(skeleton.embed(TOKENS_BL), expected)
 
 
