@@ -7,7 +7,8 @@ is not made again. Run from the repository root with nothing else running:
     python -m benchmarks.peers --model FOLDER --calibration TEXT --heldout TEXT --out peers
 
 Any Hugging Face folder of a dense decoder model on this disk will do. Without flags it is the shipped demo model on the
-shipped texts, which says that everything works and nothing of any quality.
+shipped texts, which says that everything works and nothing of any quality. Table and picture show what earlier calls
+made for the same job, too.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def main(words: Sequence[str] | None = None) -> None:
     results = Results(args.out)
     for task in tasks:
         _run(job, task, args, results)
-    entries = _score(job, tasks, texts, args.out, results)
+    everything = all_tasks(args.autoround_iterations)
+    shown = [task for task in everything if task in tasks or results.runs(job.key(task))]
+    entries = _score(job, shown, texts, args.out, results)
     print_results(entries, [text.name for text in texts])
     if any(entry.scores for entry in entries):
         picture = args.out / "peers.png"

@@ -23,6 +23,7 @@ from pipeline.graph.shelf import Shelf, Tensors
 from pipeline.graph.stages import STAGES
 from pipeline.graph.stages.call import KEPT_COPIES, LOST, Call, FetchFrom, JobContext
 from pipeline.quantize import kernels as solver_loops
+from pipeline.quantize import triton_kernels
 from pipeline.settings import load_settings
 from pipeline.skeleton.products import prefer_onednn
 from pipeline.spec import ExpertStatistics
@@ -79,7 +80,12 @@ class Worker:
 
         That loads the model's class, and compiled loops, and takes seconds, which are the start's and not a unit's:
         units are timed, and whoever watches is told of workers once they can work.
+
+        Raises:
+            QuantizationError: when it is to compute on a GPU and lacks the loops for one: no solve would succeed.
         """
+        if context.device == "cuda":
+            triton_kernels.load()
         self._context, self._clock = context, clock
         self._work = open_work_store(context.work_url, load_settings())
         self._stack = ExitStack()

@@ -40,10 +40,12 @@ def test_referee_finds_what_the_release_states_and_repeats_nothing(tmp_path: Pat
         assert score["num_tokens"] == 4 * 63
         for theirs, ours in (("kl", "kl"), ("perplexity", "perplexity"), ("agreement", "top1_agreement")):
             assert score[theirs] == pytest.approx(quality[ours], rel=1e-3)
+    command = [*tool, "--task", TASKS[0], *SMALL, *precision, "--out", str(out)]
     again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(tmp_path), check=False)
     assert again.returncode == 0, again.stderr
     assert rows(out) == first
-    assert "w4 g64 asym, bitmill awq-w4-g64" in again.stdout
+    assert "w4 g64 sym, bitmill gptq-w4-g64" in again.stdout
+    assert "w4 g64 asym, bitmill awq-w4-g64" in again.stdout, "what is kept of the same job is shown"
 
 
 def test_nothing_runs_on_after_it_is_told_to_end(tmp_path: Path) -> None:

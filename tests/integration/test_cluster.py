@@ -357,6 +357,17 @@ def test_gpus_that_no_node_has_are_refused_at_once_with_what_there_is(tmp_path: 
     assert "CPU: 2" in caught.value.message
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_workers_that_lack_the_loops_for_gpus_end_the_job_before_it_computes_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "MAX_START_FAILURES", 1)
+    said = "no worker could start: .*a GPU needs loops that are written in Triton"
+    with nodes({"num_cpus": 1, "num_gpus": 1}) as made, expected_soon(120, match=said) as caught:
+        RayExecutor(context(tmp_path, device="cuda"), 1, made.address)
+    assert caught.value.code == "graph.no_workers"
+
+
 def test_a_cluster_without_cpus_is_refused_at_once(tmp_path: Path) -> None:
     with nodes({"num_cpus": 0}) as made, expected_soon(30, match="needs a CPU, and the cluster has none") as caught:
         RayExecutor(context(tmp_path), 2, made.address)
