@@ -10,6 +10,7 @@ from pathlib import Path
 
 from conversions import Job
 from models import Shape, make_llama
+from sessions import exit_on_sigterm
 
 
 def there_and_back(kinds: Sequence[str], single: bool) -> list[str]:
@@ -43,7 +44,8 @@ def add_order(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def scratch_folder(args: argparse.Namespace) -> Iterator[Path]:
-    """Give a folder that is removed at the end."""
+    """Give a folder that is removed at the end, also when the process is told to end."""
+    exit_on_sigterm()
     with tempfile.TemporaryDirectory(prefix="bitmill-bench-", dir=args.scratch, ignore_cleanup_errors=True) as name:
         yield Path(name)
 

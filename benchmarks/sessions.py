@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,11 @@ from typing import IO
 
 END_S = 30.0
 """Longest wait for killed processes to be gone."""
+
+
+def exit_on_sigterm() -> None:
+    """Have SIGTERM raise ``SystemExit`` from now on: what was started is ended, and scratch folders are removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 class Role(StrEnum):

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,6 +26,7 @@ from benchmarks.peers.report import Entry, draw, print_results
 from benchmarks.peers.results import Results
 from benchmarks.peers.runs import digest_checkpoint, run_task
 from benchmarks.report import print_header
+from benchmarks.sessions import exit_on_sigterm
 from pipeline.precision import Precision
 
 if TYPE_CHECKING:
@@ -41,8 +40,7 @@ CODE = Path(tarfile.__file__)
 
 def main(words: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(words)
-    # As an exception, so that what a tool has started is ended and scratch folders are removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    exit_on_sigterm()
     args.model, args.out = args.model.resolve(), args.out.resolve()
     tasks = [task for task in all_tasks(args.autoround_iterations) if not args.only or task.tool in args.only]
     if args.grid:
