@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -83,6 +84,9 @@ class CalibrationFacts(Facts):
     """Sequences in a token slice, the unit of summation."""
     tokens_digest: str
     """SHA-256 of the token ids (int32, little-endian, row after row)."""
+    shrinkage: float | Literal["auto"] = 0.0
+    """Share of the correlations between inputs that was taken off, `auto` for what was found for each; releases from
+    before there was a choice had none taken off."""
     precision: Precision = Precision.FLOAT32
     """Of matrix products in decoder blocks while these and the held-out tokens passed; releases from before there was
     a choice do not say it."""
@@ -117,6 +121,8 @@ class ModuleFacts(Facts):
     """Frobenius norm of the weight's error over the weight's."""
     damping: float
     """Damping fraction used by the factorization; 0 where none was made."""
+    shrinkage: float = 0.0
+    """Share of the correlations between its inputs that was taken off its statistics."""
     awq_exponent: float | None
     """Exponent of the activation-aware scaling; None where none was made."""
     degradations: tuple[str, ...]

@@ -82,7 +82,11 @@ class CalibrationSpec(Strict):
     seed: int = 0
     """Order in which the documents of a .jsonl or .parquet file are drawn; plain text is taken from its start."""
     slice_sequences: Annotated[int, Field(ge=1)] = 8
-    """Sequences in a token slice, the unit of work and of summation: part of the result, not of the machine."""
+    """Sequences in a token slice, the unit of work and of summation: part of the result, not of the machine. There are
+    two slices at least where there are two sequences."""
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    """Share of the correlations between inputs that is put down to chance and taken off. `auto` finds it for each input
+    from how much the halves of the text differ (Ledoit-Wolf); with a single sequence it is 0."""
     experts: ExpertStatistics = ExpertStatistics.ALL
     """Mixtures of experts, the tokens that an expert's statistics are of: `all`, `routed` (those that the router sent
     to it, each counted once), or `shrinkage` (the mean over its own plus `expert_shrinkage` times that over all)."""
@@ -91,6 +95,11 @@ class CalibrationSpec(Strict):
     min_expert_tokens: Annotated[int, Field(ge=1)] = 128
     """For `routed` and `shrinkage`: the linears of an expert that the router sent fewer tokens to count as degraded
     (see `gates.max_degradations`). With fewer tokens than a group has columns, not even these are told apart."""
+
+    @property
+    def sequences_in_slice(self) -> int:
+        """Sequences in a token slice of this text: no more than leaves two slices."""
+        return min(self.slice_sequences, -(-self.samples // 2))
 
 
 def _not_blank(text: str) -> str:

@@ -33,7 +33,7 @@ _SHAPES = {
 }
 
 
-UNSOLVED = SolveReport(0.0, 0.0, 0.0, 0.0, 1.0, 1, 0, 0, ())
+UNSOLVED = SolveReport(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1, 0, 0, ())
 """The report of a linear whose codes nobody has searched for."""
 
 
@@ -53,6 +53,7 @@ def make_module(name: str = "model.layers.0.self_attn.q_proj", **changes: Any) -
         "damping": 0.01,
         "awq_exponent": None,
         "degradations": (),
+        "shrinkage": 0.15,
         "clip": 0.94,
         "tokens": 16384,
         "dead_inputs": 0,
@@ -135,6 +136,7 @@ def make_facts(variant: str | VariantSpec = "gptq-w4-g128", num_blocks: int = 12
             slice_sequences=8,
             tokens_digest=fingerprint("tokens"),
             precision=Precision.BFLOAT16,
+            shrinkage="auto",
         ),
         "modules": make_modules(num_blocks, spec.bits, spec.group_size),
         "kept": {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm"}

@@ -12,7 +12,7 @@ A *collection* is one set of sums. Without experts there is one for each linear 
 
 For each group with experts, the tokens that the router sent to each of them are counted, whatever the collection is of.
 
-Sums stay sums over slices, so they add up in any fixed tree; blending is done once, on the totals.
+Sums stay sums over slices, so they add up in any fixed tree; blending and shrinking is done once, on the totals.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.quantize.shrinkage import estimate_shrinkage, shrink, shrink_moment
 from pipeline.quantize.statistics import accumulate, add, empty, from_tensors, merge, to_tensors
 from pipeline.quantize.types import Statistics
 from pipeline.skeleton.experts import Experts
@@ -269,6 +270,39 @@ def _routed(experts: nn.Module | None, item: Collection) -> Tensor:
     if not isinstance(experts, Experts):
         return torch.zeros(len(item.counted), dtype=torch.int64)
     return torch.tensor([experts.rows[number].numel() for number in item.counted], dtype=torch.int64)
+
+
+def conclude(own: Sequence[Sums], shared: Sequence[Sums] | None, weight: float, shrinkage: float | None = None) -> Sums:
+    """Return what a linear group is solved with: sums over all its tokens, drawn towards shared ones, then shrunk.
+
+    Args:
+        own: Sums over the group's own tokens, of the two halves of the text, or of the whole; they stay as they are.
+        shared: The same over the tokens that these are drawn towards; None where there is nothing.
+        weight: Of the shared ones, that of the own being 1.
+        shrinkage: Share of the off-diagonal entries of moments to take off. None finds it from how the halves differ;
+            of a whole it takes off nothing.
+    """
+    total = _total(own)
+    statistics = blend(total.statistics, None if shared is None else _total(shared).statistics, weight)
+    if shrinkage is None:
+        halves = [part.statistics for part in own]
+        if shared is not None:
+            halves = [blend(half, other.statistics, weight) for half, other in zip(halves, shared, strict=True)]
+        shrinkage = estimate_shrinkage(*halves) if len(halves) > 1 else 0.0
+    cross_II = None if total.cross_II is None else shrink_moment(total.cross_II, shrinkage)
+    return replace(total, statistics=shrink(statistics, shrinkage), cross_II=cross_II)
+
+
+def _total(parts: Sequence[Sums]) -> Sums:
+    """Return the sum of one part or two, in memory of its own."""
+    first, *rest = parts
+    if rest:
+        return first.plus(*rest)
+    return replace(
+        first,
+        statistics=merge([first.statistics]),
+        cross_II=None if first.cross_II is None else first.cross_II.clone(),
+    )
 
 
 def blend(own: Statistics, shared: Statistics | None, shrinkage: float) -> Statistics:

@@ -230,11 +230,11 @@ class UnitBuilder:
         self.inputs, self.tuning, self.costs = inputs, tuning, costs
         self.outline = inputs.outline
         self.keys = Keyring(inputs.outline, inputs.digests, inputs.device, inputs.spec.precision)
-        self.chains = ChainBuilder(self.keys, costs, inputs.spec.calibration.expert_shrinkage)
+        self.chains = ChainBuilder(self.keys, costs, inputs.spec.calibration)
         self.continuations = ContinuationBuilder(self.keys, costs, tuning.workers)
         self.num_blocks = inputs.outline.skeleton.num_blocks
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
-        calibration = Tokens.of("calibration", inputs.calibration, inputs.spec.calibration.slice_sequences)
+        calibration = Tokens.of("calibration", inputs.calibration, inputs.spec.calibration.sequences_in_slice)
         self.calibration = self.chains.calibration(calibration, tuning.spans)
 
     def build(self) -> JobUnits:
@@ -256,11 +256,10 @@ class UnitBuilder:
         units, moments = {}, 2 if sums.is_compared else 1
         for position in sums.groups:
             group = self.outline.groups[sums.block][position]
-            blended = self.chains.blended(group)
             units[position] = WorkUnit(
                 Kind.MERGE,
                 self.chains.merge_key(sums.identity, group),
-                {"group": position, "is_compared": sums.is_compared, **blended},
+                {"group": position, "is_compared": sums.is_compared, **self.chains.concluded(group)},
                 sums.units,
                 rank=sums.rank,
                 cost=moments * self.costs.merge_s(shape_of(group), len(sums.units)),

@@ -28,7 +28,7 @@ from pipeline.graph.identity import Keyring
 from pipeline.graph.shape import active_elements, state_size
 from pipeline.graph.stages import ALGORITHM_VERSIONS
 from pipeline.skeleton.groups import LinearGroup
-from pipeline.spec import ExpertStatistics
+from pipeline.spec import CalibrationSpec, ExpertStatistics
 
 SAVE_EVERY = 1
 """Blocks between two places at which hidden states are saved, at least: a killed job does again what it had not
@@ -50,6 +50,9 @@ SOLVED_AFTER = 0.5
 HELDOUT_SLICE_SEQUENCES = 2
 """Held-out sequences in a slice; their sums add up exactly, so only speed depends on it."""
 
+HALVES = 2
+"""Spans of a text that statistics are of, at least."""
+
 SUMMED = {Kind.CALIBRATE: 1, Kind.COMPARE: 2}
 """How many moments of each input a unit of a kind adds up."""
 
@@ -69,6 +72,12 @@ def cut(num_slices: int, wanted: int) -> list[Span]:
     while -(-num_slices // size) > wanted:
         size *= 2
     return [(low, min(low + size, num_slices)) for low in range(0, num_slices, size)]
+
+
+def cut_to_sum(num_slices: int, wanted: int) -> list[Span]:
+    """Return the slices of a text that statistics are of cut likewise, but into ``HALVES`` at least, if there are
+    several: what statistics are shrunk by is seen from how these differ."""
+    return cut(num_slices, max(wanted, HALVES))
 
 
 @dataclass(frozen=True)
@@ -227,20 +236,20 @@ class Propagation:
 class ChainBuilder:
     """Makes the chains of one source."""
 
-    def __init__(self, keys: Keyring, costs: CostModel, expert_shrinkage: float) -> None:
-        self.keys, self.costs, self._shrinkage = keys, costs, expert_shrinkage
+    def __init__(self, keys: Keyring, costs: CostModel, calibration: CalibrationSpec) -> None:
+        self.keys, self.costs, self._calibration = keys, costs, calibration
         self._experts = keys.outline.experts
         self._collections = [plan_collections(groups, self._experts) for groups in keys.outline.groups]
         self.num_blocks = keys.outline.skeleton.num_blocks
         self._hidden = state_size(keys.outline)
 
     def calibration(self, tokens: Tokens, num_spans: int) -> Chain:
-        """Return the chain that collects statistics on the way, in ``num_spans`` spans at most."""
-        return self._chain(tokens, num_spans, Kind.CALIBRATE)
+        """Return the chain that collects statistics on the way, in as many spans as ``cut_to_sum`` makes."""
+        return self._chain(tokens, cut_to_sum(len(tokens.slices), num_spans), Kind.CALIBRATE)
 
     def heldout(self, tokens: Tokens, num_spans: int) -> Chain:
         """Return the chain of held-out text through the source; its end is saved for every variant to come."""
-        return self._chain(tokens, num_spans, Kind.FORWARD)
+        return self._chain(tokens, cut(len(tokens.slices), num_spans), Kind.FORWARD)
 
     def sums(self, chain: Chain, block: int) -> Sums:
         """Return the sums over all tokens of the chain at one block."""
@@ -285,12 +294,17 @@ class ChainBuilder:
     def merge_key(self, identity: str, group: LinearGroup) -> str:
         """Return the key of a group's statistics over all tokens, where the chain is ``identity`` after the block."""
         names = [linear.name for linear in group.linears]
-        return self.keys.key(Kind.MERGE, {"chain": identity, "names": names, **self.blended(group)})
+        return self.keys.key(Kind.MERGE, {"chain": identity, "names": names, **self.concluded(group)})
 
-    def blended(self, group: LinearGroup) -> dict[str, float]:
-        """Return what a group's statistics depend on besides the sums: how much they are drawn towards shared ones."""
+    def concluded(self, group: LinearGroup) -> dict[str, float | None]:
+        """Return what a group's statistics depend on besides the sums: how much is taken off their correlations (None:
+        as the halves of the text say), and how much they are drawn towards shared ones."""
+        asked = self._calibration.shrinkage
         is_blended = self._experts is ExpertStatistics.SHRINKAGE and group.expert
-        return {"shrinkage": self._shrinkage} if is_blended else {}
+        return {
+            "shrinkage": None if asked == "auto" else asked,
+            **({"expert_shrinkage": self._calibration.expert_shrinkage} if is_blended else {}),
+        }
 
     def _after(self, walk: _Walk, number: int, identities: Sequence[str]) -> tuple[str, ...]:
         """Return the keys of the units that have to have run before a span may pass the last block that ``identities``
@@ -312,8 +326,8 @@ class ChainBuilder:
         saved_s = self.costs.copy_s(4.0 * count * self._hidden)
         return max(SAVE_EVERY, math.ceil(saved_s / (SAVE_SHARE * block_s)))
 
-    def _chain(self, tokens: Tokens, num_spans: int, kind: Kind) -> Chain:
-        spans = tuple(cut(len(tokens.slices), num_spans))
+    def _chain(self, tokens: Tokens, spans: Sequence[Span], kind: Kind) -> Chain:
+        spans = tuple(spans)
         begin = {
             "tokens": tokens.digest,
             "slices": [len(part) for part in tokens.slices],

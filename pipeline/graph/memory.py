@@ -8,14 +8,14 @@ else can be cut. Estimates are of the spans that a ``Tuning`` makes, and the job
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.calibrate.collections import plan_collections
 from pipeline.calibrate.forward import MICRO_BATCH_TOKENS
 from pipeline.calibrate.sensitivity import LOGIT_ELEMENTS
 from pipeline.errors import PlanError
-from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, cut
+from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, Span, cut, cut_to_sum
 from pipeline.graph.cost import CostModel
 from pipeline.graph.dag import WALKS, Kind
 from pipeline.graph.folds import MAX_SEARCHED_ROWS
@@ -145,9 +145,9 @@ class _Passed:
     slices: int
 
     @classmethod
-    def of(cls, samples: int, length: int, sequences: int, spans: int) -> _Passed:
-        """Return a text of ``samples`` sequences in slices of ``sequences``, cut into ``spans`` at most."""
-        low, high = cut(-(-samples // sequences), spans)[0]
+    def of(cls, samples: int, length: int, sequences: int, spans: Sequence[Span]) -> _Passed:
+        """Return a text of ``samples`` sequences in slices of ``sequences``, cut into ``spans``."""
+        low, high = spans[0]
         sequences = min(sequences, samples)
         batch_tokens = max(length, min(sequences * length, MICRO_BATCH_TOKENS))
         return cls(sequences * length, batch_tokens, high - low)
@@ -215,8 +215,11 @@ def _too_little(needed: WorkerMemory, max_bytes: int) -> PlanError:
 def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> WorkerMemory:
     """Return what one worker needs at least for a conversion that is cut so."""
     own, gates = spec.calibration, spec.gates
-    calibration = _Passed.of(own.samples, own.length, own.slice_sequences, tuning.spans)
-    heldout = _Passed.of(gates.heldout_samples, gates.heldout_length, HELDOUT_SLICE_SEQUENCES, tuning.heldout_spans)
+    sequences = own.sequences_in_slice
+    spans = cut_to_sum(-(-own.samples // sequences), tuning.spans)
+    calibration = _Passed.of(own.samples, own.length, sequences, spans)
+    spans = cut(-(-gates.heldout_samples // HELDOUT_SLICE_SEQUENCES), tuning.heldout_spans)
+    heldout = _Passed.of(gates.heldout_samples, gates.heldout_length, HELDOUT_SLICE_SEQUENCES, spans)
     block_names = [outline.skeleton.block_tensors(block).values() for block in range(outline.skeleton.num_blocks)]
     stored = max(sum(map(outline.tensor_bytes, names)) for names in block_names)
     dense = FLOAT * max(sum(map(outline.tensor_elements, names)) for names in block_names)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from pipeline.graph.chains import shape_of
+from pipeline.graph.chains import HALVES, shape_of
 from pipeline.graph.cost import CostModel, GroupShape, sum_bytes
 from pipeline.graph.shape import ModelShape
 from pipeline.spec import ConversionSpec
@@ -24,7 +24,7 @@ class Tuning:
     """How a job is cut into units.
 
     Attributes:
-        spans: Spans that calibration slices are handled in, at most (``chains.cut``).
+        spans: Spans that calibration slices are handled in, at most, and two at least (``chains.cut_to_sum``).
         solve_s: Longest solve, by the cost model; longer ones are cut into ranges of rows.
         heldout_spans: Spans that held-out slices are handled in, at most.
         workers: Workers that the parts of a model too large for one of them are spread over.
@@ -49,7 +49,7 @@ def make_tuning(outline: ModelShape, spec: ConversionSpec, workers: int, costs: 
     groups = [[shape_of(group) for group in block] for block in outline.groups]
     tokens = spec.calibration.samples * spec.calibration.length
     heldout = spec.gates.heldout_samples * spec.gates.heldout_length
-    spans = timely_spans(outline, costs, tokens, workers, groups)
+    spans = max(HALVES, timely_spans(outline, costs, tokens, workers, groups))
     alone = [()] * len(groups)
     span_s = _passing_s(outline, costs, tokens, groups) / spans
     as_fast = math.ceil(_passing_s(outline, costs, heldout, alone) / span_s)

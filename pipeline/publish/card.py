@@ -92,6 +92,7 @@ def _values(facts: ReleaseFacts) -> dict[str, Any]:
         "facts": facts,
         "front_matter": yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True).rstrip(),
         "schedule": figures.describe_schedule(facts.variant),
+        "shrinkage": figures.describe_shrinkage(facts),
         "scheme": figures.describe_scheme(facts.variant, facts.modules),
         "judged": figures.judge(facts),
         "checks": [(check, _check_figures(check)) for check in facts.verdict.checks],

@@ -24,7 +24,7 @@ from pipeline.units import format_bytes, format_count
 
 NARROW_COLUMNS = 120
 """Below this width the table of modules shows the first of its figures only."""
-_MODULE_FIGURES = ("rel. error", "weight error", "loss", "damping", "clip", "exponent")
+_MODULE_FIGURES = ("rel. error", "weight error", "loss", "damping", "shrunk", "clip", "exponent")
 _ROUNDS = "rounds"
 """Column of the rounds of refinement; there for variants that ask for some."""
 _TOKENS = "tokens"
@@ -162,6 +162,7 @@ def _module_figures(module: ModuleFacts, budget: float | None) -> list[str | Tex
         f"{100 * module.weight_error:.2f} %",
         f"{module.loss:.3g}",
         f"{module.damping:.3g}" if module.damping else "-",
+        f"{module.shrinkage:.3f}" if module.shrinkage else "-",
         "-" if module.clip is None else f"{module.clip:.3f}",
         "-" if module.awq_exponent is None else f"{module.awq_exponent:.3g}",
     ]

@@ -58,7 +58,7 @@ def _source_word(source: SourceFacts) -> str:
 
 def _calibration(calibration: CalibrationFacts) -> dict[str, Any]:
     """Return what calibration was told otherwise than by default, besides what flags say."""
-    keys = ("slice_sequences", "experts", "expert_shrinkage", "min_expert_tokens")
+    keys = ("slice_sequences", "shrinkage", "experts", "expert_shrinkage", "min_expert_tokens")
     told = {key: getattr(calibration, key) for key in keys}
     default = CalibrationSpec()
     other = {key: value for key, value in told.items() if value is not None and value != getattr(default, key)}

@@ -203,7 +203,7 @@ def solve(
     rows = solve_rows(method, weight_OI, statistics, scheme, options)
     num_dead = count_dead_inputs(statistics)
     return tuple(
-        as_linear(part, scheme, options, num_tokens=statistics.num_tokens, num_dead_inputs=num_dead)
+        as_linear(part, scheme, options, statistics.num_tokens, num_dead, statistics.shrinkage)
         for part in rows.split(row_sizes)
     )
 
@@ -214,7 +214,7 @@ def count_dead_inputs(statistics: Statistics) -> int:
 
 
 def as_linear(
-    rows: SolvedRows, scheme: Scheme, options: SolveOptions, *, num_tokens: int, num_dead_inputs: int
+    rows: SolvedRows, scheme: Scheme, options: SolveOptions, num_tokens: int, num_dead_inputs: int, shrinkage: float
 ) -> QuantizedLinear:
     """Return one linear from all its rows, with its report.
 
@@ -224,6 +224,7 @@ def as_linear(
         options: What was asked of the solver.
         num_tokens: Tokens of the statistics.
         num_dead_inputs: Input channels that were zero on every token.
+        shrinkage: Of the statistics.
     """
     loss, energy = float(rows.loss_O.sum()), float(rows.energy_O.sum())
     error_norm, norm = float(rows.error_norm_O.sum()), float(rows.norm_O.sum())
@@ -233,6 +234,7 @@ def as_linear(
         relative_error=(loss / energy) ** 0.5 if energy > 0 else 0.0,
         weight_error=(error_norm / norm) ** 0.5 if norm > 0 else 0.0,
         damping=damping,
+        shrinkage=shrinkage,
         clip=float(rows.kept_O.sum()) / rows.scale_OG.numel(),
         num_tokens=num_tokens,
         num_dead_inputs=num_dead_inputs,

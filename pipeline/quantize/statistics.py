@@ -22,6 +22,15 @@ from pipeline.quantize import triton_kernels
 from pipeline.quantize.loss import column_blocks
 from pipeline.quantize.types import Statistics
 
+_DTYPES = {
+    "second_moment": torch.float32,
+    "abs_sum": torch.float32,
+    "abs_max": torch.float32,
+    "num_tokens": torch.int64,
+    "shrinkage": torch.float64,
+}
+"""Of the tensors that statistics are stored as."""
+
 
 def empty(in_features: int, device: torch.device | str = "cpu") -> Statistics:
     """Return the statistics of no tokens: float32 zeros for ``in_features`` channels on ``device``."""
@@ -116,6 +125,7 @@ def rescale(statistics: Statistics, scale_I: Tensor) -> Statistics:
         abs_sum_I=statistics.abs_sum_I / scale_I,
         abs_max_I=statistics.abs_max_I / scale_I,
         num_tokens=statistics.num_tokens,
+        shrinkage=statistics.shrinkage,
     )
 
 
@@ -126,6 +136,7 @@ def to_tensors(statistics: Statistics) -> dict[str, Tensor]:
         "abs_sum": statistics.abs_sum_I,
         "abs_max": statistics.abs_max_I,
         "num_tokens": torch.tensor([statistics.num_tokens], dtype=torch.int64),
+        "shrinkage": torch.tensor([statistics.shrinkage], dtype=torch.float64),
     }
 
 
@@ -135,16 +146,20 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Statistics:
     Raises:
         QuantizationError: naming the tensor that is missing or has the wrong dtype or shape.
     """
-    missing = [name for name in ("second_moment", "abs_sum", "abs_max", "num_tokens") if name not in tensors]
+    missing = [name for name in _DTYPES if name not in tensors]
     if missing:
         raise QuantizationError(f"stored statistics lack {', '.join(missing)}")
     width = tensors["abs_sum"].numel()
-    expected = {"second_moment": [width, width], "abs_sum": [width], "abs_max": [width], "num_tokens": [1]}
-    for name, shape in expected.items():
-        dtype = torch.int64 if name == "num_tokens" else torch.float32
+    shapes = {"second_moment": [width, width], "abs_sum": [width], "abs_max": [width]}
+    for name, dtype in _DTYPES.items():
+        shape = shapes.get(name, [1])
         if list(tensors[name].shape) != shape or tensors[name].dtype is not dtype:
             found = f"{tensors[name].dtype} {list(tensors[name].shape)}"
             raise QuantizationError(f"stored statistics: {name} is {found}, expected {dtype} {shape}")
     return Statistics(
-        tensors["second_moment"], tensors["abs_sum"], tensors["abs_max"], int(tensors["num_tokens"].item())
+        second_moment_II=tensors["second_moment"],
+        abs_sum_I=tensors["abs_sum"],
+        abs_max_I=tensors["abs_max"],
+        num_tokens=int(tensors["num_tokens"].item()),
+        shrinkage=float(tensors["shrinkage"].item()),
     )

@@ -41,19 +41,21 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration keeps of a linear's inputs x: sums and maxima over tokens, so they merge.
+    """What calibration keeps of a linear's inputs x: sums and maxima over tokens, so they merge until they are shrunk.
 
     Attributes:
         second_moment_II: float32 [I, I], the sum of x x^T.
         abs_sum_I: float32 [I], the sum of |x|.
         abs_max_I: float32 [I], the maximum of |x|.
         num_tokens: Number of x that were summed.
+        shrinkage: Share of the second moment's off-diagonal entries that was taken off (``shrinkage.py``); 0 for sums.
     """
 
     second_moment_II: Tensor
     abs_sum_I: Tensor
     abs_max_I: Tensor
     num_tokens: int
+    shrinkage: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class SolveReport:
         relative_error: sqrt(tr(dW H dW^T) / tr(W H W^T)), dimensionless.
         weight_error: ||dW|| / ||W||, Frobenius, dimensionless.
         damping: Fraction of the mean diagonal that was added to H before it was factored; 0 where nothing was factored.
+        shrinkage: Share of the off-diagonal entries of the sum over tokens that H lacks.
         clip: Mean over groups of the scale over the one that clips nothing; below 1 the largest weights were clipped.
-        num_tokens: Tokens that H is the sum over.
+        num_tokens: Tokens that H is of.
         num_dead_inputs: Input channels that were zero on every token.
         num_rounds: Rounds of refinement that lowered the loss of some row.
         degradations: What was done otherwise than asked, in words; empty when nothing was.
@@ -76,6 +79,7 @@ class SolveReport:
     relative_error: float
     weight_error: float
     damping: float
+    shrinkage: float
     clip: float
     num_tokens: int
     num_dead_inputs: int

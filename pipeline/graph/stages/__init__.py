@@ -16,11 +16,12 @@ from pipeline.graph.stages.solve import compensate, factor_group, scales, solve_
 from pipeline.graph.stages.verify import verify
 
 ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
+    Kind.MERGE: 3,
     Kind.FACTOR: 4,
     Kind.SENSE: 3,
     Kind.SCALES: 5,
-    Kind.SOLVE: 7,
-    Kind.PACK: 3,
+    Kind.SOLVE: 8,
+    Kind.PACK: 4,
     Kind.CALIBRATE: 5,
     Kind.PROPAGATE: 5,
     Kind.FORWARD: 5,

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pipeline.calibrate.collections import CROSS, Collections, Sums, blend, plan_collections
+from pipeline.calibrate.collections import CROSS, Collections, Sums, conclude, plan_collections
 from pipeline.calibrate.forward import compare_block, forward_block
 from pipeline.graph.dag import WALKS, Kind, WorkUnit
 from pipeline.graph.stages.call import Call
@@ -160,18 +160,24 @@ def add_spans(call: Call) -> dict[str, Any]:
 
 
 def merge_spans(call: Call) -> dict[str, Any]:
-    """Write the statistics of one linear group: the spans' sums, added as the tree over all slices says, and drawn
-    towards those over all tokens where that is asked for."""
+    """Write the statistics of one linear group: the spans' sums, added as the tree over all slices says, drawn towards
+    those over all tokens where that is asked for, and shrunk."""
     position, end = call.params["group"], max(need.params["high"] for need in call.unit.needs)
+    middle = split_node(0, end) if end > 1 else end
+    spans = [span for span in ((0, middle), (middle, end)) if span[0] < span[1]]
     collections = collections_of(call)
-    own, place = _sum_of_needs(call, position, 0, end), collections.shared[position]
-    shared = _sum_of_needs(call, place, 0, end).statistics if place is not None else None
-    call.put(to_tensors(blend(own.statistics, shared, call.params.get("shrinkage", 0.0))))
-    if own.cross_II is not None:
-        call.put({CROSS: own.cross_II})
-    counted = zip(collections.items[position].counted, own.routed_E.tolist(), strict=True)
+
+    def parts(place: int) -> list[Sums]:
+        return [_sum_of_needs(call, place, *span) for span in spans]
+
+    place, weight = collections.shared[position], call.params.get("expert_shrinkage", 0.0)
+    found = conclude(parts(position), None if place is None else parts(place), weight, call.params["shrinkage"])
+    call.put(to_tensors(found.statistics))
+    if found.cross_II is not None:
+        call.put({CROSS: found.cross_II})
+    counted = zip(collections.items[position].counted, found.routed_E.tolist(), strict=True)
     routed = {f"{collections.items[position].experts}.{number}": count for number, count in counted}
-    return {"tokens": own.statistics.num_tokens} | ({"expert_tokens": routed} if routed else {})
+    return {"expert_tokens": routed} if routed else {}
 
 
 def _sum_of_needs(call: Call, position: int, low: int, high: int) -> Sums:

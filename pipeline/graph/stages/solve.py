@@ -90,6 +90,7 @@ def solve_range(call: Call) -> dict[str, Any]:
         **({"expert_tokens": routed} if routed else {}),
         "num_tokens": statistics.num_tokens,
         "num_dead_inputs": count_dead_inputs(statistics),
+        "shrinkage": statistics.shrinkage,
         "loss": loss / statistics.num_tokens,
         "relative_error": (loss / energy) ** 0.5 if energy > 0 else 0.0,
     }

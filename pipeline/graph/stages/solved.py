@@ -45,9 +45,7 @@ def solved_group(call: Call, parts: Sequence[WorkUnit]) -> dict[str, QuantizedLi
     sizes = [linear.out_features for linear in members]
     scheme, options = scheme_of(parts[0].params), options_of(parts[0].params)
     return {
-        linear.name: as_linear(
-            part, scheme, options, num_tokens=facts["num_tokens"], num_dead_inputs=facts["num_dead_inputs"]
-        )
+        linear.name: as_linear(part, scheme, options, facts["num_tokens"], facts["num_dead_inputs"], facts["shrinkage"])
         for linear, part in zip(members, rows.split(sizes), strict=True)
     }
 

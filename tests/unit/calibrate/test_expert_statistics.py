@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.calibrate.collections import COUNTS, Sums, blend, plan_collections
+from pipeline.calibrate.collections import COUNTS, Sums, blend, conclude, plan_collections
 from pipeline.calibrate.forward import forward_block
 from pipeline.graph.outline import Source, open_folder
+from pipeline.quantize.shrinkage import estimate_shrinkage, shrink
 from pipeline.quantize.statistics import accumulate, empty
 from pipeline.quantize.types import Statistics
 from pipeline.skeleton.groups import LinearGroup
@@ -190,3 +192,52 @@ def test_an_unseen_expert_has_the_shared_statistics_where_there_are_some_else_th
     assert alone.num_tokens == 1
     own = statistics_of(torch.ones(2, 4))
     assert blend(own, None, 0.0) is own
+
+
+def halves_of(x_TI: Tensor, *counts: int) -> list[Sums]:
+    return [sums_of(part, *counts) for part in (x_TI[: len(x_TI) // 2], x_TI[len(x_TI) // 2 :])]
+
+
+def test_statistics_are_concluded_from_halves_that_stay_as_they_are() -> None:
+    x_TI = torch.randn(40, 6, generator=torch.Generator().manual_seed(4))
+    halves = halves_of(x_TI, 3)
+    before = [half.statistics.second_moment_II.clone() for half in halves]
+    found = conclude(halves, None, 0.0)
+    share = estimate_shrinkage(*(half.statistics for half in halves))
+    assert found.statistics.shrinkage == share > 0
+    assert found.routed_E.tolist() == [6]
+    expected = shrink(statistics_of(x_TI), share).second_moment_II
+    torch.testing.assert_close(found.statistics.second_moment_II, expected)
+    assert all(torch.equal(half.statistics.second_moment_II, own) for half, own in zip(halves, before, strict=True))
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_a_share_that_was_asked_for_is_taken_and_a_whole_tells_of_none(num_parts: int) -> None:
+    x_TI = torch.randn(40, 6, generator=torch.Generator().manual_seed(5))
+    cross_II = torch.randn(6, 6)
+    parts = [
+        replace(part, cross_II=cross_II.clone()) for part in (halves_of(x_TI) if num_parts > 1 else [sums_of(x_TI)])
+    ]
+    asked = conclude(parts, None, 0.0, 0.25)
+    assert asked.statistics.shrinkage == 0.25
+    total_II = num_parts * cross_II
+    assert torch.equal(asked.crossed.diagonal(), total_II.diagonal())
+    torch.testing.assert_close(asked.crossed[0, 1:], 0.75 * total_II[0, 1:])
+    assert all(torch.equal(part.crossed, cross_II) for part in parts)
+    torch.testing.assert_close(
+        parts[0].statistics.second_moment_II, sums_of(x_TI[: 40 // num_parts]).statistics.second_moment_II
+    )
+    if num_parts == 1:
+        assert conclude(parts, None, 0.0).statistics.shrinkage == 0.0
+
+
+def test_an_expert_s_correlations_are_judged_by_what_it_is_drawn_towards_too() -> None:
+    x_TI = torch.randn(60, 6, generator=torch.Generator().manual_seed(6))
+    own, shared = halves_of(x_TI[20:36]), halves_of(x_TI)
+    blended = [blend(a.statistics, b.statistics, LAMBDA) for a, b in zip(own, shared, strict=True)]
+    assert conclude(own, shared, LAMBDA).statistics.shrinkage == estimate_shrinkage(*blended)
+    # One that no token of a half was sent to is known from the shared ones there, and without these not at all.
+    unseen = [own[0], Sums(empty(6), torch.zeros(0, dtype=torch.int64))]
+    assert conclude(unseen, shared, LAMBDA).statistics.shrinkage > 0
+    assert conclude(unseen, None, 0.0).statistics.shrinkage == 0.0
+    assert conclude(unseen[1:] * 2, None, 0.0).statistics.shrinkage == 0.0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.fingerprint import fingerprint
 from pipeline.graph import chains
-from pipeline.graph.chains import ADDED_SPANS, SOLVED_AFTER, Chain, ChainBuilder, Span, Tokens, cut
+from pipeline.graph.chains import ADDED_SPANS, SOLVED_AFTER, Chain, ChainBuilder, Span, Tokens, cut, cut_to_sum
 from pipeline.graph.cost import CPU_RATES, cost_model
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.identity import HIDDEN_STAGE, Keyring
@@ -21,6 +21,7 @@ from pipeline.graph.outline import open_folder
 from pipeline.graph.stages.calibrate import add_up, hidden_name, split_node
 from pipeline.quantize.statistics import add, merge, to_tensors
 from pipeline.quantize.types import Statistics
+from pipeline.spec import CalibrationSpec
 from tests.architectures import make_model
 
 NUM_BLOCKS = 14
@@ -92,6 +93,16 @@ def test_sums_are_the_same_bits_however_the_slices_are_cut(count: int, wanted: i
     assert same_bits(total(slices, cut(count, count)), whole)
 
 
+@given(num_slices, num_wanted)
+def test_of_a_text_that_statistics_are_of_the_sums_over_its_halves_are_there(count: int, wanted: int) -> None:
+    spans = cut_to_sum(count, wanted)
+    assert len(spans) <= max(wanted, 2)
+    if count > 1:
+        middle = split_node(0, count)
+        assert middle in {low for low, _ in spans}
+        assert all(high <= middle or low >= middle for low, high in spans)
+
+
 @settings(deadline=None, max_examples=200)
 @given(num_slices, num_wanted, st.integers(0, 2**32), st.sampled_from([2, 4, ADDED_SPANS]))
 def test_sums_are_the_same_bits_when_neighbouring_spans_are_added_first(
@@ -146,7 +157,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory, monkeypatch_module: pytest
     free = replace(CPU_RATES, store_bytes=1e18, touched_bytes=1e18, unit_s=1e-9, passing_s=1e-9)
     costs = replace(cost_model("cpu"), rates=free)
     monkeypatch_module.setattr(chains, "SAVE_EVERY", EVERY)
-    return ChainBuilder(Keyring(outline, digests, "cpu"), costs, expert_shrinkage=0.1)
+    return ChainBuilder(Keyring(outline, digests, "cpu"), costs, calibration=CalibrationSpec())
 
 
 def tokens(name: str, slices: int = NUM_SLICES) -> Tokens:
@@ -225,7 +236,9 @@ def test_units_of_a_span_share_a_home_and_each_span_has_its_own(chain: Chain) ->
 
 def test_a_chain_s_identity_and_saves_do_not_depend_on_how_it_is_cut(builder: ChainBuilder) -> None:
     one, many = (builder.calibration(tokens("calibration"), spans) for spans in (1, NUM_SLICES))
-    assert (len(one.spans), len(many.spans)) == (1, NUM_SLICES)
+    # Of statistics the halves are wanted, so their text is never passed in one span.
+    assert (len(one.spans), len(many.spans)) == (2, NUM_SLICES)
+    assert len(builder.heldout(tokens("held-out"), 1).spans) == 1
     assert one.identities == many.identities
     assert set(one.saves) == set(many.saves)
     assert not {unit.key for row in one.blocks for unit in row} & {unit.key for row in many.blocks for unit in row}
@@ -284,7 +297,7 @@ def test_a_span_waits_for_what_reads_its_sums_some_blocks_before(
     bounded = ChainBuilder(
         builder.keys,
         replace(builder.costs, rates=replace(builder.costs.rates, held_bytes=1.0)),
-        expert_shrinkage=0.1,
+        calibration=CalibrationSpec(),
     )
     for slices, reads in ((3, "merge"), (8, "add")):
         chain = bounded.calibration(tokens("calibration", slices), slices)
@@ -313,7 +326,7 @@ def test_where_the_chain_may_not_go_far_a_block_is_solved_while_the_next_one_is_
     bounded = ChainBuilder(
         builder.keys,
         replace(builder.costs, rates=replace(builder.costs.rates, held_bytes=held_bytes)),
-        expert_shrinkage=0.1,
+        calibration=CalibrationSpec(),
     )
     chain = bounded.calibration(tokens("calibration", 4), 4)
     ranks = [row[0].rank for row in chain.blocks]

@@ -57,10 +57,10 @@ def large_spec(make_spec: MakeSpec, **fields: object) -> ConversionSpec:
 def test_shorter_spans_need_less_for_partial_sums_and_hidden_states(make_spec: MakeSpec) -> None:
     """Until there is one slice in each."""
     shape, spec = named_shape("llama-3.1-8b"), large_spec(make_spec)
-    cuts = [Tuning(spans, 20.0) for spans in (1, 2, 4, 8, 16, 32)]
+    cuts = [Tuning(spans, 20.0) for spans in (2, 4, 8, 16, 32)]
     needed = [worker_memory(shape, spec, cut).units["calibrate on a block"] for cut in cuts]
     moments = max(4 * sum(group.in_features**2 for group in block) for block in shape.groups)
-    hidden = [4 * 4096 * 8 * 512 * slices for slices in (8, 4, 2, 1)]
+    hidden = [4 * 4096 * 8 * 512 * slices for slices in (4, 2, 1)]
     assert [before - after for before, after in pairwise(needed)] == [*(moments + states for states in hidden), 0]
 
 
@@ -168,7 +168,7 @@ def test_units_hold_no_more_slices_than_their_worker_has_memory_for(
     assert plan.needed.total + plan.shelf_bytes <= max(least, most)
     made = longest(outline, spec, plan, costs)
     # What the units that were made need, by the same estimate: spans of just so many slices.
-    num_slices, num_heldout = -(-samples // sequences), -(-heldout_samples // 2)
+    num_slices, num_heldout = -(-samples // spec.calibration.sequences_in_slice), -(-heldout_samples // 2)
     as_made = Tuning(-(-num_slices // made[Kind.CALIBRATE]), 20.0, -(-num_heldout // made[Kind.FORWARD]), workers)
     assert worker_memory(outline, spec, as_made).units == plan.needed.units
     assert made[Kind.EMBED] == max(made[Kind.CALIBRATE], made[Kind.FORWARD])

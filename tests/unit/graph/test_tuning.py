@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.graph.chains import cut, shape_of
+from pipeline.graph.chains import HALVES, cut, shape_of
 from pipeline.graph.cost import CPU_RATES, CostModel, cost_model
 from pipeline.graph.shapes import ShapeOutline
 from pipeline.graph.tuning import Tuning, make_tuning
@@ -62,10 +62,11 @@ def test_held_out_text_passes_as_fast_as_calibration_in_no_more_spans_than_it_ta
     assert made.heldout_spans == 1 or heldout_s / (made.heldout_spans - 1) > calibration_s
 
 
-def test_a_text_of_which_a_span_would_take_longer_to_begin_than_to_pass_has_fewer_and_at_least_one() -> None:
+def test_a_text_of_which_a_span_would_take_longer_to_begin_than_to_pass_has_fewer_down_to_the_least() -> None:
     cuts = [make_tuning(SHAPE, spec(samples, samples), 12, cost_model("cpu")) for samples in (1, 4, 16, 128)]
-    for spans, most in (([made.spans for made in cuts], 12), ([made.heldout_spans for made in cuts], 8)):
-        assert spans[0] == 1
+    heldout, calibration = [made.heldout_spans for made in cuts], [made.spans for made in cuts]
+    for spans, least, most in ((calibration, HALVES, 12), (heldout, 1, 8)):
+        assert spans[0] == least
         assert spans == sorted(spans)
         assert spans[1] < spans[2] <= spans[3] == most
 

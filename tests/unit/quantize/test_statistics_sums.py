@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.errors import QuantizationError
+from pipeline.quantize.shrinkage import shrink
 from pipeline.quantize.statistics import accumulate, empty, from_tensors, merge, rescale, to_tensors
 
 X = torch.randn(40, 12, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -67,21 +68,23 @@ def test_rescaled_statistics_are_those_of_rescaled_inputs() -> None:
     torch.testing.assert_close(rescaled.abs_sum_I, direct.abs_sum_I)
     torch.testing.assert_close(rescaled.abs_max_I, direct.abs_max_I)
     assert rescaled.num_tokens == direct.num_tokens
+    assert rescale(shrink(direct, 0.2), scale).shrinkage == 0.2
 
 
 def test_storage_round_trip_is_exact() -> None:
-    statistics = accumulate(empty(12), X)
+    statistics = shrink(accumulate(empty(12), X), 0.3)
     again = from_tensors(to_tensors(statistics))
     assert torch.equal(again.second_moment_II, statistics.second_moment_II)
     assert torch.equal(again.abs_sum_I, statistics.abs_sum_I)
     assert torch.equal(again.abs_max_I, statistics.abs_max_I)
     assert again.num_tokens == statistics.num_tokens
+    assert again.shrinkage == 0.3
 
 
-@pytest.mark.parametrize("name", ["second_moment", "abs_sum", "abs_max", "num_tokens"])
+@pytest.mark.parametrize("name", ["second_moment", "abs_sum", "abs_max", "num_tokens", "shrinkage"])
 def test_damaged_storage_names_the_tensor(name: str) -> None:
     tensors = to_tensors(accumulate(empty(12), X))
     with pytest.raises(QuantizationError, match=name):
         from_tensors({key: value for key, value in tensors.items() if key != name})
     with pytest.raises(QuantizationError, match=name):
-        from_tensors(tensors | {name: tensors[name].to(torch.float64)})
+        from_tensors(tensors | {name: tensors[name].to(torch.bfloat16)})
