@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -169,16 +170,20 @@ class Job:
 
     def key(self, task: Task) -> str:
         """Return the fingerprint of all that the task's checkpoint follows from, and of the number of cores."""
-        sources = [*task_files(task), *sorted(self.model.glob("*.safetensors")), *sorted(self.model.glob("*.json"))]
         return fingerprint(
             {
                 "task": task.name,
-                "files": [[file.name, digest_file(file)] for file in sources],
+                "files": [*_digests(task_files(task)), *self._model_digests],
                 "tokens": self.tokens.digest,
                 "cores": self.cores,
                 "precision": self.precision,
             }
         )
+
+    @cached_property
+    def _model_digests(self) -> list[list[str]]:
+        # The files are large, and a key is wanted for every task.
+        return _digests([*sorted(self.model.glob("*.safetensors")), *sorted(self.model.glob("*.json"))])
 
     def as_json(self, task: Task, out: Path) -> dict[str, Any]:
         """Return what a peer's script reads."""
@@ -213,6 +218,10 @@ class Job:
         }
         words = [word for flag in flags.items() for word in flag]
         return [str(python), "-m", "jobs.cli", "convert", str(self.model), *words]
+
+
+def _digests(files: Sequence[Path]) -> list[list[str]]:
+    return [[file.name, digest_file(file)] for file in files]
 
 
 def task_files(task: Task) -> list[Path]:
