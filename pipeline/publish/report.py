@@ -1,7 +1,7 @@
 """A release's facts on a terminal, and as JSON.
 
-Tables drop their less telling columns on narrow consoles and fold long names rather than cut them; without a terminal
-there are no colours.
+The table of modules has as many of its columns as the console has room for beside whole names, and folds names rather
+than cut them where it has none; without a terminal there are no colours.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -22,13 +23,13 @@ from pipeline.observe.terminal import one_line
 from pipeline.publish import figures
 from pipeline.units import format_bytes, format_count
 
-NARROW_COLUMNS = 120
-"""Below this width the table of modules shows the first of its figures only."""
 _MODULE_FIGURES = ("rel. error", "weight error", "loss", "damping", "shrunk", "clip", "exponent")
 _ROUNDS = "rounds"
 """Column of the rounds of refinement; there for variants that ask for some."""
 _TOKENS = "tokens"
 """Column of the calibration tokens that the router sent to an expert; there for models that have some."""
+_GAP = 3
+"""Columns of the console between two of a table."""
 MAX_LISTED = 20
 """Lines of one list in the summary; the rest is counted."""
 
@@ -53,20 +54,25 @@ def render_summary(facts: ReleaseFacts, console: Console) -> None:
 
 def render_modules(facts: ReleaseFacts, console: Console) -> None:
     """Print one row per linear, in the order of the facts, and below the table what is to be said of some of them."""
-    is_wide = console.width >= NARROW_COLUMNS
-    num_figures = len(_MODULE_FIGURES) if is_wide else 1
-    is_refined = is_wide and facts.variant.refinement > 0
-    table = _table()
-    table.add_column("linear", overflow="fold")
-    has_experts = bool(figures.expert_layers(facts))
-    titles = ["shape", "bits", "group", *((_TOKENS,) if has_experts else ()), *_MODULE_FIGURES[:num_figures]]
-    for title in (*titles, _ROUNDS) if is_refined else titles:
-        table.add_column(title, justify="right", no_wrap=True)
+    is_refined, has_experts = facts.variant.refinement > 0, bool(figures.expert_layers(facts))
+    shown = ["linear", "shape", "bits", "group", *((_TOKENS,) if has_experts else ())]
+    titles = [*shown, *_MODULE_FIGURES, *((_ROUNDS,) if is_refined else ())]
     budget = facts.verdict.budgets.max_relative_error
+    rows = []
     for module in facts.modules:
         tokens = ["-" if module.expert_tokens is None else f"{module.expert_tokens}"] if has_experts else []
         rounds = [f"{module.refinement_rounds}"] if is_refined else []
-        table.add_row(*_module_cells(module), *tokens, *_module_figures(module, budget)[:num_figures], *rounds)
+        rows.append([*_module_cells(module), *tokens, *_module_figures(module, budget), *rounds])
+    widths = [max(map(_width, column)) for column in zip(titles, *rows, strict=True)]
+    # The first figure in any case; of the others, as many as leave names whole.
+    fitting = [n for n in range(len(shown) + 1, len(titles) + 1) if sum(widths[:n]) + _GAP * (n - 1) <= console.width]
+    num_columns = max(fitting, default=len(shown) + 1)
+    table = _table()
+    table.add_column(titles[0], overflow="fold")
+    for title in titles[1:num_columns]:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row[:num_columns])
     console.print(table)
     notes = [(module.name, text) for module in facts.modules for text in _module_notes(module) if text]
     _print_list(console, "Notes", "bold", _fold_lines(figures.fold_names(notes)), limit=len(notes))
@@ -171,6 +177,10 @@ def _module_figures(module: ModuleFacts, budget: float | None) -> list[str | Tex
 def _module_notes(module: ModuleFacts) -> tuple[str, ...]:
     dead = f"{module.dead_inputs} of {module.in_features} inputs were zero on all tokens" if module.dead_inputs else ""
     return (module.note, *module.degradations, dead)
+
+
+def _width(cell: str | Text) -> int:
+    return cell.cell_len if isinstance(cell, Text) else cell_len(cell)
 
 
 def _table() -> Table:

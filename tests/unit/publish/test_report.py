@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import re
@@ -111,8 +112,21 @@ def test_tables_keep_to_the_width_and_lose_no_name(width: int) -> None:
 
 
 def test_narrow_consoles_show_fewer_figures() -> None:
-    assert "damping" not in modules(make_facts(num_blocks=1), 80)
-    assert "damping" in modules(make_facts(num_blocks=1), 120)
+    facts = make_facts(num_blocks=1)
+    titles = [modules(facts, width).splitlines()[0].split() for width in (60, 80, 100, 120, 160)]
+    assert [len(row) for row in titles] == sorted(len(row) for row in titles)
+    assert all(longer[: len(shorter)] == shorter for shorter, longer in itertools.pairwise(titles))
+    assert titles[0][-2:] == ["rel.", "error"]
+    assert "damping" not in titles[1]
+    assert "damping" in titles[3]
+    assert titles[4][-1] == "exponent"
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_names_are_whole_where_there_is_room_for_any_figure(width: int) -> None:
+    facts = make_facts(num_blocks=1)
+    lines = modules(facts, width).splitlines()
+    assert all(any(line.startswith(f"{module.name} ") for line in lines) for module in facts.modules)
 
 
 def test_rows_hold_the_figures_of_their_linear() -> None:
