@@ -12,6 +12,9 @@ were independent there. Tokens of one text are not, so here they are found from 
 means A and B over n and m tokens, the variance of the mean over all is (A - B)^2 n m / (n + m)^2 in expectation, and of
 the millions of entries of a sum that is plenty.
 
+What a row's error dw loses on the calibration tokens themselves follows from both: dw H dw^T without shrinkage is
+(dw H' dw^T - a sum_i H_ii dw_i^2) / (1 - a), H' being the shrunk moment.
+
 Nothing is factored or solved for it, it does not depend on bits or groups, and dividing inputs by scales changes
 nothing about it.
 """
@@ -80,3 +83,20 @@ def shrink_moment(moment_II: Tensor, share: float) -> Tensor:
         diagonal_I = moment_II.diagonal().clone()
         moment_II.mul_(1 - share).diagonal().copy_(diagonal_I)
     return moment_II
+
+
+def unshrunk_losses(loss_O: Tensor, delta_OI: Tensor, diagonal_I: Tensor, share: float) -> Tensor:
+    """Return dw H dw^T of every row, float64 [O], for H before it was shrunk.
+
+    Where all was taken off, nothing is known of it: then it is that of the diagonal, as it is given.
+
+    Args:
+        loss_O: float64 [O], the same for the shrunk moment.
+        delta_OI: float32 [O, I], the rows dw.
+        diagonal_I: float32 [I], H's diagonal.
+        share: What was taken off.
+    """
+    if not 0 < share < 1:
+        return loss_O
+    alone_O = delta_OI.square().mul_(diagonal_I).sum(-1, dtype=torch.float64)
+    return loss_O.sub(alone_O, alpha=share).div_(1 - share).clamp_min_(0.0)

@@ -10,7 +10,8 @@ The tile also bounds memory: a few times R x I floats, whatever the stack.
 
 GPTQ's codes of a row are replaced by rounding to nearest on the same grid where that has the lower loss (it can, as
 clipping is not undone), so GPTQ is never worse than rounding, row by row. What either found may be refined
-(``refine.py``), which lowers a row's loss or leaves it.
+(``refine.py``), which lowers a row's loss or leaves it. All of this is by the second moment that is given; what is
+reported is of the calibration tokens as they were, before it was shrunk (``shrinkage.py``).
 
 A factorization that fails climbs a ladder of damping, and rows that did not stay finite are solved again with more of
 it. What was used is reported, and every rung above the first is a degradation; at the end of the ladder stands an
@@ -33,6 +34,7 @@ from pipeline.quantize.grid import block_importance, channel_importance, clippin
 from pipeline.quantize.loss import row_losses
 from pipeline.quantize.refine import FoundRows, refine_rows
 from pipeline.quantize.rtn import round_rows
+from pipeline.quantize.shrinkage import unshrunk_losses
 from pipeline.quantize.types import QuantizedLinear, Scheme, SolveReport, Statistics, dequantize
 from pipeline.spec import Method
 
@@ -69,8 +71,8 @@ class SolvedRows:
         codes_OI: uint8 [O, I].
         scale_OG: float32 [O, G].
         zero_OG: uint8 [O, G].
-        loss_O: float64 [O], dw H dw^T, summed over tokens.
-        energy_O: float64 [O], w H w^T, summed over tokens.
+        loss_O: float64 [O], dw H dw^T, summed over tokens; H as it was before it was shrunk.
+        energy_O: float64 [O], w H w^T, likewise.
         error_norm_O: float64 [O], squared norm of the row's error.
         norm_O: float64 [O], squared norm of the row.
         damping_O: float64 [O], damping that the row was solved with; 0 where nothing was factored.
@@ -165,7 +167,7 @@ def solve_rows(
         order: list[Tensor] = []
         for tile_solver, damping in _attempts(method, second_moment_II, scheme, options, factored):
             rows, is_finite = _solve_in_tiles(
-                weight_OI[pending], second_moment_II, tile_solver, scheme, options, damping
+                weight_OI[pending], second_moment_II, statistics.shrinkage, tile_solver, scheme, options, damping
             )
             parts.append(SolvedRows(*(tensor[is_finite] for tensor in vars(rows).values())))
             order.append(pending[is_finite])
@@ -333,12 +335,14 @@ def _round_tile(
 def _solve_in_tiles(
     weight_OI: Tensor,
     second_moment_II: Tensor,
+    shrinkage: float,
     tile_solver: _TileSolver,
     scheme: Scheme,
     options: SolveOptions,
     damping: float,
 ) -> tuple[SolvedRows, Tensor]:
     """Return the solved rows, and which of them stayed finite (bool [O])."""
+    diagonal_I = second_moment_II.diagonal()
     tile_rows = TILE_ROWS.get(weight_OI.device.type, TILE_ROWS_DEVICE)
     tiles: list[SolvedRows] = []
     finite: list[Tensor] = []
@@ -348,12 +352,13 @@ def _solve_in_tiles(
         tile = tile_solver(padded_RI)
         found = refine_rows(padded_RI, tile.found, second_moment_II, scheme, options.damping, options.refinement)
         ranges = clipping(padded_RI, found.scale_OG, scheme)
+        delta_RI = dequantize(found.codes_OI, found.scale_OG, found.zero_OG, scheme.group_size).sub_(padded_RI)
         solved = SolvedRows(
             codes_OI=found.codes_OI,
             scale_OG=found.scale_OG,
             zero_OG=found.zero_OG,
-            loss_O=found.loss_O,
-            energy_O=row_losses(padded_RI, second_moment_II),
+            loss_O=unshrunk_losses(found.loss_O, delta_RI, diagonal_I, shrinkage),
+            energy_O=unshrunk_losses(row_losses(padded_RI, second_moment_II), padded_RI, diagonal_I, shrinkage),
             error_norm_O=found.error_norm_O,
             norm_O=padded_RI.square().sum(-1, dtype=torch.float64),
             damping_O=torch.full_like(found.loss_O, damping),

@@ -63,13 +63,14 @@ class SolveReport:
     """What happened in a solve, for one linear.
 
     Attributes:
-        loss: tr(dW H dW^T) / num_tokens, H the second moment: mean squared output error summed over outputs.
+        loss: tr(dW H dW^T) / num_tokens, H the second moment before it was shrunk: mean squared output error on the
+            calibration tokens, summed over outputs.
         relative_error: sqrt(tr(dW H dW^T) / tr(W H W^T)), dimensionless.
         weight_error: ||dW|| / ||W||, Frobenius, dimensionless.
         damping: Fraction of the mean diagonal that was added to H before it was factored; 0 where nothing was factored.
-        shrinkage: Share of the off-diagonal entries of the sum over tokens that H lacks.
+        shrinkage: Share of H's off-diagonal entries that was taken off to solve.
         clip: Mean over groups of the scale over the one that clips nothing; below 1 the largest weights were clipped.
-        num_tokens: Tokens that H is of.
+        num_tokens: Tokens that H is the sum over.
         num_dead_inputs: Input channels that were zero on every token.
         num_rounds: Rounds of refinement that lowered the loss of some row.
         degradations: What was done otherwise than asked, in words; empty when nothing was.

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pipeline.calibrate.tokens import Text, take_tokens
 from pipeline.errors import SpecError
-from pipeline.facts import ReleaseFacts
 from pipeline.publish.card import render_card
 from pipeline.publish.reproduce import reproduce_spec
 from pipeline.skeleton.tokenizer import TextTokenizer
@@ -74,18 +73,10 @@ def inputs_of(net: Any, linears: Mapping[str, torch.nn.Module], tokens_NL: Tenso
     return inputs
 
 
-def error_of(delta_OI: Tensor, x_TI: Tensor, share: float) -> float:
-    """Return the mean squared output error of a weight's error, a share of the inputs' correlations put down to
-    chance."""
-    together_TO, alone_TO = (x_TI @ delta_OI.T).square(), x_TI.square() @ delta_OI.square().T
-    return float(torch.lerp(together_TO, alone_TO, share).sum(-1).mean())
-
-
 @torch.no_grad()
-def errors_of(folder: Path, source: Path, tokens_NL: Tensor, behind: Path, facts: ReleaseFacts) -> dict[str, float]:
+def errors_of(folder: Path, source: Path, tokens_NL: Tensor, behind: Path) -> dict[str, float]:
     """Return the mean squared output error of every linear of a release by what transformers makes of the tokens, on
-    what it reads behind the earlier blocks of another model, with the correlations that its facts state."""
-    shares = {module.name: module.shrinkage for module in facts.modules}
+    what it reads behind the earlier blocks of another model."""
     published, net = published_net(folder, source), source_net(source)
     before = source_net(source) if behind == source else published_net(behind, source)
     errors = {}
@@ -94,8 +85,7 @@ def errors_of(folder: Path, source: Path, tokens_NL: Tensor, behind: Path, facts
         inputs = inputs_of(net, linears, tokens_NL)
         for name, module in linears.items():
             delta_OI = published.model.layers[block].get_submodule(name).weight - module.weight
-            full = f"model.layers.{block}.{name}"
-            errors[full] = error_of(delta_OI, inputs[name], shares[full])
+            errors[f"model.layers.{block}.{name}"] = float((inputs[name] @ delta_OI.T).square().sum(-1).mean())
         layer.load_state_dict(before.model.layers[block].state_dict())
     return errors
 
@@ -107,12 +97,11 @@ def test_losses_are_of_what_linears_read_behind_their_own_blocks(converted: Conv
     for suffix, before in (("seq", f"{method}-seq-plain"), ("twopass", method)):
         behind[f"{method}-{suffix}-plain"] = converted.folder(before)
     for name, folder in behind.items():
-        facts = converted.outcomes[name].facts
-        stated = {module.name: module.loss for module in facts.modules}
-        assert stated == pytest.approx(errors_of(converted.folder(name), source, tokens_NL, folder, facts), rel=1e-3)
-        others = [errors_of(converted.folder(name), source, tokens_NL, other, facts) for other in behind.values()]
+        stated = {module.name: module.loss for module in converted.outcomes[name].facts.modules}
+        assert stated == pytest.approx(errors_of(converted.folder(name), source, tokens_NL, folder), rel=1e-3)
+        others = [errors_of(converted.folder(name), source, tokens_NL, other) for other in behind.values()]
         # Else nothing would have been told apart.
-        assert sum(stated != pytest.approx(other, rel=2e-3) for other in others) == len(set(behind.values())) - 1
+        assert sum(stated != pytest.approx(other, rel=1e-2) for other in others) == len(set(behind.values())) - 1
 
 
 @pytest.mark.parametrize("method", [*METHODS, *SCALED])
@@ -132,15 +121,14 @@ def test_refinement_lowers_the_error_of_what_a_method_found(converted: Converted
     if method in METHODS:
         tokens_NL, source = calibration_tokens(converted), converted.source
         assert after == pytest.approx(
-            errors_of(converted.folder(f"{method}-refined"), source, tokens_NL, source, refined), rel=1e-3
+            errors_of(converted.folder(f"{method}-refined"), source, tokens_NL, source), rel=1e-3
         )
 
 
 @torch.no_grad()
-def errors_in_turn(folder: Path, source: Path, tokens_NL: Tensor, facts: ReleaseFacts) -> dict[str, float]:
+def errors_in_turn(folder: Path, source: Path, tokens_NL: Tensor) -> dict[str, float]:
     """Return the mean squared output error of every linear of a release on what it reads behind all those of it
-    that are called before, with the correlations that its facts state."""
-    shares = {module.name: module.shrinkage for module in facts.modules}
+    that are called before."""
     published, net = published_net(folder, source), source_net(source)
     errors = {}
     for block, layer in enumerate(net.model.layers):
@@ -149,8 +137,8 @@ def errors_in_turn(folder: Path, source: Path, tokens_NL: Tensor, facts: Release
             inputs = inputs_of(net, linears, tokens_NL)
             for name, module in linears.items():
                 quantized_OI = published.model.layers[block].get_submodule(name).weight
-                full = f"model.layers.{block}.{name}"
-                errors[full] = error_of(quantized_OI - module.weight, inputs[name], shares[full])
+                error_NO = inputs[name] @ (quantized_OI - module.weight).T
+                errors[f"model.layers.{block}.{name}"] = float(error_NO.square().sum(-1).mean())
                 module.weight.copy_(quantized_OI)
     return errors
 
@@ -158,14 +146,13 @@ def errors_in_turn(folder: Path, source: Path, tokens_NL: Tensor, facts: Release
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_are_of_what_linears_read_behind_all_before_them(converted: Converted, method: str) -> None:
     tokens_NL, source = calibration_tokens(converted), converted.source
-    facts = converted.outcomes[f"{method}-trueseq-plain"].facts
     stated, blockwise = (
         {module.name: module.loss for module in converted.outcomes[f"{method}-{suffix}-plain"].facts.modules}
         for suffix in ("trueseq", "seq")
     )
-    found = errors_in_turn(converted.folder(f"{method}-trueseq-plain"), source, tokens_NL, facts)
+    found = errors_in_turn(converted.folder(f"{method}-trueseq-plain"), source, tokens_NL)
     assert stated == pytest.approx(found, rel=1e-3)
-    own = errors_of(converted.folder(f"{method}-trueseq-plain"), source, tokens_NL, source, facts)
+    own = errors_of(converted.folder(f"{method}-trueseq-plain"), source, tokens_NL, source)
     # Else nothing would have been told apart: what reads behind nothing quantized is the same, all others are not.
     first = {f"model.layers.0.{name}" for name in STEPS[0]}
     assert {name for name in stated if stated[name] == pytest.approx(own[name], rel=1e-4)} == first
@@ -235,6 +222,7 @@ def test_a_share_of_correlations_that_was_asked_for_is_taken_and_said(converted:
     assert shares["0.self_attn.q_proj"] == shares["0.self_attn.v_proj"] != shares["0.self_attn.o_proj"]
     assert found.calibration.shrinkage == "auto"
     assert "put down to chance" in render_card(found)
+    totals = [sum(module.loss for module in found.modules)]
     for share in (0.0, 0.25):
         again = convert_folder(
             converted.source, tmp_path / str(share), [method], precision="float32", calibration={"shrinkage": share}
@@ -244,5 +232,8 @@ def test_a_share_of_correlations_that_was_asked_for_is_taken_and_said(converted:
         assert ("put down to chance" in render_card(facts)) == (share > 0)
         assert f"shrinkage: {share}" in (reproduce_spec(facts) or "")
         stated = {module.name: module.loss for module in facts.modules}
-        behind = converted.source
-        assert stated == pytest.approx(errors_of(again.folder(method), behind, tokens_NL, behind, facts), rel=1e-3)
+        source = converted.source
+        assert stated == pytest.approx(errors_of(again.folder(method), source, tokens_NL, source), rel=1e-3)
+        totals.append(sum(stated.values()))
+    # These tokens themselves lose least when codes are fitted to all that they show.
+    assert totals[1] < min(totals[0], totals[2])

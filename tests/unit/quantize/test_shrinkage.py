@@ -159,3 +159,26 @@ def test_codes_found_without_chance_err_less_on_other_tokens(bits: int) -> None:
         gains.append(losses[1] / losses[0])
     assert max(gains) < 1.0
     assert sum(gains) / len(gains) < 0.98
+
+
+@pytest.mark.parametrize("method", [Method.GPTQ, Method.RTN, Method.AWQ])
+@pytest.mark.parametrize("refinement", [0, 2])
+def test_losses_are_of_the_tokens_as_they_were(method: Method, refinement: int) -> None:
+    x_TI = noisy(3, 200)
+    weight_OI = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
+    moment_II = sums(x_TI).second_moment_II.double()
+    options, scheme = SolveOptions(refinement=refinement), Scheme(4, 16, False)
+    (linear,) = solve(method, weight_OI, [40], shrink(sums(x_TI), 0.3), scheme, options)
+    error_OI, wide_OI = (linear.dequantize() - weight_OI).double(), weight_OI.double()
+    loss, energy = (float(((rows_OI @ moment_II) * rows_OI).sum()) for rows_OI in (error_OI, wide_OI))
+    assert linear.report.loss == pytest.approx(loss / 200, rel=1e-4)
+    assert linear.report.relative_error == pytest.approx((loss / energy) ** 0.5, rel=1e-4)
+
+
+def test_where_all_was_taken_off_the_loss_is_of_the_diagonal() -> None:
+    x_TI = noisy(3, 200)
+    weight_OI = torch.randn(40, 64, generator=torch.Generator().manual_seed(3))
+    (linear,) = solve(Method.GPTQ, weight_OI, [40], shrink(sums(x_TI), 1.0), Scheme(4, 16, False), SolveOptions())
+    error_OI = (linear.dequantize() - weight_OI).double()
+    loss = float((error_OI.square() * x_TI.double().square().sum(0)).sum())
+    assert linear.report.loss == pytest.approx(loss / 200, rel=1e-4)
