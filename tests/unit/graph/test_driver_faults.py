@@ -15,6 +15,7 @@ import torch
 from pipeline.errors import GraphError, PipelineError
 from pipeline.graph import chains
 from pipeline.graph.build import Inputs, build_units
+from pipeline.graph.chains import HALVES
 from pipeline.graph.convert import gather_inputs, load_texts
 from pipeline.graph.cost import CPU_RATES, CostModel
 from pipeline.graph.dag import Kind, WorkUnit, reachable_units
@@ -242,10 +243,11 @@ def test_memory_that_runs_out_cuts_units_and_changes_no_byte(job: Job, undisturb
 def test_units_that_are_too_long_are_halved_until_they_fit(
     job: Job, undisturbed: Records, tmp_path: Path, fits: int, is_silent: bool
 ) -> None:
-    """With weights that are slow to take in two workers are soonest done with one span; they get what they need."""
+    """With weights that are slow to take in two workers are soonest done with the fewest spans; they get what they
+    need."""
     costs = CostModel(replace(CPU_RATES, weight_bytes=1e6), TILE_ROWS["cpu"])
     soonest = make_tuning(job.inputs.outline, job.inputs.spec, 2, costs)
-    assert soonest.spans == 1
+    assert soonest.spans == HALVES
     failed: list[int] = []
 
     def fail(executor: ScriptedExecutor, name: WorkerId, unit: WorkUnit) -> PipelineError | None:
@@ -261,8 +263,8 @@ def test_units_that_are_too_long_are_halved_until_they_fit(
 
     records, executor = run(job, tmp_path, 2, fault=fail, tuning=soonest)
     assert records == undisturbed
-    assert list(dict.fromkeys(failed)) == [5, 4, 2][: 4 - fits]
-    assert failed.count(5) == 1 + is_silent
+    assert list(dict.fromkeys(failed)) == [4, 2][: 3 - fits]
+    assert failed.count(4) == 1 + is_silent
     lengths = {unit.params["high"] - unit.params["low"] for _, unit in executor.log if unit.kind is Kind.CALIBRATE}
     assert max(lengths) == fits
 

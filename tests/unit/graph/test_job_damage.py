@@ -14,7 +14,12 @@ from pipeline.settings import Settings
 from pipeline.spec import ConversionSpec
 
 MakeSpec = Callable[..., ConversionSpec]
-OPEN_GATES = {"max_relative_error": 0.9, "max_kl": 20.0, "max_perplexity_ratio": 1e6, "prompts": [{"prompt": "In"}]}
+OPEN_GATES = {
+    "max_relative_error": 0.9,
+    "max_kl": 20.0,
+    "max_perplexity_ratio": 1e6,
+    "prompts": [{"prompt": "The ship"}],
+}
 
 
 class Heard(ClosingSink):

@@ -25,7 +25,12 @@ from pipeline.spec import ConversionSpec
 
 MakeSpec = Callable[..., ConversionSpec]
 VARIANTS = {"gptq-w4-g64", "awq-w4-g64"}
-OPEN_GATES = {"max_relative_error": 0.9, "max_kl": 20.0, "max_perplexity_ratio": 1e6, "prompts": [{"prompt": "In"}]}
+OPEN_GATES = {
+    "max_relative_error": 0.9,
+    "max_kl": 20.0,
+    "max_perplexity_ratio": 1e6,
+    "prompts": [{"prompt": "The ship"}],
+}
 
 
 class Heard(ClosingSink):
