@@ -4,9 +4,10 @@ Dimension suffixes: O = rows, I = in_features.
 
 Behind blocks that are quantized already a linear reads x' instead of x. With H' = sum of x' x'^T and C = sum of x x'^T
 over tokens, the weights that give W x there are W C H'^-1. Fitted so, they fit the calibration tokens and little else:
-what is gained there is lost many times over on other text. So they are drawn towards W twice. V minimises
-sum |W x - V x'|^2 + d |V - W|^2, d a fraction of the mean diagonal of H': V = W + W (C - H') (H' + d I)^-1. And only a
-share of the way from W to V is gone. How far is a figure of the spec; what was measured is in docs/log.md.
+what is gained there is lost many times over on other text. So they are drawn towards W twice. V minimises sum |W x - V
+x'|^2 + d |V - W|^2, d a fraction of the mean diagonal of H': V = W + W (C - H') (H' + d I)^-1. And only a share of the
+way from W to V is gone. H' and C have lost the same share of their off-diagonal entries (``shrinkage.py``). How far is
+a figure of the spec; what was measured is in docs/log.md.
 """
 
 from __future__ import annotations
