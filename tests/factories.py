@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
 from pipeline.facts import (
     CalibrationFacts,
     Check,
@@ -18,7 +20,8 @@ from pipeline.facts import (
 )
 from pipeline.fingerprint import fingerprint
 from pipeline.precision import Precision
-from pipeline.quantize.types import SolveReport
+from pipeline.quantize.gptq import BLOCK_SIZE, Factor, SolvedColumns, Target, solve_columns
+from pipeline.quantize.types import Scheme, SolveReport
 from pipeline.spec import GateSpec, VariantSpec, parse_variant, resolve_budgets
 
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 1024, 256, 2816, 32_000
@@ -166,3 +169,11 @@ def make_facts(variant: str | VariantSpec = "gptq-w4-g128", num_blocks: int = 12
         "spec_fingerprint": fingerprint("spec"),
     }
     return ReleaseFacts(**(fields | changes))
+
+
+def columns_of(
+    weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme, factored: Factor, block_size: int = BLOCK_SIZE
+) -> SolvedColumns:
+    """Return what GPTQ finds for rows alone."""
+    (solved,) = solve_columns([Target(weight_OI, scale_OG, zero_OG, factored)], scheme, block_size)
+    return solved

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.peers.jobs import ROOT, Job, Task, Tokens, Tool, all_tasks, take_sequences
+from benchmarks.peers.jobs import AS_STORED, ROOT, Job, Task, Tokens, Tool, all_tasks, take_sequences
 from benchmarks.peers.report import Entry, draw, print_results
 from benchmarks.peers.results import Results
 from benchmarks.peers.runs import digest_checkpoint, run_task
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL = ROOT / "jobs" / "demo" / "model"
 TEXTS = ROOT / "pipeline" / "calibrate" / "data"
+DTYPES = (AS_STORED, "float32")
 CODE = Path(tarfile.__file__)
 """Source code that lies on every machine with Python."""
 
@@ -42,7 +43,8 @@ def main(words: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(words)
     exit_on_sigterm()
     args.model, args.out = args.model.resolve(), args.out.resolve()
-    tasks = [task for task in all_tasks(args.autoround_iterations) if not args.only or task.tool in args.only]
+    everything = all_tasks(args.autoround_iterations, args.peers_dtype)
+    tasks = [task for task in everything if not args.only or task.tool in args.only]
     if args.grid:
         tasks = [task for task in tasks if task.grid.name.replace(" ", "-") in args.grid]
     if args.task:
@@ -60,8 +62,8 @@ def main(words: Sequence[str] | None = None) -> None:
     results = Results(args.out)
     for task in tasks:
         _run(job, task, args, results)
-    everything = all_tasks(args.autoround_iterations)
-    shown = [task for task in everything if task in tasks or results.runs(job.key(task))]
+    known = dict.fromkeys(task for dtype in DTYPES for task in all_tasks(args.autoround_iterations, dtype))
+    shown = [task for task in known if task in tasks or results.runs(job.key(task))]
     entries = _score(job, shown, texts, args.out, results)
     print_results(entries, [text.name for text in texts])
     if any(entry.scores for entry in entries):
@@ -103,6 +105,13 @@ def _parser() -> argparse.ArgumentParser:
         default=Precision.BFLOAT16,
         choices=list(Precision),
         help="of Bitmill's passes over text, default bfloat16; in float32 it states what the referee finds",
+    )
+    parser.add_argument(
+        "--peers-dtype",
+        default=AS_STORED,
+        choices=DTYPES,
+        help="in what peers hold the model, default auto: as it is stored. Without bfloat16 instructions a processor "
+        "is many times slower in that than in float32",
     )
     parser.add_argument("--autoround-iterations", type=int, help="steps for each block; default: AutoRound's own")
     parser.add_argument("--out", type=Path, default=Path("peers"), help="rows, logs and checkpoints, default peers/")

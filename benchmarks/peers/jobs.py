@@ -21,6 +21,10 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 
 
+AS_STORED = "auto"
+"""What transformers' loaders call the type that a model is stored in."""
+
+
 class Tool(StrEnum):
     """What quantizes; also the name of its requirements file and of its script."""
 
@@ -60,6 +64,8 @@ class Task:
         grid: What its codes mean.
         iterations: Steps of AutoRound's search for each block; None is its default.
         suffix: What the name of Bitmill's variant ends with, for example ``-seq``.
+        dtype: In what a peer holds the model: ``auto`` is as it is stored. A processor without instructions for
+            bfloat16 is many times slower in it than in ``float32``.
     """
 
     tool: Tool
@@ -67,6 +73,7 @@ class Task:
     grid: Grid
     iterations: int | None = None
     suffix: str = ""
+    dtype: str = AS_STORED
 
     @property
     def variant(self) -> str:
@@ -79,7 +86,8 @@ class Task:
         grid = self.grid
         steps = f"-i{self.iterations}" if self.iterations else ""
         symmetry = "sym" if grid.symmetric else "asym"
-        return f"{self.tool}-{self.method}-w{grid.bits}-g{grid.group_size}-{symmetry}{self.suffix}{steps}"
+        dtype = f"-{self.dtype}" if self.dtype != AS_STORED else ""
+        return f"{self.tool}-{self.method}-w{grid.bits}-g{grid.group_size}-{symmetry}{self.suffix}{steps}{dtype}"
 
     @property
     def label(self) -> str:
@@ -87,19 +95,26 @@ class Task:
         steps = f", {self.iterations} iterations" if self.iterations else ""
         if self.tool is Tool.BITMILL:
             return f"{self.tool} {self.variant}"
-        return f"{self.tool} {self.method.upper()}{steps}" if self.method != self.tool else f"{self.tool}{steps}"
+        dtype = f", {self.dtype}" if self.dtype != AS_STORED else ""
+        method = f" {self.method.upper()}" if self.method != self.tool else ""
+        return f"{self.tool}{method}{steps}{dtype}"
 
 
-def all_tasks(iterations: int | None) -> list[Task]:
-    """Return every task, grid by grid: each tool's own way, then Bitmill's others for the same grid and format."""
+def all_tasks(iterations: int | None, dtype: str = AS_STORED) -> list[Task]:
+    """Return every task, grid by grid: each tool's own way, then Bitmill's others for the same grid and format.
+
+    Args:
+        iterations: Steps of AutoRound's search for each block; None is its default.
+        dtype: In what peers hold the model.
+    """
     four, three, asymmetric = Grid(4, 64, True), Grid(3, 64, True), Grid(4, 64, False)
     methods = {four: "gptq", three: "gptq", asymmetric: "awq"}
-    tasks = [
-        Task(tool, method, grid) if tool != Tool.AUTOROUND else Task(tool, "autoround", grid, iterations)
-        for grid, method in methods.items()
-        for tool in Tool
-        if (tool, grid) != (Tool.AUTOROUND, three)
-    ]
+    tasks = []
+    for grid, method in methods.items():
+        tasks.append(Task(Tool.BITMILL, method, grid))
+        tasks += [Task(tool, method, grid, dtype=dtype) for tool in (Tool.GPTQMODEL, Tool.LLMCOMPRESSOR)]
+        if grid != three:
+            tasks.append(Task(Tool.AUTOROUND, "autoround", grid, iterations, dtype=dtype))
     for grid in (four, three):
         tasks.append(Task(Tool.BITMILL, "gptq", grid, suffix="-seq"))
         tasks.append(Task(Tool.BITMILL, "awq-gptq", grid, suffix="-gptq"))
@@ -197,6 +212,7 @@ class Job:
             "symmetric": task.grid.symmetric,
             "iterations": task.iterations,
             "threads": self.cores,
+            "dtype": task.dtype,
         }
 
     def bitmill_command(self, python: Path, task: Task, out: Path) -> list[str]:

@@ -19,7 +19,7 @@ BATCH = 8
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
     tokens = torch.tensor(job["calibration"])
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.split(tokens, BATCH)]
     rounding = AutoRound(

@@ -23,7 +23,7 @@ def main() -> None:
     config, backend = QuantizeConfig(**grid), BACKEND.AUTO
     if job["method"] == "awq":
         config, backend = QuantizeConfig(**grid, method=METHOD.AWQ, format=FORMAT.GEMM), BACKEND.TORCH_AWQ
-    model = GPTQModel.load(job["model"], config, device="cpu", dtype="auto")
+    model = GPTQModel.load(job["model"], config, device="cpu", dtype=job["dtype"])
     sequences = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["calibration"]]
     model.quantize(sequences, batch_size=1, backend=backend)
     model.save(job["out"])

@@ -31,7 +31,7 @@ def main() -> None:
     }
     grid = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
     recipe = [GPTQModifier(**grid)] if job["method"] == "gptq" else [AWQModifier(), QuantizationModifier(**grid)]
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
     sequences = job["calibration"]
     texts = Dataset.from_dict({"input_ids": sequences, "attention_mask": [[1] * len(ids) for ids in sequences]})
     oneshot(

@@ -10,7 +10,7 @@ in such a piece is keyed by it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -30,7 +30,7 @@ from pipeline.graph.chains import (
     shape_of,
 )
 from pipeline.graph.continuations import ContinuationBuilder, expected_passes
-from pipeline.graph.cost import CostModel, GroupShape, cost_model
+from pipeline.graph.cost import CostModel, GroupShape, cost_model, solve_bytes
 from pipeline.graph.dag import Kind, Stored, WorkUnit
 from pipeline.graph.folds import MAX_SEARCHED_ROWS, scope_of
 from pipeline.graph.identity import Keyring
@@ -182,6 +182,33 @@ class Inputs(UnitInputs):
 
 
 @dataclass(frozen=True)
+class _Wanted:
+    """What there is to solve of a linear group.
+
+    Attributes:
+        position: Of the group in its block.
+        group: The group, as far as it is quantized.
+        scheme: Its grid, as JSON.
+        identity: Names the solve of all its rows, however it is cut and whatever is solved with it.
+        needs: What is read for it, its statistics first.
+    """
+
+    position: int
+    group: LinearGroup
+    scheme: dict[str, Any]
+    identity: str
+    needs: tuple[WorkUnit, ...]
+
+    @property
+    def likeness(self) -> tuple[Any, ...]:
+        """What groups that can be solved together have in common; of all but experts' the position."""
+        if not self.group.expert:
+            return (self.position,)
+        sizes = tuple(linear.out_features for linear in self.group.linears)
+        return (self.group.linears[0].experts, self.group.in_features, sizes, *self.scheme.values())
+
+
+@dataclass(frozen=True)
 class VariantUnits:
     """The units that give one variant: its packed blocks, its comparison with the source, its continuations; with mixed
     precision, by width, what appraises each linear group at it."""
@@ -233,6 +260,8 @@ class UnitBuilder:
         self.chains = ChainBuilder(self.keys, costs, inputs.spec.calibration)
         self.continuations = ContinuationBuilder(self.keys, costs, tuning.workers)
         self.num_blocks = inputs.outline.skeleton.num_blocks
+        shapes = [shape_of(group) for block in inputs.outline.groups for group in block]
+        self._largest_bytes = max(map(solve_bytes, shapes))
         self._parameters = sum(self.keys.block_parameters(block) for block in range(self.num_blocks))
         calibration = Tokens.of("calibration", inputs.calibration, inputs.spec.calibration.sequences_in_slice)
         self.calibration = self.chains.calibration(calibration, tuning.spans)
@@ -332,7 +361,7 @@ class UnitBuilder:
             steps = [step for step in steps if step] or [()]
             solved: list[list[WorkUnit]] = []
             for step in steps:
-                behind = tuple(unit for parts in solved for unit in parts)
+                behind = tuple(dict.fromkeys(unit for parts in solved for unit in parts))
                 statistics = merged
                 if packs or behind:
                     passed, sums = self.chains.propagated_sums(entering, Step(step, behind))
@@ -380,8 +409,10 @@ class UnitBuilder:
         quantized = quantized_groups(self.outline.groups[block], matrices)
         _, solved = self._solved(plan, quantized, block, merged)
         for (position, group, _), parts in zip(quantized, solved, strict=True):
-            # How a solve is cut into ranges of rows is in no key.
-            identity = {"solve": parts[0].params["identity"], "sensed": [unit.key for unit in sensed]}
+            # How a solve is cut into ranges of rows, and what is solved with it, is in no key.
+            params = parts[0].params
+            own = params["identities"][params["groups"].index(position)]
+            identity = {"solve": own, "sensed": [unit.key for unit in sensed]}
             yield WorkUnit(
                 Kind.APPRAISE,
                 self.keys.key(Kind.APPRAISE, {**identity, "members": _names(group)}),
@@ -412,13 +443,16 @@ class UnitBuilder:
             for position, group, scheme in quantized
             if plan.spec.method.has_scales
         ]
-        solves = [
-            self._solves(
+        wanted = [
+            self._wanted(
                 plan, group, position, scheme, inputs[position], [s for s in scales if _concerns(s, groups, group)]
             )
             for position, group, scheme in quantized
         ]
-        return scales, solves
+        solves: dict[int, list[WorkUnit]] = {}
+        for some in self._together(plan, wanted):
+            solves |= dict.fromkeys([one.position for one in some], self._solves(plan, some))
+        return scales, [solves[one.position] for one in wanted]
 
     def _block(self, plan: VariantPlan, block: int, merged: Statistics) -> WorkUnit:
         """Return the unit that packs a block, from the statistics of its groups."""
@@ -433,7 +467,7 @@ class UnitBuilder:
         scales: Sequence[WorkUnit],
         solved: Sequence[Sequence[WorkUnit]],
     ) -> WorkUnit:
-        spec, solves = plan.spec, [unit for parts in solved for unit in parts]
+        spec, solves = plan.spec, list(dict.fromkeys(unit for parts in solved for unit in parts))
         weights = [(shape_of(group).rows * shape_of(group).width, scheme["bits"]) for _, group, scheme in quantized]
         kept = self.keys.block_parameters(block) - sum(number for number, _ in weights)
         codes_bytes = sum(number * bits / 8 for number, bits in weights)
@@ -441,7 +475,7 @@ class UnitBuilder:
             "weights": self.keys.places(self.keys.block_names(block)),
             "format": spec.format,
             "scales": [unit.key for unit in scales],
-            "solves": list(dict.fromkeys(unit.params["identity"] for unit in solves)),
+            "solves": sorted({identity for unit in solves for identity in unit.params["identities"]}),
         }
         return WorkUnit(
             Kind.PACK,
@@ -463,7 +497,7 @@ class UnitBuilder:
         scheme: dict[str, Any],
         inputs: Sequence[WorkUnit],
     ) -> WorkUnit:
-        """Return the unit that searches a group's activation-aware scale; ``inputs`` as of ``_solves``."""
+        """Return the unit that searches a group's activation-aware scale; ``inputs`` as of ``_wanted``."""
         (merged, *changes), options = inputs, plan.solver_options
         local = self.outline.skeleton.block_tensors(group.block)
         weights = self.keys.places(local[name] for name in scope_of(group, local))
@@ -481,7 +515,7 @@ class UnitBuilder:
             label=group.label,
         )
 
-    def _solves(
+    def _wanted(
         self,
         plan: VariantPlan,
         group: LinearGroup,
@@ -489,8 +523,8 @@ class UnitBuilder:
         scheme: dict[str, Any],
         inputs: Sequence[WorkUnit],
         scales: Sequence[WorkUnit],
-    ) -> list[WorkUnit]:
-        """Return the units that solve one linear group, a range of rows each.
+    ) -> _Wanted:
+        """Return what there is to solve of one linear group.
 
         Args:
             plan: The variant.
@@ -500,11 +534,11 @@ class UnitBuilder:
             inputs: What gives its statistics, and what its weights are changed by before, if they are.
             scales: The block's activation-aware scales that concern its weights.
         """
-        spec, shape, (merged, *changes) = plan.spec, shape_of(group), inputs
-        options = {"scheme": scheme, "options": plan.codes_options, "method": spec.method.codes.value}
-        is_gptq = spec.method.codes is Method.GPTQ
+        merged, *changes = inputs
         own_scales = [unit for unit in scales if unit.params["group"] == position]
+        is_gptq = plan.spec.method.codes is Method.GPTQ
         factors = (self._factor(plan, group, position, merged, own_scales),) if is_gptq else ()
+        options = self._codes_params(plan, scheme)
         identity = self.keys.key(
             Kind.SOLVE,
             {
@@ -516,25 +550,60 @@ class UnitBuilder:
                 **_changed(changes),
             },
         )
-        members = [linear.local_name for linear in group.linears]
-        units = []
-        for rows in self.costs.row_ranges(shape, is_gptq, self.tuning.solve_s, spec.refinement):
-            part = GroupShape(rows[1] - rows[0], shape.width)
-            units.append(
-                WorkUnit(
-                    Kind.SOLVE,
-                    self.keys.key(Kind.SOLVE, {"solve": identity, "rows": rows}),
-                    {"group": position, "members": members, "rows": rows, "identity": identity, **options},
-                    (merged, *changes, *factors, *scales),
-                    rank=merged.rank + SOLVED_AFTER,
-                    cost=self.costs.solve_s(part, is_gptq, spec.refinement),
-                    out_bytes=float(part.rows * part.width),
-                    block=group.block,
-                    variant=spec.name,
-                    label=group.label,
-                )
+        return _Wanted(position, group, scheme, identity, (merged, *changes, *factors, *scales))
+
+    def _codes_params(self, plan: VariantPlan, scheme: dict[str, Any]) -> dict[str, Any]:
+        return {"scheme": scheme, "options": plan.codes_options, "method": plan.spec.method.codes.value}
+
+    def _together(self, plan: VariantPlan, wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
+        """Yield what is solved by the same units: groups of experts that are alike, as many as there is time and memory
+        for and leave every worker some; every other group alone. It changes no row."""
+        alike: dict[tuple[Any, ...], list[_Wanted]] = {}
+        for one in wanted:
+            alike.setdefault(one.likeness, []).append(one)
+        for some in alike.values():
+            refinement, is_gptq = plan.spec.refinement, plan.spec.method.codes is Method.GPTQ
+            most = self.costs.groups_together(
+                shape_of(some[0].group), is_gptq, self.tuning.solve_s, refinement, self._largest_bytes
             )
-        return units
+            most = min(most, -(-len(some) // self.tuning.workers))
+            for start in range(0, len(some), most):
+                yield some[start : start + most]
+
+    def _solves(self, plan: VariantPlan, some: Sequence[_Wanted]) -> list[WorkUnit]:
+        """Return the units that solve one linear group, a range of rows each, or the one that solves several."""
+        spec, first, refinement = plan.spec, some[0], plan.spec.refinement
+        is_gptq, shape = spec.method.codes is Method.GPTQ, shape_of(first.group)
+        identities = [one.identity for one in some]
+        params = {
+            "groups": [one.position for one in some],
+            "members": [linear.local_name for one in some for linear in one.group.linears],
+            "identities": identities,
+            **self._codes_params(plan, first.scheme),
+        }
+        if len(some) == 1:
+            ranges = self.costs.row_ranges(shape, is_gptq, self.tuning.solve_s, refinement)
+            label = first.group.label
+        else:
+            shape = replace(shape, rows=len(some) * shape.rows)
+            ranges, label = [(0, shape.rows)], f"{first.group.label} and {len(some) - 1} like it"
+        parts = [GroupShape(high - low, shape.width) for low, high in ranges]
+        needs = tuple(dict.fromkeys(need for one in some for need in one.needs))
+        return [
+            WorkUnit(
+                Kind.SOLVE,
+                self.keys.key(Kind.SOLVE, {"solves": identities, "rows": rows}),
+                {**params, "rows": rows},
+                needs,
+                rank=max(one.needs[0].rank for one in some) + SOLVED_AFTER,
+                cost=self.costs.solve_s(part, is_gptq, refinement),
+                out_bytes=float(part.rows * part.width),
+                block=first.group.block,
+                variant=spec.name,
+                label=label,
+            )
+            for rows, part in zip(ranges, parts, strict=True)
+        ]
 
     def _compensation(self, plan: VariantPlan, group: LinearGroup, position: int, merged: WorkUnit) -> WorkUnit:
         """Return the unit that finds what a group's weights are changed by for what blocks before them do."""

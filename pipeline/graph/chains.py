@@ -407,7 +407,7 @@ class ChainBuilder:
         some = {} if step is None else {"groups": list(groups)}
         if step is not None:
             # How a solve is cut into ranges of rows is in no key.
-            solved = list(dict.fromkeys(unit.params["identity"] for unit in behind))
+            solved = sorted({identity for unit in behind for identity in unit.params["identities"]})
             identity = fingerprint([identity, "step", groups, solved])
         is_passed = bool(before.source_row) and not behind
         is_end, old = block == self.num_blocks - 1, block - 2 * walk.save_every

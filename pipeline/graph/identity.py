@@ -17,7 +17,7 @@ from pipeline.precision import Precision
 COMPUTE_PACKAGES = ("torch", "transformers", "compressed-tensors", "numba")
 """Packages whose version can change bytes; with Bitmill's own they are named on the card."""
 
-DEVICES = {"cpu": "cpu", "cuda": "cuda, loops 2"}
+DEVICES = {"cpu": "cpu", "cuda": "cuda, loops 3"}
 """What kinds of devices are called in keys: changed when loops for one of them sum in another order. The version of
 Triton follows from torch's, which is in the keys."""
 

@@ -16,7 +16,7 @@ from pipeline.calibrate.forward import MICRO_BATCH_TOKENS
 from pipeline.calibrate.sensitivity import LOGIT_ELEMENTS
 from pipeline.errors import PlanError
 from pipeline.graph.chains import HELDOUT_SLICE_SEQUENCES, Span, cut, cut_to_sum
-from pipeline.graph.cost import CostModel
+from pipeline.graph.cost import CostModel, GroupShape, solve_bytes
 from pipeline.graph.dag import WALKS, Kind
 from pipeline.graph.folds import MAX_SEARCHED_ROWS
 from pipeline.graph.mixed import SENSED_SEQUENCES
@@ -244,7 +244,9 @@ def worker_memory(outline: ModelShape, spec: ConversionSpec, tuning: Tuning) -> 
     embedding += FLOAT * HEAD_PART_ELEMENTS
     # Statistics and factor, the rows of the group, and what is made of a tile of them.
     refined = 6 if any(variant.refinement for variant in spec.variants) else 0
-    solve = max(FLOAT * n * (2 * n + rows + (8 + refined) * TILE_ROWS["cpu"]) for n, rows in groups)
+    tile = (8 + refined) * TILE_ROWS["cpu"]
+    # Groups that are solved together take in no more than the largest alone.
+    solve = max(int(solve_bytes(GroupShape(rows, n))) for n, rows in groups) + FLOAT * widest * tile
     search = max(FLOAT * n * (2 * n + 6 * min(rows, MAX_SEARCHED_ROWS)) for n, rows in groups)
     units = {
         "embed tokens": embedding

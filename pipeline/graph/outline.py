@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from pipeline.errors import (
     UnsupportedArchitectureError,
 )
 from pipeline.fingerprint import fingerprint
+from pipeline.graph.ahead import Ahead
 from pipeline.graph.dag import Kind, Stored
 from pipeline.hub.fetch import fetch
 from pipeline.hub.source import Source as HubSource
@@ -193,22 +195,44 @@ class Source:
         folder: Where the companion files are.
         outline: What it holds.
         weights: Its tensors.
+        device: Where blocks are computed.
     """
 
     folder: Path
     outline: Outline
     weights: Tensors
+    device: str = "cpu"
     _finite: set[str] = field(default_factory=set)
+
+    @cached_property
+    def ahead(self) -> Ahead | None:
+        """What brings blocks to an accelerator; None where they are computed where they are read."""
+        return None if self.device == "cpu" else Ahead(self.block, self.device)
 
     def block(self, index: int, local_names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Return one block's checkpoint tensors by local name (default: all), on the CPU, checked to be finite."""
         names = self.outline.skeleton.block_tensors(index)
         return self.read({local: names[local] for local in (names if local_names is None else local_names)})
 
+    def block_to_pass(self, index: int) -> dict[str, Tensor]:
+        """Return one block's tensors as ``block`` does, on the device already when they were expected."""
+        expected = self.ahead.take(index) if self.ahead is not None else None
+        return self.block(index) if expected is None else expected
+
     def expect_block(self, index: int) -> None:
-        """Prepare to read a block soon; nothing where there is no such block."""
-        if index < self.outline.skeleton.num_blocks:
+        """Prepare to have text pass a block soon; nothing where there is no such block."""
+        if index >= self.outline.skeleton.num_blocks:
+            return
+        if self.ahead is not None:
+            self.ahead.expect(index)
+        else:
             self.weights.expect(self.outline.skeleton.block_tensors(index).values())
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+        if self.ahead is not None:
+            self.ahead.close()
+        self.weights.close()
 
     def outer(self) -> dict[str, Tensor]:
         """Return the checkpoint's tensors outside the blocks by model name, on the CPU, checked to be finite."""
@@ -242,7 +266,7 @@ def open_folder(
     outline = make_outline(folder, read_folder_index(folder), device, experts)
     index = outline.index
     weights = LocalTensors(folder, index, stamps or stamp_files(folder, index.files))
-    return Source(folder, outline, weights)
+    return Source(folder, outline, weights, device)
 
 
 def open_streamed(
@@ -266,7 +290,7 @@ def open_streamed(
     cache = FileCache(settings.cache_dir / RANGES_FOLDER, RANGES_BYTES, grace_s=0)
     groups, book = weight_groups(outline), WorkDigests(work, index, fetched.digests)
     weights = StreamedTensors(index, sizes, fetched.digests, read_range, cache, book, groups)
-    return Source(fetched.folder, outline, weights)
+    return Source(fetched.folder, outline, weights, device)
 
 
 def weight_groups(outline: Outline) -> list[list[str]]:

@@ -55,7 +55,7 @@ class Traffic:
             case Kind.CALIBRATE | Kind.COMPARE | Kind.SCALES | Kind.PACK:
                 yield self._block(unit.block)
             case Kind.SOLVE:
-                yield self._group(unit)
+                yield from (self._group(unit.block, position) for position in unit.params["groups"])
             case Kind.FORWARD:
                 if not unit.variant:
                     yield self._block(unit.block)
@@ -118,11 +118,10 @@ class Traffic:
     def _block(self, block: int) -> Read:
         return Read(f"block {block}", self.block_bytes(block), Route.WEIGHTS)
 
-    def _group(self, unit: WorkUnit) -> Read:
-        position: int = unit.params["group"]
-        members = self._outline.groups[unit.block][position].linears
+    def _group(self, block: int, position: int) -> Read:
+        members = self._outline.groups[block][position].linears
         size = sum(self._outline.tensor_bytes(linear.name + ".weight") for linear in members)
-        return Read(f"block {unit.block}, group {position}", size, Route.WEIGHTS, whole=f"block {unit.block}")
+        return Read(f"block {block}, group {position}", size, Route.WEIGHTS, whole=f"block {block}")
 
     def _block_bytes(self, block: int) -> float:
         return sum(map(self._outline.tensor_bytes, self._outline.skeleton.block_tensors(block).values()))

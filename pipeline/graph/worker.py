@@ -16,7 +16,7 @@ import torch
 
 from pipeline import heap
 from pipeline.errors import GraphError, PipelineError
-from pipeline.graph.dag import WALKS, WorkUnit
+from pipeline.graph.dag import WALKS, Kind, WorkUnit
 from pipeline.graph.outline import Source, open_folder, open_streamed
 from pipeline.graph.parts import Part
 from pipeline.graph.shelf import Shelf, Tensors
@@ -158,7 +158,7 @@ class Worker:
         if self._streamed is None:
             settings, experts = load_settings(), context.experts
             self._streamed = open_streamed(context.streamed, settings, self._work, context.device, experts)
-            self._stack.callback(self._streamed.weights.close)
+            self._stack.callback(self._streamed.close)
         return self._streamed
 
     def _run(self, unit: WorkUnit, fetch: FetchFrom) -> StageRecord | None:
@@ -168,8 +168,8 @@ class Worker:
         if unit.is_durable and (known := self._work.lookup(*place)) is not None:
             return known
         source = self._source()
-        if unit.kind in WALKS:  # one of the next block follows
-            source.expect_block(unit.block + 1)
+        if unit.kind in WALKS and not (unit.kind is Kind.FORWARD and unit.variant):
+            source.expect_block(unit.block + 1)  # one that reads it follows
         with ExitStack() as stack:
             writer = stack.enter_context(self._work.writing(*place)) if unit.is_durable else None
             call = Call(context, unit, self._work, source, self.shelf, fetch, writer)

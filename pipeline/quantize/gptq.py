@@ -1,7 +1,8 @@
 """GPTQ: columns are rounded one after another, each making up for the errors of those before it.
 
 Dimension suffixes: O = out_features (rows), I = in_features (columns, in solving order once permuted), G = groups of a
-row, B = columns of a block, R = rows of the tile at hand (as the fast dimension: column j of the weight is row j here).
+row, B = columns of a block, R = rows of the tile at hand (as the fast dimension: column j of the weight is row j here),
+N = tiles that are solved together.
 
 The law. For a row, minimise e H e^T over codes, e = w - dequantized(q). Factor H = R R^T with R *upper* triangular
 (damped, columns in solving order). Then e H e^T = |e R|^2 = sum_j R_jj^2 (e_j + sum_{k<j} e_k F_kj)^2 with
@@ -29,7 +30,7 @@ to others, so they are rounded to nearest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,84 +153,119 @@ def _reversed(span: slice, length: int) -> slice:
     return slice(length - span.stop, length - span.start)
 
 
-def solve_columns(
-    weight_OI: Tensor,
-    scale_OG: Tensor,
-    zero_OG: Tensor,
-    scheme: Scheme,
-    factored: Factor,
-    block_size: int = BLOCK_SIZE,
-) -> SolvedColumns:
-    """Return the codes of every row, and what they err.
+@dataclass(frozen=True)
+class Target:
+    """What codes are wanted for: rows of one linear, on a grid, by the statistics of its input.
 
-    Accumulates in the dtype of the weight and the factor (float32 in use), losses in float64.
-
-    Args:
+    Attributes:
         weight_OI: [O, I], finite.
         scale_OG: [O, G], same dtype, positive.
         zero_OG: uint8 [O, G].
-        scheme: Grid; its group size divides I.
         factored: The factor of the second moment.
+    """
+
+    weight_OI: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor
+    factored: Factor
+
+
+def solve_columns(targets: Sequence[Target], scheme: Scheme, block_size: int = BLOCK_SIZE) -> list[SolvedColumns]:
+    """Return the codes of every row of every target, and what they err.
+
+    On a GPU the columns of a block are solved for all targets at once: one launch, which has more to do than the rows
+    of one small linear. Everything else is done target by target, in products of the same shape whatever is solved
+    together, so a target's codes do not depend on the others.
+
+    Accumulates in the dtype of the weights and the factors (float32 in use), losses in float64.
+
+    Args:
+        targets: At least one; their weights are of one shape.
+        scheme: Their grid; its group size divides I.
         block_size: Columns in a block; does not change the result beyond rounding.
     """
-    num_columns = weight_OI.shape[1]
-    weight_IR = weight_OI.t().contiguous().index_select(0, factored.order_I)
-    scale_GR, zero_GR = scale_OG.t().contiguous(), zero_OG.t().to(scale_OG.dtype).contiguous()
-    group_I = factored.order_I // scheme.group_size
-    error_IR = torch.empty_like(weight_IR)
-    step_IR = torch.empty_like(weight_IR)
-    loss_R, error_norm_R = (weight_IR.new_zeros(weight_IR.shape[1], dtype=torch.float64) for _ in range(2))
+    factors = [target.factored for target in targets]
+    num_rows, num_columns = targets[0].weight_OI.shape
+    weight_NIR = targets[0].weight_OI.new_empty(len(targets), num_columns, num_rows)
+    for target, own_IR in zip(targets, weight_NIR, strict=True):
+        torch.index_select(target.weight_OI.t().contiguous(), 0, target.factored.order_I, out=own_IR)
+    scale_NGR = _together([target.scale_OG.t().contiguous() for target in targets])
+    zero_NGR = _together([target.zero_OG.t().to(scale_NGR.dtype).contiguous() for target in targets])
+    group_NI = _together([factored.order_I // scheme.group_size for factored in factors])
+    pivot_NI, added_NI = (_together([getattr(one, name) for one in factors]) for name in ("pivot_I", "added_I"))
+    error_NIR, step_NIR = torch.empty_like(weight_NIR), torch.empty_like(weight_NIR)
+    loss_NR, error_norm_NR = (weight_NIR.new_zeros(len(targets), num_rows, dtype=torch.float64) for _ in range(2))
     for start in range(0, num_columns, block_size):
         block = slice(start, min(start + block_size, num_columns))
-        target_BR = weight_IR[block].clone()
+        target_NBR = weight_NIR[:, block].clone(memory_format=torch.contiguous_format)
         if start:
-            target_BR.addmm_(factored.feedback_II[:start, block].t(), error_IR[:start])
+            for target_BR, factored, error_IR in zip(target_NBR, factors, error_NIR, strict=True):
+                target_BR.addmm_(factored.feedback_II[:start, block].t(), error_IR[:start])
         # Transposed: what feeds into a column is contiguous.
-        feedback_BB = factored.feedback_II[block, block].t().contiguous()
+        feedback_NBB = _together([factored.feedback_II[block, block].t().contiguous() for factored in factors])
         _solve_block(
-            target_BR,
-            weight_IR[block],
-            feedback_BB,
-            group_I[block],
-            scale_GR,
-            zero_GR,
+            target_NBR,
+            weight_NIR[:, block],
+            feedback_NBB,
+            group_NI[:, block],
+            scale_NGR,
+            zero_NGR,
             scheme.max_code,
-            factored.pivot_I[block],
-            factored.added_I[block],
-            step_IR[block],
-            error_IR[block],
-            loss_R,
-            error_norm_R,
+            pivot_NI[:, block],
+            added_NI[:, block],
+            step_NIR[:, block],
+            error_NIR[:, block],
+            loss_NR,
+            error_norm_NR,
         )
-    inverse_I = torch.empty_like(factored.order_I)
-    inverse_I[factored.order_I] = torch.arange(num_columns, device=inverse_I.device)
+    is_finite_NR = torch.ones_like(loss_NR, dtype=torch.bool)
+    if not is_finite(error_NIR):
+        is_finite_NR = error_NIR.isfinite().all(1)
+    codes = [
+        _codes(target, step_IR, scheme, factored.order_I)
+        for target, step_IR, factored in zip(targets, step_NIR, factors, strict=True)
+    ]
+    return list(map(SolvedColumns, codes, loss_NR.clamp_min_(0.0), error_norm_NR, is_finite_NR))
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as one, with their number in front; a single one is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _codes(target: Target, step_IR: Tensor, scheme: Scheme, order_I: Tensor) -> Tensor:
+    """Return uint8 [O, I] from steps in solving order."""
+    inverse_I = torch.empty_like(order_I)
+    inverse_I[order_I] = torch.arange(order_I.shape[0], device=order_I.device)
     step_OI = step_IR.index_select(0, inverse_I).t()
-    code_OGg = step_OI.reshape(*scale_OG.shape, scheme.group_size) + zero_OG.to(step_OI.dtype)[..., None]
-    is_finite_R = torch.ones_like(loss_R, dtype=torch.bool) if is_finite(error_IR) else error_IR.isfinite().all(0)
-    codes_OI = code_OGg.to(torch.uint8).view(weight_OI.shape)
-    return SolvedColumns(codes_OI, loss_R.clamp_min_(0.0), error_norm_R, is_finite_R)
+    code_OGg = step_OI.reshape(*target.scale_OG.shape, scheme.group_size) + target.zero_OG.to(step_OI.dtype)[..., None]
+    return code_OGg.to(torch.uint8).view(target.weight_OI.shape)
 
 
 def _solve_block(
-    target_BR: Tensor,
-    weight_BR: Tensor,
-    feedback_BB: Tensor,
-    group_B: Tensor,
-    scale_GR: Tensor,
-    zero_GR: Tensor,
+    target_NBR: Tensor,
+    weight_NBR: Tensor,
+    feedback_NBB: Tensor,
+    group_NB: Tensor,
+    scale_NGR: Tensor,
+    zero_NGR: Tensor,
     max_code: int,
     *rest: Tensor,
 ) -> None:
-    """Do what ``kernels.solve_block`` does, with the same arguments, by the loops for where the tensors are."""
-    grids = (target_BR, weight_BR, feedback_BB, group_B, scale_GR, zero_GR)
-    if kernels.take(target_BR):
-        arguments: list[Any] = [tensor.numpy() for tensor in (*grids, *rest)]
-        arguments.insert(len(grids), np.float32(max_code))
-        kernels.solve_block(*arguments)
-    elif triton_kernels.take(target_BR):
+    """Do for each of N targets what ``kernels.solve_block`` does, with the same arguments, by the loops for where the
+    tensors are."""
+    grids = (target_NBR, weight_NBR, feedback_NBB, group_NB, scale_NGR, zero_NGR)
+    if triton_kernels.take(target_NBR):
         triton_kernels.solve_block(*grids, max_code, *rest)
-    else:
-        _solve_block_in_torch(*grids, max_code, *rest)
+        return
+    for own in zip(*grids, *rest, strict=True):
+        arguments: list[Any] = list(own)
+        arguments.insert(len(grids), max_code)
+        if kernels.take(target_NBR):
+            arguments = [each.numpy() if isinstance(each, Tensor) else np.float32(each) for each in arguments]
+            kernels.solve_block(*arguments)
+        else:
+            _solve_block_in_torch(*arguments)
 
 
 def _solve_block_in_torch(

@@ -6,7 +6,9 @@ Rows are independent once the statistics are prepared (factored, cut into blocks
 solved as one stack, and a stack in any number of parts. That must not show in the bytes: what becomes of a row is
 bit-identical whatever it is solved with. Matrix products round by their shape (libraries pick kernels by it), so all of
 them see one shape only: rows are worked on in tiles of a fixed number of rows, the last one filled up with zero rows.
-The tile also bounds memory: a few times R x I floats, whatever the stack.
+The tile also bounds memory: a few times R x I floats, whatever the stack. On a GPU the columns of several tiles are
+solved in one launch, those of other stacks too, as experts of a mixture are: each has statistics of its own, and too
+few rows to fill the device.
 
 GPTQ's codes of a row are replaced by rounding to nearest on the same grid where that has the lower loss (it can, as
 clipping is not undone), so GPTQ is never worse than rounding, row by row. What either found may be refined
@@ -21,15 +23,16 @@ error, never quiet rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import QuantizationError
 from pipeline.quantize.checks import require_solvable
-from pipeline.quantize.gptq import Factor, damping_ladder, factor, solve_columns
+from pipeline.quantize.gptq import Factor, SolvedColumns, Target, damping_ladder, factor, solve_columns
 from pipeline.quantize.grid import block_importance, channel_importance, clipping
 from pipeline.quantize.loss import row_losses
 from pipeline.quantize.refine import FoundRows, refine_rows
@@ -41,8 +44,14 @@ from pipeline.spec import Method
 TILE_ROWS = {"cpu": 192}
 """Rows worked on at once. On a CPU core what belongs to so many rows stays in cache."""
 
-TILE_ROWS_DEVICE = 8192
-"""The same on accelerators, where a step is bound by launches."""
+TILE_ROWS_DEVICE = 2048
+"""The same on accelerators, where a step is bound by launches. An expert of a mixture is hardly smaller."""
+
+TILES_TOGETHER = {"cpu": 1}
+"""Tiles whose columns are solved at once. A CPU core does one row after the other anyway."""
+
+TILES_TOGETHER_DEVICE = 8
+"""The same on accelerators: with tiles of 2048 rows and 32 rows for each program, 512 programs."""
 
 
 @dataclass(frozen=True)
@@ -106,20 +115,116 @@ class SolvedRows:
 
     @classmethod
     def join(cls, parts: Sequence[SolvedRows]) -> SolvedRows:
-        """Return the rows of all parts in order."""
+        """Return the rows of all parts in order; of one part, that."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 @dataclass(frozen=True)
-class _SolvedTile:
-    """What was found for the rows of a tile, and which of them stayed finite (bool [R])."""
+class Stack:
+    """Rows of one or more linears that share an input.
 
-    found: FoundRows
-    is_finite_R: Tensor
+    Attributes:
+        weight_OI: float32 [O, I]. With activation-aware scales, weight and statistics are those after scaling.
+        statistics: Statistics of the input.
+        factored: GPTQ: what ``prepare_factor`` gave for these statistics; computed when it is None.
+    """
+
+    weight_OI: Tensor
+    statistics: Statistics
+    factored: Factor | None = None
 
 
-_TileSolver = Callable[[Tensor], _SolvedTile]
-"""Solves a tile of the weight [R, I]."""
+@dataclass(frozen=True)
+class _Attempt:
+    """How a stack's rows are tried.
+
+    Attributes:
+        second_moment_II: Of the stack's input.
+        importance: What a grid's errors are weighed by.
+        factored: GPTQ's factor; None where columns are rounded one by one.
+    """
+
+    second_moment_II: Tensor
+    importance: Tensor
+    factored: Factor | None = None
+
+    @property
+    def damping(self) -> float:
+        """Damping of the factor; 0 where there is none."""
+        return 0.0 if self.factored is None else self.factored.damping
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Rows of a stack [R, I], filled up with zero rows after the first ``num_rows``, and how they are tried."""
+
+    stack: _OpenStack
+    attempt: _Attempt
+    weight_RI: Tensor
+    num_rows: int
+
+
+class _OpenStack:
+    """A stack of which some rows are not solved yet.
+
+    Attributes:
+        pending: int64, positions of these rows.
+        shrinkage: Of the statistics.
+    """
+
+    def __init__(self, method: Method, stack: Stack, scheme: Scheme, options: SolveOptions) -> None:
+        require_solvable(stack.weight_OI, stack.statistics, scheme)
+        self._weight_OI = stack.weight_OI.detach()
+        device = self._weight_OI.device
+        self.shrinkage = stack.statistics.shrinkage
+        self.pending = torch.arange(self._weight_OI.shape[0], device=device)
+        moment_II = stack.statistics.second_moment_II.to(device)
+        self._attempts = _attempts(method, moment_II, scheme, options, stack.factored)
+        self._tiles: list[tuple[SolvedRows, Tensor]] = []
+        self._solved: list[SolvedRows] = []
+        self._order: list[Tensor] = []
+
+    def next_tiles(self) -> Iterator[_Tile]:
+        """Yield the pending rows for the next attempt.
+
+        Raises:
+            QuantizationError: when there is none.
+        """
+        attempt = next(self._attempts, None)
+        if attempt is None:
+            raise _not_factorable()
+        tile_rows = TILE_ROWS.get(self._weight_OI.device.type, TILE_ROWS_DEVICE)
+        for weight_RI in torch.split(self._weight_OI[self.pending], tile_rows):
+            num_rows = weight_RI.shape[0]
+            yield _Tile(self, attempt, torch.nn.functional.pad(weight_RI, (0, 0, 0, tile_rows - num_rows)), num_rows)
+
+    def take(self, rows: SolvedRows, is_finite_R: Tensor) -> None:
+        """Take in the rows of the next tile, and which of them stayed finite (bool)."""
+        self._tiles.append((rows, is_finite_R))
+
+    def close_attempt(self) -> None:
+        """Keep what stayed finite; the other rows stay pending."""
+        rows = SolvedRows.join([rows for rows, _ in self._tiles])
+        is_finite = torch.cat([is_finite_R for _, is_finite_R in self._tiles])
+        self._tiles = []
+        self._solved.append(SolvedRows(*(tensor[is_finite] for tensor in vars(rows).values())))
+        self._order.append(self.pending[is_finite])
+        self.pending = self.pending[~is_finite]
+
+    def rows(self) -> SolvedRows:
+        """Return all rows in order, once none is pending.
+
+        Raises:
+            QuantizationError: when a loss overflows.
+        """
+        solved = self._solved[0]
+        if len(self._solved) > 1:
+            order = torch.argsort(torch.cat(self._order))
+            solved = SolvedRows(*(tensor[order] for tensor in vars(SolvedRows.join(self._solved)).values()))
+        _require_finite(solved)
+        return solved
 
 
 def prepare_factor(second_moment_II: Tensor, options: SolveOptions) -> Factor:
@@ -135,48 +240,31 @@ def prepare_factor(second_moment_II: Tensor, options: SolveOptions) -> Factor:
     raise _not_factorable()
 
 
-def solve_rows(
-    method: Method,
-    weight_OI: Tensor,
-    statistics: Statistics,
-    scheme: Scheme,
-    options: SolveOptions,
-    factored: Factor | None = None,
-) -> SolvedRows:
-    """Return rows of one or more linears quantized; each row is bit-identical to solving it alone.
+def solve_stacks(method: Method, stacks: Sequence[Stack], scheme: Scheme, options: SolveOptions) -> list[SolvedRows]:
+    """Return the rows of every stack quantized; each row is bit-identical to solving it alone.
 
-    Works on the weight's device. Products accumulate in float32, sums of losses and the factorization in float64.
+    Works on the weights' device. Products accumulate in float32, sums of losses and the factorization in float64.
 
     Args:
-        method: How codes are found. With activation-aware scales, weight and statistics are those after scaling.
-        weight_OI: float32 [O, I].
-        statistics: Statistics of the input they share.
+        method: How codes are found.
+        stacks: At least one; all of one width, on one device.
         scheme: Their grid; its group size divides I.
         options: How to go about it.
-        factored: GPTQ: what ``prepare_factor`` gave for these statistics and options; computed when it is None.
 
     Raises:
         QuantizationError: naming what is not finite or does not fit together, or that no damping gave finite codes.
     """
-    require_solvable(weight_OI, statistics, scheme)
     with torch.no_grad():
-        weight_OI = weight_OI.detach()
-        second_moment_II = statistics.second_moment_II.to(weight_OI.device)
-        pending = torch.arange(weight_OI.shape[0], device=weight_OI.device)
-        parts: list[SolvedRows] = []
-        order: list[Tensor] = []
-        for tile_solver, damping in _attempts(method, second_moment_II, scheme, options, factored):
-            rows, is_finite = _solve_in_tiles(
-                weight_OI[pending], second_moment_II, statistics.shrinkage, tile_solver, scheme, options, damping
-            )
-            parts.append(SolvedRows(*(tensor[is_finite] for tensor in vars(rows).values())))
-            order.append(pending[is_finite])
-            pending = pending[~is_finite]
-            if not pending.numel():
-                solved = parts[0] if len(parts) == 1 else _in_order(SolvedRows.join(parts), torch.cat(order))
-                _require_finite(solved)
-                return solved
-    raise _not_factorable()
+        found = [_OpenStack(method, stack, scheme, options) for stack in stacks]
+        together = TILES_TOGETHER.get(stacks[0].weight_OI.device.type, TILES_TOGETHER_DEVICE)
+        while pending := [stack for stack in found if stack.pending.numel()]:
+            tiles = (tile for stack in pending for tile in stack.next_tiles())
+            while some := list(islice(tiles, together)):
+                for tile, (solved, is_finite_R) in zip(some, _solve_tiles(some, scheme, options), strict=True):
+                    tile.stack.take(solved, is_finite_R)
+            for stack in pending:
+                stack.close_attempt()
+        return [stack.rows() for stack in found]
 
 
 def solve(
@@ -190,19 +278,19 @@ def solve(
     """Return the linears of a stack quantized, in order; each is bit-identical to solving it alone.
 
     Args:
-        method: As for ``solve_rows``.
+        method: As for ``solve_stacks``.
         weight_OI: float32 [O, I], the rows of all linears in order.
         row_sizes: Rows of each linear; they add up to O.
-        statistics: As for ``solve_rows``.
-        scheme: As for ``solve_rows``.
-        options: As for ``solve_rows``.
+        statistics: Statistics of the input they share.
+        scheme: As for ``solve_stacks``.
+        options: As for ``solve_stacks``.
 
     Raises:
-        QuantizationError: as ``solve_rows``.
+        QuantizationError: as ``solve_stacks``.
     """
     if not row_sizes or min(row_sizes) <= 0 or sum(row_sizes) != weight_OI.shape[0]:
         raise QuantizationError(f"rows {list(row_sizes)} do not make up a weight of {weight_OI.shape[0]} rows")
-    rows = solve_rows(method, weight_OI, statistics, scheme, options)
+    (rows,) = solve_stacks(method, [Stack(weight_OI, statistics)], scheme, options)
     num_dead = count_dead_inputs(statistics)
     return tuple(
         as_linear(part, scheme, options, statistics.num_tokens, num_dead, statistics.shrinkage)
@@ -261,11 +349,6 @@ def _degradations(rows: SolvedRows, damping: float, options: SolveOptions) -> It
         yield f"{above} of {total} groups need a scale above the largest that can be stored"
 
 
-def _in_order(rows: SolvedRows, positions: Tensor) -> SolvedRows:
-    order = torch.argsort(positions)
-    return SolvedRows(*(tensor[order] for tensor in vars(rows).values()))
-
-
 def _require_finite(rows: SolvedRows) -> None:
     sums = (rows.loss_O.sum(), rows.energy_O.sum(), rows.error_norm_O.sum(), rows.norm_O.sum())
     if not all(math.isfinite(float(total)) for total in sums):
@@ -283,88 +366,78 @@ def _not_factorable() -> QuantizationError:
 
 def _attempts(
     method: Method, second_moment_II: Tensor, scheme: Scheme, options: SolveOptions, factored: Factor | None
-) -> Iterator[tuple[_TileSolver, float]]:
-    """Yield tile solvers from the one asked for to the most damped, each with its damping (0: nothing factored)."""
-
-    def rounding(importance: Tensor) -> _TileSolver:
-        return lambda weight_RI: _round_tile(weight_RI, importance, second_moment_II, scheme, options)
-
+) -> Iterator[_Attempt]:
+    """Yield the ways to try a stack from the one asked for to the most damped."""
+    importance_I = channel_importance(second_moment_II.diagonal())
     match method.codes:
         case Method.RTN:
-            yield rounding(channel_importance(second_moment_II.diagonal())), 0.0
+            yield _Attempt(second_moment_II, importance_I)
         case Method.AWQ:
-            yield rounding(block_importance(second_moment_II, scheme.group_size)), 0.0
+            yield _Attempt(second_moment_II, block_importance(second_moment_II, scheme.group_size))
         case Method.GPTQ:
             first = factored or prepare_factor(second_moment_II, options)
-            yield _gptq_solver(second_moment_II, first, scheme, options), first.damping
+            yield _Attempt(second_moment_II, importance_I, first)
             for damping in (rung for rung in damping_ladder(options.damping) if rung > first.damping):
                 more = factor(second_moment_II, damping, options.act_order)
                 if more is not None:
-                    yield _gptq_solver(second_moment_II, more, scheme, options), damping
+                    yield _Attempt(second_moment_II, importance_I, more)
 
 
-def _gptq_solver(second_moment_II: Tensor, factored: Factor, scheme: Scheme, options: SolveOptions) -> _TileSolver:
-    importance_I = channel_importance(second_moment_II.diagonal())
+def _solve_tiles(tiles: Sequence[_Tile], scheme: Scheme, options: SolveOptions) -> list[tuple[SolvedRows, Tensor]]:
+    """Return the rows of each tile solved, without those that fill it up, and which of them stayed finite (bool)."""
+    nearest = [_round_tile(tile, scheme, options) for tile in tiles]
+    targets = [
+        Target(tile.weight_RI, found.scale_OG, found.zero_OG, tile.attempt.factored)
+        for tile, found in zip(tiles, nearest, strict=True)
+        if tile.attempt.factored is not None
+    ]
+    if not targets:
+        everything = torch.ones_like(nearest[0].loss_O, dtype=torch.bool)
+        return [_finish(tile, found, everything, scheme, options) for tile, found in zip(tiles, nearest, strict=True)]
+    return [
+        _finish(tile, _better(found, solved), solved.is_finite_O, scheme, options)
+        for tile, found, solved in zip(tiles, nearest, solve_columns(targets, scheme), strict=True)
+    ]
 
-    def solve_tile(weight_RI: Tensor) -> _SolvedTile:
-        nearest = _round_tile(weight_RI, importance_I, second_moment_II, scheme, options).found
-        solved = solve_columns(weight_RI, nearest.scale_OG, nearest.zero_OG, scheme, factored)
-        is_worse_R = solved.loss_O > nearest.loss_O
-        found = replace(
-            nearest,
-            codes_OI=torch.where(is_worse_R[:, None], nearest.codes_OI, solved.codes_OI),
-            loss_O=torch.where(is_worse_R, nearest.loss_O, solved.loss_O),
-            error_norm_O=torch.where(is_worse_R, nearest.error_norm_O, solved.error_norm_O),
-        )
-        return _SolvedTile(found, solved.is_finite_O)
 
-    return solve_tile
+def _better(nearest: FoundRows, solved: SolvedColumns) -> FoundRows:
+    """Return of each row what GPTQ found, or what is nearest where that has the lower loss."""
+    is_worse_R = solved.loss_O > nearest.loss_O
+    return replace(
+        nearest,
+        codes_OI=torch.where(is_worse_R[:, None], nearest.codes_OI, solved.codes_OI),
+        loss_O=torch.where(is_worse_R, nearest.loss_O, solved.loss_O),
+        error_norm_O=torch.where(is_worse_R, nearest.error_norm_O, solved.error_norm_O),
+    )
 
 
-def _round_tile(
-    weight_RI: Tensor, importance: Tensor, second_moment_II: Tensor, scheme: Scheme, options: SolveOptions
-) -> _SolvedTile:
-    codes_RI, scale_RG, zero_RG = round_rows(weight_RI, importance, scheme, options.clip_search)
-    delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(weight_RI)
-    loss_R = row_losses(delta_RI, second_moment_II)
+def _round_tile(tile: _Tile, scheme: Scheme, options: SolveOptions) -> FoundRows:
+    """Return the tile's rows rounded to nearest, on the grids that weigh errors as its attempt says."""
+    codes_RI, scale_RG, zero_RG = round_rows(tile.weight_RI, tile.attempt.importance, scheme, options.clip_search)
+    delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(tile.weight_RI)
+    loss_R = row_losses(delta_RI, tile.attempt.second_moment_II)
     error_norm_R = delta_RI.square_().sum(-1, dtype=torch.float64)
-    found = FoundRows(codes_RI, scale_RG, zero_RG, loss_R, error_norm_R, torch.zeros_like(loss_R, dtype=torch.int64))
-    return _SolvedTile(found, torch.ones_like(loss_R, dtype=torch.bool))
+    return FoundRows(codes_RI, scale_RG, zero_RG, loss_R, error_norm_R, torch.zeros_like(loss_R, dtype=torch.int64))
 
 
-def _solve_in_tiles(
-    weight_OI: Tensor,
-    second_moment_II: Tensor,
-    shrinkage: float,
-    tile_solver: _TileSolver,
-    scheme: Scheme,
-    options: SolveOptions,
-    damping: float,
+def _finish(
+    tile: _Tile, found: FoundRows, is_finite_R: Tensor, scheme: Scheme, options: SolveOptions
 ) -> tuple[SolvedRows, Tensor]:
-    """Return the solved rows, and which of them stayed finite (bool [O])."""
-    diagonal_I = second_moment_II.diagonal()
-    tile_rows = TILE_ROWS.get(weight_OI.device.type, TILE_ROWS_DEVICE)
-    tiles: list[SolvedRows] = []
-    finite: list[Tensor] = []
-    for weight_RI in torch.split(weight_OI, tile_rows):
-        num_rows = weight_RI.shape[0]
-        padded_RI = torch.nn.functional.pad(weight_RI, (0, 0, 0, tile_rows - num_rows))
-        tile = tile_solver(padded_RI)
-        found = refine_rows(padded_RI, tile.found, second_moment_II, scheme, options.damping, options.refinement)
-        ranges = clipping(padded_RI, found.scale_OG, scheme)
-        delta_RI = dequantize(found.codes_OI, found.scale_OG, found.zero_OG, scheme.group_size).sub_(padded_RI)
-        solved = SolvedRows(
-            codes_OI=found.codes_OI,
-            scale_OG=found.scale_OG,
-            zero_OG=found.zero_OG,
-            loss_O=unshrunk_losses(found.loss_O, delta_RI, diagonal_I, shrinkage),
-            energy_O=unshrunk_losses(row_losses(padded_RI, second_moment_II), padded_RI, diagonal_I, shrinkage),
-            error_norm_O=found.error_norm_O,
-            norm_O=padded_RI.square().sum(-1, dtype=torch.float64),
-            damping_O=torch.full_like(found.loss_O, damping),
-            **vars(ranges),
-            num_rounds_O=found.rounds_O,
-        )
-        tiles.append(SolvedRows(*(tensor[:num_rows] for tensor in vars(solved).values())))
-        finite.append(tile.is_finite_R[:num_rows])
-    return SolvedRows.join(tiles), torch.cat(finite)
+    """Refine what was found for a tile, and say what is to be said of its rows."""
+    weight_RI, moment_II, shrinkage = tile.weight_RI, tile.attempt.second_moment_II, tile.stack.shrinkage
+    found = refine_rows(weight_RI, found, moment_II, scheme, options.damping, options.refinement)
+    delta_RI = dequantize(found.codes_OI, found.scale_OG, found.zero_OG, scheme.group_size).sub_(weight_RI)
+    diagonal_I = moment_II.diagonal()
+    solved = SolvedRows(
+        codes_OI=found.codes_OI,
+        scale_OG=found.scale_OG,
+        zero_OG=found.zero_OG,
+        loss_O=unshrunk_losses(found.loss_O, delta_RI, diagonal_I, shrinkage),
+        energy_O=unshrunk_losses(row_losses(weight_RI, moment_II), weight_RI, diagonal_I, shrinkage),
+        error_norm_O=found.error_norm_O,
+        norm_O=weight_RI.square().sum(-1, dtype=torch.float64),
+        damping_O=torch.full_like(found.loss_O, tile.attempt.damping),
+        **vars(clipping(weight_RI, found.scale_OG, scheme)),
+        num_rounds_O=found.rounds_O,
+    )
+    return SolvedRows(*(tensor[: tile.num_rows] for tensor in vars(solved).values())), is_finite_R[: tile.num_rows]

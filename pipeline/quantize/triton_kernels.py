@@ -1,11 +1,13 @@
 """The solvers' loops for GPUs, in Triton. ``gptq.py`` and ``statistics.py`` say what they compute.
 
-Dimension suffixes: I = columns of a weight, B = columns of a block, R = rows of a tile (contiguous), T = tokens.
+Dimension suffixes: N = linears of one shape, I = columns of a weight, B = columns of a block, R = rows of a tile
+(contiguous), T = tokens.
 
-Columns. One program takes some rows of a block of columns and keeps their targets in registers from the first column
-to the last. What a column errs is fed forward to all columns after it at once, so each column's target gets its sums
-in the order of the columns, as on the CPU; with fused multiply-add, which is asked for by name as Triton's default for
-it changes between versions. One launch a block, and nothing is told to the host.
+Columns. One program takes some rows of a block of columns of one linear and keeps their targets in registers from the
+first column to the last. What a column errs is fed forward to all columns after it at once, so each column's target
+gets its sums in the order of the columns, as on the CPU; with fused multiply-add, which is asked for by name as
+Triton's default for it changes between versions. One launch a block, of several linears where these are small, as
+experts are; nothing is told to the host.
 
 Second moments. Inputs in bfloat16 are multiplied as they are (the product of two is exact in float32) and summed in
 float32. x^T x is symmetric: one program makes one tile on or below the diagonal, and writes it to its mirror's place
@@ -64,42 +66,45 @@ def load() -> Any:
 
 
 def solve_block(
-    target_BR: Tensor,
-    weight_BR: Tensor,
-    feedback_BB: Tensor,
-    group_B: Tensor,
-    scale_GR: Tensor,
-    zero_GR: Tensor,
+    target_NBR: Tensor,
+    weight_NBR: Tensor,
+    feedback_NBB: Tensor,
+    group_NB: Tensor,
+    scale_NGR: Tensor,
+    zero_NGR: Tensor,
     max_code: int,
-    pivot_B: Tensor,
-    added_B: Tensor,
-    step_BR: Tensor,
-    error_BR: Tensor,
-    loss_R: Tensor,
-    error_norm_R: Tensor,
+    pivot_NB: Tensor,
+    added_NB: Tensor,
+    step_NBR: Tensor,
+    error_NBR: Tensor,
+    loss_NR: Tensor,
+    error_norm_NR: Tensor,
 ) -> None:
-    """Do what ``kernels.solve_block`` does, with the same arguments.
+    """Do for each of N linears what ``kernels.solve_block`` does, with the same arguments, in one launch. Where they
+    are parts of tensors of all columns, these may lie apart; the others are contiguous.
 
     Raises:
         QuantizationError: when Triton is not there.
     """
-    num_columns, num_rows = target_BR.shape
+    num_linears, num_columns, num_rows = target_NBR.shape
     loops = load()
-    loops.solve_block[loops.cdiv(num_rows, ROWS),](
-        target_BR,
-        weight_BR,
-        feedback_BB,
-        group_B,
-        scale_GR,
-        zero_GR,
-        pivot_B,
-        added_B,
-        step_BR,
-        error_BR,
-        loss_R,
-        error_norm_R,
+    loops.solve_block[loops.cdiv(num_rows, ROWS), num_linears](
+        target_NBR,
+        weight_NBR,
+        feedback_NBB,
+        group_NB,
+        scale_NGR,
+        zero_NGR,
+        pivot_NB,
+        added_NB,
+        step_NBR,
+        error_NBR,
+        loss_NR,
+        error_norm_NR,
         num_rows,
         num_columns,
+        group_NB.stride(0),
+        scale_NGR.shape[1],
         float(max_code),
         PUSH=PUSH,
         COLUMNS=loops.next_power_of_2(num_columns),

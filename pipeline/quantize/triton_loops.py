@@ -28,12 +28,28 @@ def solve_block(
     error_norm,
     num_rows,
     num_columns,
+    width,
+    num_groups,
     max_code,
     PUSH: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Solve ROWS rows of one block of at most COLUMNS columns."""
+    """Solve ROWS rows of one block of at most COLUMNS columns, of a linear of ``width`` columns in all."""
+    # Which linear. 64 bits: what all of them hold may not fit 32.
+    n = tl.program_id(1).to(tl.int64)
+    target += n * num_columns * num_rows
+    weight += n * width * num_rows
+    step += n * width * num_rows
+    error += n * width * num_rows
+    feedback += n * num_columns * num_columns
+    group += n * width
+    pivot += n * width
+    added += n * width
+    scale += n * num_groups * num_rows
+    zero += n * num_groups * num_rows
+    loss += n * num_rows
+    error_norm += n * num_rows
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row_R = row_R < num_rows
     column_B = tl.arange(0, COLUMNS)

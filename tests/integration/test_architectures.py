@@ -89,6 +89,8 @@ def convert_folder(
     variants: Sequence[str | dict[str, Any]],
     calibration: dict[str, Any] | None = None,
     gates: dict[str, Any] | None = None,
+    *,
+    workers: int = 1,
     **more: Any,
 ) -> Converted:
     target.mkdir()
@@ -106,7 +108,7 @@ def convert_folder(
         },
         "test",
     )
-    options = RunOptions(target.parent / "work", workers=1, inline=True)
+    options = RunOptions(target.parent / "work", workers=workers, inline=True)
     with pytest.MonkeyPatch.context() as patch:
         # Drawing takes longer than converting a model of this size, and has tests of its own.
         patch.setattr(assemble, "plot_layer_error", lambda facts: b"")

@@ -145,6 +145,22 @@ def test_it_makes_no_difference_whether_the_source_holds_experts_in_one_tensor(t
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("experts", ["all", "routed", "shrinkage"])
+def test_it_makes_no_difference_what_experts_are_solved_together(experts: str, tmp_path: Path) -> None:
+    """As many as there are workers share a block's experts."""
+    source, variants = make_model("qwen3_moe", tmp_path / "qwen3_moe"), ["awq-gptq-w4-g64", "gptq-w3-g64"]
+    asked = {"experts": experts, "min_expert_tokens": 1}
+    made = []
+    for workers in (1, 3):
+        (tmp_path / str(workers)).mkdir()
+        made.append(convert_folder(source, tmp_path / str(workers) / "out", variants, asked, workers=workers))
+    for variant in variants:
+        expected, found = (_tensors(own.folder(variant)) for own in made)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        one, other = (own.outcomes[variant].facts.modules for own in made)
+        assert one == other
+
+
 def _tensors(folder: Path) -> dict[str, Tensor]:
     index = read_folder_index(folder)
     return read_tensors(folder, index, index.entries)

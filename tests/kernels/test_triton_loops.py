@@ -17,6 +17,7 @@ from pipeline.quantize.solve import SolveOptions, solve
 from pipeline.quantize.statistics import accumulate, empty
 from pipeline.quantize.types import Scheme
 from pipeline.spec import Method
+from tests.factories import columns_of
 
 pytestmark = [pytest.mark.kernels, pytest.mark.timeout(1200)]
 
@@ -48,9 +49,9 @@ def test_columns_are_solved_as_torch_solves_them(scheme: Scheme, with_torch: pyt
     scale, zero = fit_grid(weight, channel_importance(moment.diagonal()), scheme, True)
     factored = gptq.factor(moment, 0.01, True)
     assert factored is not None
-    slow = gptq.solve_columns(weight, scale, zero, scheme, factored)
+    slow = columns_of(weight, scale, zero, scheme, factored)
     with_triton(with_torch)
-    fast = gptq.solve_columns(weight, scale, zero, scheme, factored)
+    fast = columns_of(weight, scale, zero, scheme, factored)
 
     # Sums are rounded otherwise: now and then a weight lies between two codes, and its row goes another way from there.
     same = (fast.codes_OI == slow.codes_OI).all(1)
@@ -71,6 +72,28 @@ def test_a_row_is_solved_alike_whatever_it_is_solved_with(monkeypatch: pytest.Mo
     assert torch.equal(alone.scale_OG, stacked.scale_OG[40:41])
 
 
+@pytest.mark.parametrize("scheme", SCHEMES[:2], ids=str)
+def test_linears_solved_together_are_what_each_is_alone(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has statistics of its own; blocks of columns lie apart in memory then."""
+    targets = []
+    for seed in (1, 2, 3):
+        weight, x = layer(37, 288)
+        weight, moment = weight.roll(seed, 0) * seed, torch.roll(x, seed, 1).float()
+        moment = moment.t() @ moment
+        scale, zero = fit_grid(weight, channel_importance(moment.diagonal()), scheme, True)
+        factored = gptq.factor(moment, 0.01, True)
+        assert factored is not None
+        targets.append(gptq.Target(weight, scale, zero, factored))
+    assert not torch.equal(targets[0].factored.order_I, targets[1].factored.order_I)
+    with_triton(monkeypatch)
+    alone = [gptq.solve_columns([target], scheme)[0] for target in targets]
+    for found, expected in zip(gptq.solve_columns(targets, scheme), alone, strict=True):
+        assert torch.equal(found.codes_OI, expected.codes_OI)
+        assert torch.equal(found.loss_O, expected.loss_O)
+        assert torch.equal(found.error_norm_O, expected.error_norm_O)
+        assert found.is_finite_O.all()
+
+
 def test_a_row_that_does_not_stay_finite_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = layer(5, 64)
     moment = x.float().t() @ x.float()
@@ -80,7 +103,7 @@ def test_a_row_that_does_not_stay_finite_is_found(monkeypatch: pytest.MonkeyPatc
     scale, zero = fit_grid(weight, channel_importance(moment.diagonal()), Scheme(4, 32, True), False)
     weight[3, factored.order_I[0]] += scale[3, 0] / 3  # its first column errs, so what is fed back counts
     with_triton(monkeypatch)
-    assert not gptq.solve_columns(weight, scale, zero, Scheme(4, 32, True), factored).is_finite_O[3]
+    assert not columns_of(weight, scale, zero, Scheme(4, 32, True), factored).is_finite_O[3]
 
 
 def summed(width: int, *parts: Tensor) -> Tensor:
@@ -139,7 +162,7 @@ from pipeline.quantize import triton_kernels, triton_loops
 floats = ["target", "weight", "feedback", "scale", "zero", "step", "error"]
 doubles = ["pivot", "added", "loss", "error_norm"]
 solve = {name: "*fp32" for name in floats} | {name: "*fp64" for name in doubles} | {"group": "*i64"}
-solve |= {"num_rows": "i32", "num_columns": "i32", "max_code": "fp32"}
+solve |= {"num_rows": "i32", "num_columns": "i32", "width": "i32", "num_groups": "i32", "max_code": "fp32"}
 add = {"moment": "*fp32", "x": "*bf16", "num_tokens": "i32", "width": "i32"}
 for capability in (80, 90):
     for loop, types, constants, num_warps in (

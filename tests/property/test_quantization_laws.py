@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.quantize.awq import search_scales
-from pipeline.quantize.gptq import factor, solve_columns
+from pipeline.quantize.gptq import factor
 from pipeline.quantize.grid import channel_importance, encode, fit_grid, storable_scale
 from pipeline.quantize.solve import TILE_ROWS, SolveOptions, solve
 from pipeline.quantize.statistics import accumulate, empty, merge, rescale
 from pipeline.quantize.types import QuantizedLinear, Scheme, Statistics
 from pipeline.spec import Method
+from tests.factories import columns_of
 
 LAWS = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -131,7 +132,7 @@ def test_block_size_does_not_change_the_codes(
     assert found is not None
     exact = replace(found, feedback_II=found.feedback_II.double())
     one, other = (
-        solve_columns(weight.double(), scale.double(), zero, scheme, exact, size).codes_OI for size in (128, block_size)
+        columns_of(weight.double(), scale.double(), zero, scheme, exact, size).codes_OI for size in (128, block_size)
     )
     assert torch.equal(one, other)
 

@@ -20,7 +20,7 @@ ALGORITHM_VERSIONS: dict[Kind, int] = dict.fromkeys(Kind, 2) | {
     Kind.FACTOR: 4,
     Kind.SENSE: 3,
     Kind.SCALES: 5,
-    Kind.SOLVE: 8,
+    Kind.SOLVE: 9,
     Kind.PACK: 4,
     Kind.CALIBRATE: 5,
     Kind.PROPAGATE: 5,

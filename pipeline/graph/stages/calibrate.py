@@ -75,7 +75,7 @@ def calibrate(call: Call) -> dict[str, Any]:
     unit reads the solves of are quantized."""
     skeleton, index, collections = call.skeleton, call.unit.block, _summed(call)
     hidden = hidden_states(call)
-    weights = call.source.block(index) | solved_weights(call)
+    weights = call.source.block_to_pass(index) | solved_weights(call)
     with _attached(call, weights):
         _pass_and_sum(call, lambda number: forward_block(skeleton, index, hidden.pop(number), collections))
     return {}
@@ -88,7 +88,7 @@ def compare(call: Call) -> dict[str, Any]:
     skeleton, index, collections = call.skeleton, call.unit.block, _summed(call)
     hidden, own = hidden_states(call), hidden_states(call, is_last=True)
     own_weights = skeleton.dense(index, solved_weights(call), Precision(call.params["precision"]))
-    with _attached(call, call.source.block(index)):
+    with _attached(call, call.source.block_to_pass(index)):
         _pass_and_sum(
             call,
             lambda number: compare_block(
@@ -249,6 +249,13 @@ def save_hidden(call: Call) -> None:
         call.save(place, {"hidden": call.outputs[hidden_name(number)]})
 
 
-def statistics_of(call: Call) -> Statistics:
-    """Return the statistics of the unit's linear group."""
-    return from_tensors(call.get(call.need(Kind.MERGE)))
+def merged_of(call: Call, position: int) -> WorkUnit:
+    """Return the unit that gives the statistics of the linear group at a position."""
+    merged = call.need_of(Kind.MERGE, position)
+    assert merged is not None, "statistics are read by whoever works on them"
+    return merged
+
+
+def statistics_of(call: Call, position: int) -> Statistics:
+    """Return the statistics of the linear group at a position."""
+    return from_tensors(call.get(merged_of(call, position)))

@@ -128,6 +128,10 @@ class Call:
         (need,) = self.needs(kind)
         return need
 
+    def need_of(self, kind: Kind, position: int) -> WorkUnit | None:
+        """Return the unit of a kind that this one reads for the linear group at a position, or None."""
+        return next((need for need in self.needs(kind) if need.params["group"] == position), None)
+
     def get(self, need: WorkUnit, prefix: str = "") -> dict[str, Tensor]:
         """Return the tensors of another unit's output whose names start with ``prefix``, on the job's device.
 

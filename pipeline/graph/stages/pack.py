@@ -16,8 +16,7 @@ from pipeline.graph.dag import Kind
 from pipeline.graph.folds import fold_block
 from pipeline.graph.stages.call import Call
 from pipeline.graph.stages.solve import scale_results
-from pipeline.graph.stages.solved import expert_tokens, solved_group, solved_groups
-from pipeline.quantize.types import QuantizedLinear
+from pipeline.graph.stages.solved import SolvedLinear, solved_linears, solved_stacks
 from pipeline.spec import Format
 from pipeline.tensors.local import copy_problems, read_file_index, read_file_tensors
 from pipeline.validate.dense import scale_problems
@@ -34,7 +33,9 @@ def pack(call: Call) -> dict[str, Any]:
     weights = call.source.block(index)
     scale_dtype = _scale_dtype(weights)
     folded = fold_block(weights, scale_results(call).values())
-    quantized, exponents, routed = _solved_linears(call)
+    solved = {own.linear.name: own for parts in solved_stacks(call) for own in solved_linears(call, parts)}
+    quantized = {name: own.quantized for name, own in solved.items()}
+    exponents = {need.params["group"]: call.summary(need)["exponent"] for need in call.needs(Kind.SCALES)}
     kept = {name: local for local, name in names.items() if name.removesuffix(".weight") not in quantized}
     copied = {name: weights[local] for name, local in kept.items() if folded[local] is weights[local]}
     call.put({name: folded[local].to(weights[local].dtype) for name, local in kept.items()})
@@ -58,14 +59,14 @@ def pack(call: Call) -> dict[str, Any]:
         "scale_problems": bad_scales,
         "folded": sorted(kept.keys() - copied.keys()),
         "reports": {
-            name: {
-                **asdict(linear.report),
-                "awq_exponent": exponents[name],
-                **({"expert_tokens": routed[name]} if name in routed else {}),
-            }
-            for name, linear in quantized.items()
+            name: {**_report(own), "awq_exponent": exponents.get(own.position)} for name, own in solved.items()
         },
     }
+
+
+def _report(solved: SolvedLinear) -> dict[str, Any]:
+    routed = {} if solved.expert_tokens is None else {"expert_tokens": solved.expert_tokens}
+    return {**asdict(solved.quantized.report), **routed}
 
 
 def outer(call: Call) -> dict[str, Any]:
@@ -90,18 +91,3 @@ def _scale_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     """Return the dtype that compressed-tensors scales are stored in: the source's own 16-bit dtype."""
     kinds = {tensor.dtype for tensor in weights.values()}
     return torch.bfloat16 if torch.bfloat16 in kinds else torch.float16
-
-
-def _solved_linears(call: Call) -> tuple[dict[str, QuantizedLinear], dict[str, float | None], dict[str, int]]:
-    """Return the block's quantized linears by name, the exponent of each one's activation-aware scale, and for those of
-    experts the tokens that the router sent there."""
-    exponents = {need.params["group"]: call.summary(need)["exponent"] for need in call.needs(Kind.SCALES)}
-    linears: dict[str, QuantizedLinear] = {}
-    exponent_of: dict[str, float | None] = {}
-    routed: dict[str, int] = {}
-    for position, parts in solved_groups(call).items():
-        solved = solved_group(call, parts)
-        linears |= solved
-        exponent_of |= dict.fromkeys(solved, exponents.get(position))
-        routed |= expert_tokens(call, parts[0])
-    return linears, exponent_of, routed

@@ -10,7 +10,7 @@ import torch
 from pipeline.calibrate.sensitivity import output_sensitivity
 from pipeline.graph.dag import Kind
 from pipeline.graph.stages.call import Call
-from pipeline.graph.stages.solved import members_of
+from pipeline.graph.stages.solved import groups_of
 from pipeline.precision import Precision
 
 
@@ -38,12 +38,15 @@ def appraise(call: Call) -> dict[str, Any]:
     each member adds to the divergence, by name."""
     sensed, parts = call.needs(Kind.SENSE), call.needs(Kind.SOLVE)
     num_sensed = sum(call.summary(need)["num_tokens"] for need in sensed)
-    loss_O = torch.cat([call.get(part, "loss_O")["loss_O"] for part in parts]) / call.summary(parts[0])["num_tokens"]
-    members = members_of(call, parts[0])
+    loss_O = torch.cat([call.get(part, "loss_O")["loss_O"] for part in parts])
+    groups, own = groups_of(call, parts[0]), parts[0].params["groups"].index(call.params["group"])
+    num_tokens = call.summary(parts[0])["inputs"][own]["num_tokens"]
+    split = iter(torch.split(loss_O / num_tokens, [linear.out_features for members in groups for linear in members]))
+    rows = {linear.name: next(split) for members in groups for linear in members}
     damages = {}
-    for linear, rows_O in zip(members, torch.split(loss_O, [m.out_features for m in members]), strict=True):
+    for linear in groups[own]:
         found = [call.get(need, linear.name).get(linear.name) for need in sensed]
         # An expert that none of these few sequences came to has no sums: it counts as if nothing depended on it.
         total_O = sum(sums.double() for sums in found if sums is not None)
-        damages[linear.name] = float((rows_O * total_O).sum() / (2 * num_sensed))
+        damages[linear.name] = float((rows[linear.name] * total_O).sum() / (2 * num_sensed))
     return {"damages": damages}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -24,49 +25,65 @@ def options_of(params: Mapping[str, Any]) -> SolveOptions:
     return SolveOptions(**params["options"])
 
 
-def members_of(call: Call, unit: WorkUnit) -> list[LinearRef]:
-    """Return the linears of its group that a unit solves."""
-    group = call.source.outline.groups[call.unit.block][unit.params["group"]]
-    return [linear for linear in group.linears if linear.local_name in unit.params["members"]]
+def groups_of(call: Call, solve: WorkUnit) -> list[list[LinearRef]]:
+    """Return the linears that a solve is of, by linear group, in the order of their rows."""
+    groups, names = call.source.outline.groups[call.unit.block], solve.params["members"]
+    return [
+        [linear for linear in groups[position].linears if linear.local_name in names]
+        for position in solve.params["groups"]
+    ]
 
 
-def expert_tokens(call: Call, part: WorkUnit) -> dict[str, int]:
-    """Return for the members of a solved linear group that are parts of experts, by name, how many tokens the router
-    sent to the expert."""
-    routed = call.summary(part).get("expert_tokens", {})
-    return {linear.name: routed[linear.expert] for linear in members_of(call, part) if linear.expert}
-
-
-def solved_group(call: Call, parts: Sequence[WorkUnit]) -> dict[str, QuantizedLinear]:
-    """Return a linear group's quantized members by name from the row ranges that they were solved in, in order."""
-    members = members_of(call, parts[0])
-    rows = SolvedRows.join([SolvedRows(**call.get(part)) for part in parts])
-    facts = call.summary(parts[0])
-    sizes = [linear.out_features for linear in members]
-    scheme, options = scheme_of(parts[0].params), options_of(parts[0].params)
-    return {
-        linear.name: as_linear(part, scheme, options, facts["num_tokens"], facts["num_dead_inputs"], facts["shrinkage"])
-        for linear, part in zip(members, rows.split(sizes), strict=True)
-    }
-
-
-def solved_groups(call: Call) -> dict[int, tuple[WorkUnit, ...]]:
-    """Return the solves that the unit reads by the position of their linear group, each group's in the order of its
-    rows."""
-    by_group: dict[int, list[WorkUnit]] = {}
+def solved_stacks(call: Call) -> list[list[WorkUnit]]:
+    """Return the solves that the unit reads, those of one stack of rows together and in order, by the position of the
+    first linear group."""
+    stacks: dict[tuple[int, ...], list[WorkUnit]] = {}
     for need in call.needs(Kind.SOLVE):
-        by_group.setdefault(need.params["group"], []).append(need)
-    return {
-        position: tuple(sorted(parts, key=lambda part: part.params["rows"][0])) for position, parts in by_group.items()
-    }
+        stacks.setdefault(tuple(need.params["groups"]), []).append(need)
+    return [sorted(stacks[positions], key=lambda part: part.params["rows"][0]) for positions in sorted(stacks)]
+
+
+@dataclass(frozen=True)
+class SolvedLinear:
+    """A linear as it was solved.
+
+    Attributes:
+        linear: Which.
+        position: Of its linear group.
+        quantized: Codes, grids and report.
+        expert_tokens: Tokens that the router sent to its expert; None where it is part of none.
+    """
+
+    linear: LinearRef
+    position: int
+    quantized: QuantizedLinear
+    expert_tokens: int | None
+
+
+def solved_linears(call: Call, parts: Sequence[WorkUnit]) -> list[SolvedLinear]:
+    """Return the linears of a stack from the ranges of rows that it was solved in, in order."""
+    rows = SolvedRows.join([SolvedRows(**call.get(part)) for part in parts])
+    params, inputs = parts[0].params, call.summary(parts[0])["inputs"]
+    groups = groups_of(call, parts[0])
+    scheme, options = scheme_of(params), options_of(params)
+    split = iter(rows.split([linear.out_features for members in groups for linear in members]))
+    return [
+        SolvedLinear(
+            linear,
+            position,
+            as_linear(next(split), scheme, options, facts["num_tokens"], facts["num_dead_inputs"], facts["shrinkage"]),
+            facts["expert_tokens"][linear.expert] if linear.expert and "expert_tokens" in facts else None,
+        )
+        for position, members, facts in zip(params["groups"], groups, inputs, strict=True)
+        for linear in members
+    ]
 
 
 def solved_weights(call: Call) -> dict[str, Tensor]:
     """Return what the linears that the unit reads the solves of multiply by when they are quantized: float32, by local
     name of the weight, in the layout of the checkpoint."""
-    weights = {}
-    for parts in solved_groups(call).values():
-        solved = solved_group(call, parts)
-        for linear in members_of(call, parts[0]):
-            weights[f"{linear.local_name}.weight"] = linear.to_rows(solved[linear.name].dequantize())
-    return weights
+    return {
+        f"{solved.linear.local_name}.weight": solved.linear.to_rows(solved.quantized.dequantize())
+        for parts in solved_stacks(call)
+        for solved in solved_linears(call, parts)
+    }

@@ -21,5 +21,5 @@ class VariantReader:
     def __call__(self, index: int) -> dict[str, Tensor]:
         """Return the dense weights of one block by local name."""
         if index not in self._packs:
-            return self._call.source.block(index)
+            return self._call.source.block_to_pass(index)
         return self._reader.dense(self._call.skeleton.block_tensors(index), self._call.get(self._packs[index]))

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pipeline.graph.build import build_units, make_variant_plan
-from pipeline.graph.cost import cost_model
-from pipeline.graph.dag import Kind
+from pipeline.graph.chains import shape_of
+from pipeline.graph.cost import cost_model, solve_bytes
+from pipeline.graph.dag import Kind, reachable_units
 from pipeline.graph.expert_facts import expert_cautions, expert_degradations, scaling_cautions
 from pipeline.graph.expert_rows import fold_experts
 from pipeline.graph.forecast import planned_inputs
@@ -36,15 +37,19 @@ TINY = {
 }
 
 
+ALONE = Tuning(1, 20.0)
+"""How a job for one worker is cut."""
+
+
 def spec(variant: str, **calibration: Any) -> ConversionSpec:
     given = {"samples": 8, "length": 64, **calibration}
     return build_spec({"source": "x", "variants": [variant], "targets": ["y"], "calibration": given}, "test")
 
 
-def units(variant: str, experts: str = "all", **calibration: Any) -> list[Any]:
+def units(variant: str, experts: str = "all", tuning: Tuning = ALONE, **calibration: Any) -> list[Any]:
     own = spec(variant, experts=experts, **calibration)
     outline = ShapeOutline("tiny", TINY, ExpertStatistics(experts))
-    job = build_units(planned_inputs(outline, own, "cpu"), Tuning(1, 20.0))
+    job = build_units(planned_inputs(outline, own, "cpu"), tuning)
     found: dict[str, Any] = {}
     pending = [pack for v in job.variants.values() for pack in v.packs]
     while pending:
@@ -86,11 +91,62 @@ def test_all_experts_are_rows_of_one_solve_where_they_share_statistics() -> None
     merges = [u for u in units("gptq-w4-g64") if u.kind is Kind.MERGE and u.block == 1]
     # Attention has four inputs, experts share one, and each has one of its own for down, the shared expert too.
     assert len(merges) == 4 + 1 + 4 + 1
-    solves = [u for u in units("gptq-w4-g64") if u.kind is Kind.SOLVE and u.block == 1 and len(u.params["members"]) > 2]
-    assert len({u.params["identity"] for u in solves}) == 1
+    solves = [u for u in units("gptq-w4-g64") if u.kind is Kind.SOLVE and u.block == 1 and len(u.params["members"]) > 4]
+    assert len({tuple(u.params["identities"]) for u in solves}) == 1
     assert len(solves[0].params["members"]) == 2 * 5
     routed = [u for u in units("gptq-w4-g64", "routed") if u.kind is Kind.MERGE and u.block == 1]
     assert len(routed) == 4 + 4 + 1 + 4 + 1
+
+
+def solves_of(found: list[Any], block: int) -> list[Any]:
+    """Return the solves of a block's experts."""
+    own = [unit for unit in found if unit.kind is Kind.SOLVE and unit.block == block]
+    return [unit for unit in own if any(".experts." in member for member in unit.params["members"])]
+
+
+@pytest.mark.parametrize("variant", ["gptq-w4-g64", "awq-gptq-w4-g64", "gptq-w4-g64-ct-trueseq"])
+def test_experts_with_statistics_of_their_own_are_solved_by_one_unit_of_each_worker(variant: str) -> None:
+    mode = "all" if variant.endswith("trueseq") else "routed"
+    alone = units(variant, mode, Tuning(2, 1e-9))
+    for workers, at_least in ((1, 4), (2, 2), (4, 1)):
+        together = units(variant, mode, Tuning(2, 20.0, workers=workers))
+        sizes = {len(unit.params["groups"]) for unit in solves_of(together, 1) if len(unit.params["members"]) < 10}
+        assert max(sizes) == at_least
+        # Everybody is there once, and nobody who reads a solve knows what was solved with it.
+        named = [
+            [name for unit in solves_of(found, 1) for name in unit.params["members"]] for found in (alone, together)
+        ]
+        assert sorted(set(named[0])) == sorted(named[1])
+        keys = [
+            {unit.key for unit in found if unit.is_durable and unit.kind is not Kind.SOLVE}
+            for found in (alone, together)
+        ]
+        assert keys[0] == keys[1]
+
+
+def test_only_experts_that_are_alike_are_solved_together() -> None:
+    groups = ShapeOutline("tiny", TINY, ExpertStatistics("routed")).groups
+    for unit in units("gptq-w4-g64", "routed"):
+        if unit.kind is Kind.SOLVE and len(unit.params["groups"]) > 1:
+            own = [groups[unit.block][position] for position in unit.params["groups"]]
+            assert len({(group.in_features, len(group.linears)) for group in own}) == 1
+            assert all(group.expert for group in own)
+            assert unit.params["rows"] == (0, sum(ln.out_features for group in own for ln in group.linears))
+            assert unit.label.endswith(f" and {len(own) - 1} like it")
+
+
+def test_experts_solved_together_take_in_no_more_than_the_largest_group() -> None:
+    wide = {**TINY, "moe_intermediate_size": 512, "intermediate_size": 1024}
+    own = spec("gptq-w4-g64", experts="routed")
+    outline = ShapeOutline("tiny", wide, ExpertStatistics("routed"))
+    job = build_units(planned_inputs(outline, own, "cpu"), ALONE)
+    found = [unit for unit in reachable_units(job.goals) if unit.kind is Kind.SOLVE]
+    groups = outline.groups
+    largest = max(solve_bytes(shape_of(group)) for block in groups for group in block)
+    for unit in found:
+        own_bytes = sum(solve_bytes(shape_of(groups[unit.block][position])) for position in unit.params["groups"])
+        assert own_bytes <= largest
+    assert {len(unit.params["groups"]) for unit in found if unit.block == 1} == {1, 3, 4}
 
 
 def test_a_solve_waits_for_no_scales_inside_another_expert() -> None:
@@ -98,9 +154,9 @@ def test_a_solve_waits_for_no_scales_inside_another_expert() -> None:
     groups = ShapeOutline("tiny", TINY).groups[1]
     for unit in found:
         if unit.kind is Kind.SOLVE and unit.block == 1:
-            own = groups[unit.params["group"]]
+            own = [linear for position in unit.params["groups"] for linear in groups[position].linears]
             read = [groups[need.params["group"]].expert for need in unit.needs if need.kind is Kind.SCALES]
-            experts = {linear.expert for linear in own.linears if linear.expert}
+            experts = {linear.expert for linear in own if linear.expert}
             assert {expert for expert in read if expert} == experts
 
 
@@ -135,15 +191,15 @@ def test_a_token_passes_the_experts_that_it_is_sent_to() -> None:
 @pytest.mark.parametrize("variant", ["gptq-w4-g128", "awq-w4-g128"])
 def test_a_worker_needs_memory_for_a_block_of_256_experts_and_little_more(variant: str) -> None:
     shape = named_shape("deepseek-v3")
-    needed = worker_memory(shape, spec(variant), Tuning(1, 20.0))
+    needed = worker_memory(shape, spec(variant), ALONE)
     block = 4 * max(sum(map(shape.tensor_elements, shape.skeleton.block_tensors(b).values())) for b in range(61))
     assert block < needed.total < 2.0 * block
     routed = named_shape("deepseek-v3", ExpertStatistics.ROUTED)
-    more = worker_memory(routed, spec(variant, experts="routed"), Tuning(1, 20.0))
+    more = worker_memory(routed, spec(variant, experts="routed"), ALONE)
     # Every expert then has a second moment of its own for gate and up.
     assert more.units["add up statistics"] - needed.units["add up statistics"] == 3 * 4 * 256 * 7168**2
     blended = named_shape("deepseek-v3", ExpertStatistics.SHRINKAGE)
-    most = worker_memory(blended, spec(variant, experts="shrinkage"), Tuning(1, 20.0))
+    most = worker_memory(blended, spec(variant, experts="shrinkage"), ALONE)
     assert most.units["add up statistics"] - more.units["add up statistics"] == 3 * 4 * (7168**2 + 256 * 2048**2)
 
 

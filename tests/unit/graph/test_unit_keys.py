@@ -171,7 +171,7 @@ def test_a_solve_s_rows_are_in_its_own_key_and_in_no_other(
     whole, halves, tiles = (every(inputs, replace(TUNING, solve_s=solve_s)) for solve_s in (20.0, 0.0065, 1e-9))
 
     def solves(units: Iterable[WorkUnit]) -> dict[tuple[Any, ...], str]:
-        return {(u.params["identity"], tuple(u.params["rows"])): u.key for u in units if u.kind is Kind.SOLVE}
+        return {(*u.params["identities"], tuple(u.params["rows"])): u.key for u in units if u.kind is Kind.SOLVE}
 
     def rest(units: Iterable[WorkUnit]) -> set[str]:
         return {key for key, unit in durable(units).items() if unit.kind is not Kind.SOLVE}
@@ -193,10 +193,10 @@ def test_row_ranges_cover_a_group_once(make_spec: MakeSpec, gather: Gather, monk
     by_identity: dict[str, list[WorkUnit]] = {}
     for unit in every(inputs, replace(TUNING, solve_s=0.01)):
         if unit.kind is Kind.SOLVE:
-            by_identity.setdefault(unit.params["identity"], []).append(unit)
+            by_identity.setdefault(unit.params["identities"][0], []).append(unit)
     for parts in by_identity.values():
         rows = sorted(tuple(part.params["rows"]) for part in parts)
-        group = inputs.outline.groups[parts[0].block][parts[0].params["group"]]
+        group = inputs.outline.groups[parts[0].block][parts[0].params["groups"][0]]
         assert rows[0][0] == 0
         assert [low for low, _ in rows[1:]] == [high for _, high in rows[:-1]]
         assert rows[-1][1] == sum(linear.out_features for linear in group.linears)
@@ -222,7 +222,13 @@ def test_scaled_statistics_are_factored_for_themselves(make_spec: MakeSpec, gath
         assert [need.kind for need in unit.needs] == [Kind.MERGE] + [Kind.SCALES] * (unit.variant == both)
         assert all(need.params["group"] == unit.params["group"] for need in unit.needs)
     identities = {
-        variant: {unit.params["identity"] for pack in own.packs for unit in pack.needs if unit.kind is Kind.SOLVE}
+        variant: {
+            identity
+            for pack in own.packs
+            for unit in pack.needs
+            if unit.kind is Kind.SOLVE
+            for identity in unit.params["identities"]
+        }
         for variant, own in built.variants.items()
     }
     assert len(identities[both]) == 8
@@ -260,7 +266,7 @@ def test_a_linear_group_is_calibrated_behind_those_solved_before(make_spec: Make
     assert sorted(compared) == [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)]
     assert sum(unit.kind is Kind.COMPARE for unit in units) == TUNING.spans * len(compared)
     for (block, group), unit in compared.items():
-        behind = {need.params["group"] for need in unit.needs if need.kind is Kind.SOLVE}
+        behind = {need.params["groups"][0] for need in unit.needs if need.kind is Kind.SOLVE}
         assert {need.block for need in unit.needs if need.kind is Kind.SOLVE} <= {block}
         assert behind == set(range(group))
         # Only what the next block is compared with passes on, and the last block is the end.
@@ -270,7 +276,7 @@ def test_a_linear_group_is_calibrated_behind_those_solved_before(make_spec: Make
     assert packs[0].key != built.variants[GPTQ].packs[0].key
     shared = {unit.key for unit in reachable_units(built.variants[GPTQ].packs) if unit.kind is Kind.SOLVE}
     solved = [unit for unit in units if unit.kind is Kind.SOLVE]
-    assert {(unit.block, unit.params["group"]) for unit in solved if unit.key in shared} == {(0, 0)}
+    assert {(unit.block, *unit.params["groups"]) for unit in solved if unit.key in shared} == {(0, 0)}
 
 
 def test_linears_left_alone_are_not_waited_for(make_spec: MakeSpec, gather: Gather) -> None:

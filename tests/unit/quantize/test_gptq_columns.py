@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.quantize.gptq import Factor, damping_ladder, factor, solve_columns
+from pipeline.quantize.gptq import Factor, damping_ladder, factor
 from pipeline.quantize.grid import channel_importance, encode, fit_grid
 from pipeline.quantize.types import Scheme, Statistics, dequantize
+from tests.factories import columns_of
 
 Layer = Callable[..., tuple[Tensor, Statistics]]
 SCHEMES = [Scheme(4, 16, True), Scheme(4, 16, False), Scheme(8, 48, True), Scheme(8, 16, False)]
@@ -57,12 +58,12 @@ def test_codes_are_those_of_the_textbook_with_an_explicit_inverse(layer: Layer, 
     weight, statistics = layer(40, 96)
     moment = statistics.second_moment_II
     scale, zero = _grid(weight, moment, scheme)
-    solved = solve_columns(weight.double(), scale.double(), zero, scheme, _in_float64(_factored(moment)))
+    solved = columns_of(weight.double(), scale.double(), zero, scheme, _in_float64(_factored(moment)))
     expected = _textbook(weight, moment, scale, zero, scheme, 0.01)
     assert bool(solved.is_finite_O.all())
     # The factor was rounded to float32, so a few values next to a tie may fall on the other side.
     assert float((solved.codes_OI != expected).double().mean()) < 0.002
-    in_float32 = solve_columns(weight, scale, zero, scheme, _factored(moment)).codes_OI
+    in_float32 = columns_of(weight, scale, zero, scheme, _factored(moment)).codes_OI
     assert float((in_float32 != expected).double().mean()) < 0.002
 
 
@@ -95,7 +96,7 @@ def test_block_size_does_not_change_the_codes(layer: Layer, scheme: Scheme) -> N
     scale, zero = _grid(weight, moment, scheme)
     factored = _in_float64(_factored(moment))
     results = [
-        solve_columns(weight.double(), scale.double(), zero, scheme, factored, block_size).codes_OI
+        columns_of(weight.double(), scale.double(), zero, scheme, factored, block_size).codes_OI
         for block_size in (1, 7, 32, 128, 1000)
     ]
     assert all(torch.equal(codes, results[0]) for codes in results)
@@ -106,7 +107,7 @@ def test_diagonal_moment_makes_it_exactly_rounding(layer: Layer, scheme: Scheme)
     weight, _ = layer(32, 144)
     moment = torch.diag(torch.rand(144, generator=torch.Generator().manual_seed(1)) + 0.01)
     scale, zero = _grid(weight, moment, scheme)
-    codes = solve_columns(weight, scale, zero, scheme, _factored(moment)).codes_OI
+    codes = columns_of(weight, scale, zero, scheme, _factored(moment)).codes_OI
     assert torch.equal(codes, encode(weight, scale, zero, scheme))
 
 
@@ -116,7 +117,7 @@ def test_inputs_that_were_never_alive_are_rounded_to_nearest(layer: Layer) -> No
     moment[dead], moment[:, dead] = 0.0, 0.0
     scheme = SCHEMES[0]
     scale, zero = _grid(weight, moment, scheme)
-    codes = solve_columns(weight, scale, zero, scheme, _factored(moment)).codes_OI
+    codes = columns_of(weight, scale, zero, scheme, _factored(moment)).codes_OI
     assert torch.equal(codes[:, dead], encode(weight, scale, zero, scheme)[:, dead])
 
 
@@ -127,7 +128,7 @@ def test_losses_from_residuals_are_those_of_the_codes(layer: Layer, damping: flo
     moment[dead], moment[:, dead] = 0.0, 0.0
     scheme = SCHEMES[0]
     scale, zero = _grid(weight, moment, scheme)
-    solved = solve_columns(weight, scale, zero, scheme, _factored(moment, damping), block_size=32)
+    solved = columns_of(weight, scale, zero, scheme, _factored(moment, damping), block_size=32)
     delta = (dequantize(solved.codes_OI, scale, zero, scheme.group_size) - weight).double()
     norm = delta.square().sum(-1)
     damped = float((damping * moment.diagonal().mean() * norm).max())
@@ -141,7 +142,7 @@ def test_nothing_alive_at_all_is_rounding(layer: Layer) -> None:
     weight, _ = layer(8, 32)
     scheme = Scheme(4, 16, True)
     scale, zero = fit_grid(weight, torch.ones(32), scheme, search=True)
-    codes = solve_columns(weight, scale, zero, scheme, _factored(torch.zeros(32, 32))).codes_OI
+    codes = columns_of(weight, scale, zero, scheme, _factored(torch.zeros(32, 32))).codes_OI
     assert torch.equal(codes, encode(weight, scale, zero, scheme))
 
 
@@ -150,7 +151,7 @@ def test_scale_of_the_moment_does_not_matter(layer: Layer) -> None:
     scheme = SCHEMES[0]
     scale, zero = _grid(weight, statistics.second_moment_II, scheme)
     results = [
-        solve_columns(weight, scale, zero, scheme, _factored(statistics.second_moment_II * 2.0**power)).codes_OI
+        columns_of(weight, scale, zero, scheme, _factored(statistics.second_moment_II * 2.0**power)).codes_OI
         for power in (-60, 0, 60)
     ]
     assert torch.equal(results[0], results[1])
@@ -169,7 +170,7 @@ def test_rows_that_overflow_are_told_apart(layer: Layer) -> None:
     scheme = Scheme(4, 16, True)
     scale, zero = _grid(weight, statistics.second_moment_II, scheme)
     weight[2, 5] = float("inf")
-    is_finite = solve_columns(weight, scale, zero, scheme, _factored(statistics.second_moment_II)).is_finite_O
+    is_finite = columns_of(weight, scale, zero, scheme, _factored(statistics.second_moment_II)).is_finite_O
     assert is_finite.tolist() == [True, True, False, True]
 
 

@@ -10,6 +10,7 @@ from pipeline.quantize import gptq, grid, kernels
 from pipeline.quantize.loss import row_losses
 from pipeline.quantize.statistics import accumulate, empty
 from pipeline.quantize.types import Scheme, dequantize
+from tests.factories import columns_of
 
 SCHEMES = [Scheme(bits, size, symmetric) for bits in (2, 4, 8) for size in (16, 60) for symmetric in (True, False)]
 
@@ -76,9 +77,9 @@ def test_columns_are_rounded_as_with_torch(scheme: Scheme, with_torch: pytest.Mo
     scale, zero = grid.fit_grid(weight, grid.channel_importance(moment.diagonal()), scheme, True)
     factored = gptq.factor(moment, 0.01, act_order=True)
     assert factored is not None
-    slow = gptq.solve_columns(weight, scale, zero, scheme, factored)
+    slow = columns_of(weight, scale, zero, scheme, factored)
     with_torch.undo()
-    fast = gptq.solve_columns(weight, scale, zero, scheme, factored)
+    fast = columns_of(weight, scale, zero, scheme, factored)
     assert bool(slow.is_finite_O.all())
     assert bool(fast.is_finite_O.all())
     # At a near tie another code is taken, and what follows in that row makes up for another error.
@@ -102,10 +103,10 @@ def test_a_row_alone_is_what_it_is_among_others(scheme: Scheme) -> None:
     factored = gptq.factor(moment, 0.01, act_order=True)
     assert factored is not None
     # One block, so that no matrix product of another shape is among the steps.
-    solved = gptq.solve_columns(weight, scale, zero, scheme, factored, block_size=240)
+    solved = columns_of(weight, scale, zero, scheme, factored, block_size=240)
     for row in (0, 63, 64, 134):
         rows = slice(row, row + 1)
-        alone = gptq.solve_columns(weight[rows].contiguous(), scale[rows], zero[rows], scheme, factored, block_size=240)
+        alone = columns_of(weight[rows].contiguous(), scale[rows], zero[rows], scheme, factored, block_size=240)
         assert torch.equal(alone.codes_OI[0], solved.codes_OI[row])
         assert float(alone.loss_O[0]) == float(solved.loss_O[row])
 
@@ -117,7 +118,7 @@ def test_rows_that_overflow_are_said_to() -> None:
     scale, zero = torch.full((70, 4), 0.01), torch.full((70, 4), 8, dtype=torch.uint8)
     factored = gptq.factor(moment, 0.01, act_order=True)
     assert factored is not None
-    is_finite = gptq.solve_columns(weight, scale, zero, scheme, factored).is_finite_O
+    is_finite = columns_of(weight, scale, zero, scheme, factored).is_finite_O
     assert is_finite.tolist() == [row != 9 for row in range(70)]
 
 

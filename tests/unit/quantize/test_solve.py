@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.errors import QuantizationError
 from pipeline.quantize import solve as solve_module
-from pipeline.quantize.solve import SolveOptions, solve
+from pipeline.quantize.solve import SolveOptions, Stack, prepare_factor, solve, solve_stacks
 from pipeline.quantize.types import QuantizedLinear, Scheme, Statistics
 from pipeline.spec import Method
 
@@ -130,6 +130,38 @@ def test_stack_is_bit_identical_to_each_linear_alone(
     for linear, part in zip(stacked, weight.split(sizes), strict=True):
         (alone,) = solve(method, part, [part.shape[0]], statistics, Scheme(4, 16, False), SolveOptions())
         assert _same(linear, alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stacks_solved_together_are_bit_identical_to_each_alone(
+    layer: Layer, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme, options = Scheme(4, 16, False), SolveOptions(damping=0.01)
+    stacks = [Stack(*layer(rows, 96, seed=rows)) for rows in (70, 9, 130)]
+    # One that is tried again with more damping, while the others are done.
+    weight, statistics = layer(66, 96, seed=4)
+    stacks.insert(1, Stack(weight, _indefinite(statistics, -0.05)))
+    alone = [solve_stacks(method, [stack], scheme, options)[0] for stack in stacks]
+    monkeypatch.setitem(solve_module.TILES_TOGETHER, "cpu", 3)
+    for found, expected in zip(solve_stacks(method, stacks, scheme, options), alone, strict=True):
+        for name, tensor in found.tensors().items():
+            assert torch.equal(tensor, expected.tensors()[name]), name
+    if method.codes is Method.GPTQ:
+        assert [float(found.damping_O.max()) for found in alone] == pytest.approx([0.01, 0.1, 0.01, 0.01])
+
+
+def test_rows_tried_again_come_back_in_their_places(layer: Layer) -> None:
+    """Of two stacks one has rows of zeros, which err by nothing, so that what that is multiplied by must be finite."""
+    (weight, statistics), other, empty = layer(70, 96, seed=1), Stack(*layer(70, 96, seed=2)), [3, 64]
+    weight[empty] = 0.0
+    scheme, options = Scheme(4, 16, True), SolveOptions(damping=0.01)
+    plain = solve_stacks(Method.GPTQ, [Stack(weight, statistics), other], scheme, options)
+    broken = prepare_factor(statistics.second_moment_II, options)
+    broken.feedback_II[0, 1] = torch.inf
+    found = solve_stacks(Method.GPTQ, [Stack(weight, statistics, broken), other], scheme, options)
+    assert found[0].damping_O.gt(0.01).nonzero().flatten().tolist() == empty
+    assert torch.equal(found[0].scale_OG, plain[0].scale_OG), "grids do not depend on damping"
+    assert torch.equal(found[1].codes_OI, plain[1].codes_OI)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,75 @@
+"""The weights of the next block on their way to an accelerator while the block before it is computed there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+"""A block's checkpoint tensors by local name."""
+
+
+class Ahead:
+    """Reads the block that is expected in a thread of its own, and copies it to the device from pinned memory on a
+    stream of its own: neither waits for what is computed, nor is it waited for. One block at a time."""
+
+    def __init__(self, read: Callable[[int], Weights], device: str) -> None:
+        """Expect nothing yet.
+
+        Args:
+            read: Gives a block's tensors on the CPU, by its number.
+            device: Where they are to be, ``cuda`` or ``cpu``.
+        """
+        self._read, self._device = read, device
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="bitmill-block-ahead")
+        self._expected: tuple[int, Future[Weights]] | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def expect(self, index: int) -> None:
+        """Begin to fetch a block, unless that has begun; one that nobody has taken is let go of."""
+        if self._expected is None or self._expected[0] != index:
+            self._drop()
+            self._expected = index, self._thread.submit(self._fetch, index)
+
+    def take(self, index: int) -> Weights | None:
+        """Return a block that was expected, on the device, once it is there; None for any other.
+
+        Raises:
+            PipelineError: what reading it has raised.
+        """
+        if self._expected is None or self._expected[0] != index:
+            return None
+        weights = self._expected[1].result()
+        self._expected = None
+        if self._stream is not None:
+            computing = torch.cuda.current_stream()
+            for tensor in weights.values():
+                # Its memory is the copying stream's: it is not to be used again before what reads it now has ended.
+                tensor.record_stream(computing)
+        return weights
+
+    def close(self) -> None:
+        """Fetch no more."""
+        self._drop()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _drop(self) -> None:
+        if self._expected is not None:
+            self._expected[1].cancel()
+            self._expected = None
+
+    def _fetch(self, index: int) -> Weights:
+        weights = self._read(index)
+        if self._device == "cpu":
+            return weights
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            pinned = {name: tensor.pin_memory() for name, tensor in weights.items()}
+            moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in pinned.items()}
+        # Of this thread alone: pinned memory must outlive the copies.
+        self._stream.synchronize()
+        return moved
