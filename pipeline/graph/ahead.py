@@ -14,7 +14,11 @@ Weights = dict[str, Tensor]
 
 class Ahead:
     """Reads the block that is expected in a thread of its own, and copies it to the device from pinned memory on a
-    stream of its own: neither waits for what is computed, nor is it waited for. One block at a time."""
+    stream of its own: neither waits for what is computed, nor is it waited for.
+
+    Whoever is about to pass a block expects the one after it first. So two blocks are there at most: the next one, and
+    the one at work, which text may pass in several spans.
+    """
 
     def __init__(self, read: Callable[[int], Weights], device: str) -> None:
         """Expect nothing yet.
@@ -25,41 +29,41 @@ class Ahead:
         """
         self._read, self._device = read, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bitmill-block-ahead")
-        self._expected: tuple[int, Future[Weights]] | None = None
+        self._expected: dict[int, Future[Weights]] = {}
         self._stream: torch.cuda.Stream | None = None
 
     def expect(self, index: int) -> None:
-        """Begin to fetch a block, unless that has begun; one that nobody has taken is let go of."""
-        if self._expected is None or self._expected[0] != index:
-            self._drop()
-            self._expected = index, self._thread.submit(self._fetch, index)
+        """Begin to fetch a block, unless that has begun, and let go of all but the one before it."""
+        for other in self._expected.keys() - {index - 1, index}:
+            self._expected.pop(other).cancel()
+        if index not in self._expected:
+            self._expected[index] = self._thread.submit(self._fetch, index)
 
-    def take(self, index: int) -> Weights | None:
+    def get(self, index: int) -> Weights | None:
         """Return a block that was expected, on the device, once it is there; None for any other.
 
         Raises:
-            PipelineError: what reading it has raised.
+            PipelineError: what reading it has raised; who asks again has it read again.
         """
-        if self._expected is None or self._expected[0] != index:
+        fetched = self._expected.get(index)
+        if fetched is None:
             return None
-        weights = self._expected[1].result()
-        self._expected = None
+        try:
+            weights = fetched.result()
+        except BaseException:
+            del self._expected[index]
+            raise
         if self._stream is not None:
             computing = torch.cuda.current_stream()
             for tensor in weights.values():
                 # Its memory is the copying stream's: it is not to be used again before what reads it now has ended.
                 tensor.record_stream(computing)
-        return weights
+        return dict(weights)
 
     def close(self) -> None:
         """Fetch no more."""
-        self._drop()
+        self._expected.clear()
         self._thread.shutdown(cancel_futures=True)
-
-    def _drop(self) -> None:
-        if self._expected is not None:
-            self._expected[1].cancel()
-            self._expected = None
 
     def _fetch(self, index: int) -> Weights:
         weights = self._read(index)

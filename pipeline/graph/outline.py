@@ -216,7 +216,7 @@ class Source:
 
     def block_to_pass(self, index: int) -> dict[str, Tensor]:
         """Return one block's tensors as ``block`` does, on the device already when they were expected."""
-        expected = self.ahead.take(index) if self.ahead is not None else None
+        expected = self.ahead.get(index) if self.ahead is not None else None
         return self.block(index) if expected is None else expected
 
     def expect_block(self, index: int) -> None:

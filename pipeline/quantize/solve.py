@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -129,11 +130,24 @@ class Stack:
         weight_OI: float32 [O, I]. With activation-aware scales, weight and statistics are those after scaling.
         statistics: Statistics of the input.
         factored: GPTQ: what ``prepare_factor`` gave for these statistics; computed when it is None.
+        name: What messages call it, of one that is solved with others.
     """
 
     weight_OI: Tensor
     statistics: Statistics
     factored: Factor | None = None
+    name: str = ""
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Within the context, errors say which stack they are of."""
+        try:
+            yield
+        except QuantizationError as error:
+            if not self.name:
+                raise
+            message = f"{self.name}: {error.message}"
+            raise QuantizationError(message, code=error.code, hint=error.hint, context=error.context) from error
 
 
 @dataclass(frozen=True)
@@ -175,7 +189,9 @@ class _OpenStack:
     """
 
     def __init__(self, method: Method, stack: Stack, scheme: Scheme, options: SolveOptions) -> None:
-        require_solvable(stack.weight_OI, stack.statistics, scheme)
+        with stack.naming():
+            require_solvable(stack.weight_OI, stack.statistics, scheme)
+        self._naming = stack.naming
         self._weight_OI = stack.weight_OI.detach()
         device = self._weight_OI.device
         self.shrinkage = stack.statistics.shrinkage
@@ -192,9 +208,10 @@ class _OpenStack:
         Raises:
             QuantizationError: when there is none.
         """
-        attempt = next(self._attempts, None)
-        if attempt is None:
-            raise _not_factorable()
+        with self._naming():
+            attempt = next(self._attempts, None)
+            if attempt is None:
+                raise _not_factorable()
         tile_rows = TILE_ROWS.get(self._weight_OI.device.type, TILE_ROWS_DEVICE)
         for weight_RI in torch.split(self._weight_OI[self.pending], tile_rows):
             num_rows = weight_RI.shape[0]
@@ -223,7 +240,8 @@ class _OpenStack:
         if len(self._solved) > 1:
             order = torch.argsort(torch.cat(self._order))
             solved = SolvedRows(*(tensor[order] for tensor in vars(SolvedRows.join(self._solved)).values()))
-        _require_finite(solved)
+        with self._naming():
+            _require_finite(solved)
         return solved
 
 

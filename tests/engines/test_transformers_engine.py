@@ -30,7 +30,13 @@ VARIANTS = [
     *("gptq-w4-g128", "awq-w4-g128", "rtn-w8-g128", "gptq-w3-g64", "gptq-w2-g64", "awq-w3-g64"),
     *("gptq-w3-g64-ct", "gptq-w5-g64", "awq-w6-g64", "rtn-w2-g64-ct-asym"),
     # Several widths in one release; scales and compensated weights under GPTQ's codes.
-    *("gptq-w4.5-g64", "gptq-w4.5-g64-ct", "awq-gptq-w4-g64", "gptq-w4-g64-ct-asym-seq", "gptq-w3-g64-ct-asym-trueseq"),
+    *(
+        "gptq-w4.5-g64",
+        "gptq-w4.5-g64-gptq",
+        "awq-gptq-w4-g64",
+        "gptq-w4-g64-ct-asym-seq",
+        "gptq-w3-g64-ct-asym-trueseq",
+    ),
 ]
 COMPRESSED = ["rtn-w4-g64", "rtn-w8-g64", "awq-w4-g64-ct"]
 NO_CPROJ = {"method": "gptq", "format": "gptq", "group_size": 64, "ignore": ["re:c_proj$"], "name": "gptq-no-c_proj"}

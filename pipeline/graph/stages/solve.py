@@ -79,14 +79,16 @@ def solve_range(call: Call) -> dict[str, Any]:
     all rows of several groups, one below the other."""
     results, positions = scale_results(call), call.params["groups"]
     method, scheme, options = Method(call.params["method"]), scheme_of(call.params), options_of(call.params)
-    stacks = []
+    stacks, groups = [], call.source.outline.groups[call.unit.block]
     for position, weight_OI in zip(positions, _split(call, _rows_to_solve(call, results)), strict=True):
         statistics, factor = _scaled_statistics(call, results, position), call.need_of(Kind.FACTOR, position)
         own_OI = _compensated(call, position, weight_OI)
         if position in results:
             own_OI = own_OI * results[position].scale_I
         factored = None if factor is None else Factor.of(call.get(factor))
-        stacks.append(Stack(own_OI.contiguous(), statistics, factored))
+        # Of one group the unit's title says which it is.
+        name = groups[position].label if len(positions) > 1 else ""
+        stacks.append(Stack(own_OI.contiguous(), statistics, factored, name))
     solved = solve_stacks(method, stacks, scheme, options)
     call.put(SolvedRows.join(solved).tensors())
     losses = [

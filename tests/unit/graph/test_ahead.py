@@ -44,38 +44,60 @@ def ahead(blocks: Blocks) -> Iterator[Ahead]:
     made.close()
 
 
-def test_a_block_that_was_expected_is_read_once_by_another_thread(ahead: Ahead, blocks: Blocks) -> None:
-    assert ahead.take(3) is None, "nobody expected it"
-    ahead.expect(3)
-    ahead.expect(3)
-    found = ahead.take(3)
+def number(found: Weights | None) -> float:
+    """Return the number of a block that has to be there."""
     assert found is not None
-    assert float(found["weight"]) == 3.0
+    return float(found["weight"])
+
+
+def test_a_block_that_was_expected_is_read_once_by_another_thread(ahead: Ahead, blocks: Blocks) -> None:
+    assert ahead.get(3) is None, "nobody expected it"
+    ahead.expect(3)
+    ahead.expect(3)
+    assert number(ahead.get(3)) == 3.0
     assert blocks.read == [(3, False)]
-    assert ahead.take(3) is None, "it is the taker's now"
+
+
+def test_text_that_passes_block_after_block_in_two_spans_finds_each(ahead: Ahead, blocks: Blocks) -> None:
+    """The next block is expected before the one at work is asked for, and what is asked for is used up."""
+    found = []
+    for index in range(5):
+        for _ in range(2):
+            ahead.expect(index + 1)
+            weights = ahead.get(index)
+            found.append(None if weights is None else float(weights.pop("weight")))
+    assert found == [None, None, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert number(ahead.get(5)) == 5.0
+    assert blocks.read == [(index, False) for index in (1, 2, 3, 4, 5)]
 
 
 def test_a_block_is_waited_for_and_another_one_is_not(ahead: Ahead, blocks: Blocks) -> None:
     blocks.may_go_on.clear()
     ahead.expect(3)
-    assert ahead.take(4) is None
+    assert ahead.get(4) is None
     threading.Timer(0.1, blocks.may_go_on.set).start()
-    assert ahead.take(3) is not None
+    assert number(ahead.get(3)) == 3.0
 
 
-def test_a_block_that_nobody_takes_is_let_go_of(ahead: Ahead, blocks: Blocks) -> None:
+def test_a_block_that_nobody_asks_for_is_let_go_of(ahead: Ahead) -> None:
     for index in (3, 4, 5):
         ahead.expect(index)
-    assert ahead.take(3) is None
-    found = ahead.take(5)
-    assert found is not None
-    assert float(found["weight"]) == 5.0
+    assert ahead.get(3) is None
+    assert number(ahead.get(4)) == 4.0
+    assert number(ahead.get(5)) == 5.0
+    ahead.expect(1)  # another chain
+    assert ahead.get(5) is None
 
 
-def test_what_reading_raises_is_told_to_whoever_takes_the_block(ahead: Ahead) -> None:
+def test_what_reading_raises_is_told_to_whoever_asks_for_the_block(ahead: Ahead, blocks: Blocks) -> None:
     ahead.expect(13)
     with pytest.raises(CorruptWeightsError, match="block 13 holds NaN"):
-        ahead.take(13)
+        ahead.get(13)
+    assert ahead.get(13) is None
+    ahead.expect(13)
+    with pytest.raises(CorruptWeightsError, match="block 13 holds NaN"):
+        ahead.get(13)
+    assert len(blocks.read) == 2
 
 
 @pytest.fixture

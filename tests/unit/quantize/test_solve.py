@@ -164,6 +164,19 @@ def test_rows_tried_again_come_back_in_their_places(layer: Layer) -> None:
     assert torch.equal(found[1].codes_OI, plain[1].codes_OI)
 
 
+def test_an_error_says_which_of_several_stacks_it_is_of(layer: Layer) -> None:
+    scheme, options = Scheme(4, 16, True), SolveOptions()
+    stacks = [Stack(*layer(8, 32), name=f"experts.{number}.down_proj") for number in range(3)]
+    damaged = _indefinite(stacks[1].statistics, -8.0)
+    damaged.second_moment_II.diagonal().clamp_min_(0.0)
+    with pytest.raises(QuantizationError, match=r"^experts\.1\.down_proj: the second moment could not be factored"):
+        solve_stacks(Method.GPTQ, [stacks[0], replace(stacks[1], statistics=damaged), stacks[2]], scheme, options)
+    bad = stacks[2].weight_OI.clone()
+    bad[0, 0] = torch.nan
+    with pytest.raises(QuantizationError, match=r"^experts\.2\.down_proj: "):
+        solve_stacks(Method.RTN, [*stacks[:2], replace(stacks[2], weight_OI=bad)], scheme, options)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_same_inputs_give_the_same_result_and_stay_as_they_are(layer: Layer, method: Method) -> None:
     weight, statistics = layer(24, 96)
