@@ -36,6 +36,14 @@ _SHAPES = {
 }
 
 
+OPEN_GATES = {
+    "max_relative_error": 0.9,
+    "max_kl": 20.0,
+    "max_perplexity_ratio": 1e6,
+    "prompts": [{"prompt": "The ship"}],
+}
+"""Gates that a random model passes: wide budgets, and a prompt that it does not continue in a loop."""
+
 UNSOLVED = SolveReport(0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1, 0, 0, ())
 """The report of a linear whose codes nobody has searched for."""
 

@@ -45,7 +45,10 @@ ARCHITECTURES: dict[str, list[Any]] = {
     "gemma3": ["gptq-w4-g64", "awq-w4-g64"],
     "gpt2": ["gptq-w4-g64", NO_CPROJ],
     "gpt_neox": ["gptq-w4-g64", "awq-w4-g64"],
-    "llama": ["gptq-w4-g64", "awq-w4-g64", "rtn-w8-g64-gptq", "gptq-w3-g64", *COMPRESSED, "rtn-w8-channel-asym"],
+    "llama": [
+        *("gptq-w4-g64", "awq-w4-g64", "rtn-w8-g64-gptq", "gptq-w3-g64", "gptq-w4.5-g64-gptq"),
+        *(*COMPRESSED, "rtn-w8-channel-asym"),
+    ],
     "mistral": ["gptq-w4-g64", "awq-w4-g64"],
     "opt": ["gptq-w4-g64", "awq-w4-g64"],
     "phi3": ["gptq-w4-g64", "awq-w4-g64"],
@@ -179,7 +182,7 @@ def test_engine_computes_what_the_reference_computes_unless_a_limit_is_known(
         assert "Traceback" not in check.detail
 
 
-KNOWN_LIMITS = {("gpt2", "gptq-w4-g64"), ("gpt_neox", "awq-w4-g64")}
+KNOWN_LIMITS = {("gpt2", "gptq-w4-g64"), ("gpt_neox", "awq-w4-g64"), ("llama", "gptq-w4.5-g64-gptq")}
 
 
 def test_exactly_these_have_limits(converted: Converted) -> None:

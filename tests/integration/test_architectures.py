@@ -30,6 +30,7 @@ from pipeline.skeleton.groups import LinearGroup
 from pipeline.skeleton.tokenizer import TextTokenizer
 from pipeline.spec import Format, build_spec
 from tests.architectures import DENSE, TOKENIZER_FOLDER, drop_prefix, make_model, published_net, source_net
+from tests.factories import OPEN_GATES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,10 +45,8 @@ errors are relative to each linear's own output on the calibration text. If they
 as much as the residual stream holds, the factor would be 1. Text that was not calibrated on, and fused projections,
 which count once for two or three, give up to 1.5 here."""
 
-OPEN_GATES = {
-    "max_relative_error": 0.9,
-    "max_kl": 20.0,
-    "max_perplexity_ratio": 1e6,
+GATES = {
+    **OPEN_GATES,
     "max_degradations": 0,
     "heldout_samples": 2,
     "heldout_length": 32,
@@ -102,7 +101,7 @@ def convert_folder(
             "source": str(source),
             "variants": list(variants),
             "targets": [str(target)],
-            "gates": {**OPEN_GATES, "heldout": str(text), **(gates or {})},
+            "gates": {**GATES, "heldout": str(text), **(gates or {})},
             "calibration": {"text": str(text), "samples": 16, "length": 64, **(calibration or {})},
             **more,
         },

@@ -12,14 +12,9 @@ from pipeline.graph.convert import RunOptions, convert
 from pipeline.observe.events import ClosingSink, Event, StageFinished, Warned
 from pipeline.settings import Settings
 from pipeline.spec import ConversionSpec
+from tests.factories import OPEN_GATES
 
 MakeSpec = Callable[..., ConversionSpec]
-OPEN_GATES = {
-    "max_relative_error": 0.9,
-    "max_kl": 20.0,
-    "max_perplexity_ratio": 1e6,
-    "prompts": [{"prompt": "The ship"}],
-}
 
 
 class Heard(ClosingSink):

@@ -22,15 +22,10 @@ from pipeline.observe.events import (
 from pipeline.observe.tally import Tally, VariantState
 from pipeline.settings import Settings
 from pipeline.spec import ConversionSpec
+from tests.factories import OPEN_GATES
 
 MakeSpec = Callable[..., ConversionSpec]
 VARIANTS = {"gptq-w4-g64", "awq-w4-g64"}
-OPEN_GATES = {
-    "max_relative_error": 0.9,
-    "max_kl": 20.0,
-    "max_perplexity_ratio": 1e6,
-    "prompts": [{"prompt": "The ship"}],
-}
 
 
 class Heard(ClosingSink):
