@@ -203,7 +203,7 @@ def _weather(storm: Storm, expected: dict[str, str], folder: Path) -> int:
     rows = [[f"killed: {role}", str(storm.kills[role])] for role in WEIGHTS]
     rows += [["killed: all", str(storm.kills.total())]]
     rows += [["stored files damaged", str(storm.flips)], ["damage told of", str(storm.noticed)]]
-    rows += [[f"drivers ended: {ending}", str(number)] for ending, number in storm.endings.most_common()]
+    rows += [[f"drivers ended: {ending:.100}", str(number)] for ending, number in storm.endings.most_common()]
     rows += [["processes that outlived two drivers", str(storm.orphans)]]
     rows += [
         ["conversions completed", str(rounds)],

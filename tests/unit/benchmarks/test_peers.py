@@ -66,6 +66,24 @@ def test_every_grid_is_made_by_bitmill_and_by_peers_under_names_of_their_own() -
         assert len(tools) >= 3
 
 
+def test_what_peers_make_in_another_dtype_is_told_from_what_they_make_by_default() -> None:
+    default, float32 = (all_tasks(None, *dtype) for dtype in ((), ("float32",)))
+    assert [task.tool for task in default] == [task.tool for task in float32]
+    for task, other in zip(default, float32, strict=True):
+        is_bitmill = task.tool is Tool.BITMILL
+        assert (other.name == task.name) is (other.label == task.label) is (other == task) is is_bitmill
+        assert is_bitmill or other.name == f"{task.name}-float32"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+@pytest.mark.parametrize("tool", PEERS)
+def test_a_peer_s_script_is_told_the_dtype(tool: Tool, dtype: str) -> None:
+    task = next(task for task in all_tasks(None, dtype) if task.tool is tool)
+    job = Job(DEMO_MODEL, Path("text"), Tokens("text", [[1]], ""), Path("text"), 1, 2)
+    assert job.as_json(task, Path("out"))["dtype"] == dtype
+    assert 'dtype=job["dtype"]' in script_file(tool).read_text()
+
+
 @pytest.mark.parametrize("task", [task for task in all_tasks(None) if task.tool is Tool.BITMILL], ids=lambda t: t.name)
 def test_bitmills_variant_has_the_grid_of_its_task(task: Task) -> None:
     variant = parse_variant(task.variant)

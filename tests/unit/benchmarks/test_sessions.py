@@ -14,6 +14,7 @@ from benchmarks import sessions
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 QUIET = Path("/dev/null")
+ROOT = Path(__file__).parents[3]
 
 
 class ToldToEndError(Exception):
@@ -56,3 +57,26 @@ def test_a_command_takes_signals_as_by_default(tmp_path: Path) -> None:
     with QUIET.open("wb") as log, sessions.session_of(SLEEP, tmp_path, {}, log) as leader:
         leader.terminate()
         assert leader.wait(30) == -signal.SIGTERM
+
+
+SCRATCH = """
+import argparse, sys, time
+from pathlib import Path
+sys.path.insert(0, "benchmarks")
+from flags import scratch_folder
+with scratch_folder(argparse.Namespace(scratch=Path(sys.argv[1]))) as folder:
+    (folder / "file").touch()
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_benchmark_told_to_end_removes_its_scratch_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SCRATCH, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as benchmark:
+        assert benchmark.stdout is not None
+        folder = Path(benchmark.stdout.readline().strip())
+        assert (folder / "file").exists()
+        benchmark.terminate()
+        assert benchmark.wait(60) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
