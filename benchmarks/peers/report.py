@@ -104,6 +104,8 @@ def draw(entries: Sequence[Entry], text: str, file: Path) -> None:
         panel.set_axisbelow(True)
     times = axes["wall time of the whole command, s"]
     panels[0].set(xscale="log", yscale="log", xlim=_around(times), ylim=_around(kl))
+    # Sizes of one grid are nearly the same: what they differ by is not to fill the panel.
+    panels[1].set_xlim(_around(axes["weights, MB"], 1.05))
     for axis in (panels[0].xaxis, panels[0].yaxis):
         # Plain numbers at 1, 2 and 5 times powers of ten.
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -120,6 +122,6 @@ def draw(entries: Sequence[Entry], text: str, file: Path) -> None:
     plt.close(figure)
 
 
-def _around(values: Sequence[float]) -> tuple[float, float]:
-    """Return limits of a logarithmic axis with room on both sides."""
-    return min(values) / 1.5, max(values) * 1.5
+def _around(values: Sequence[float], factor: float = 1.5) -> tuple[float, float]:
+    """Return limits of an axis with room on both sides: so many times the least and the largest value."""
+    return min(values) / factor, max(values) * factor
