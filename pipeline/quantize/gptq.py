@@ -203,21 +203,9 @@ def solve_columns(targets: Sequence[Target], scheme: Scheme, block_size: int = B
                 target_BR.addmm_(factored.feedback_II[:start, block].t(), error_IR[:start])
         # Transposed: what feeds into a column is contiguous.
         feedback_NBB = _together([factored.feedback_II[block, block].t().contiguous() for factored in factors])
-        _solve_block(
-            target_NBR,
-            weight_NIR[:, block],
-            feedback_NBB,
-            group_NI[:, block],
-            scale_NGR,
-            zero_NGR,
-            scheme.max_code,
-            pivot_NI[:, block],
-            added_NI[:, block],
-            step_NIR[:, block],
-            error_NIR[:, block],
-            loss_NR,
-            error_norm_NR,
-        )
+        grids = (target_NBR, weight_NIR[:, block], feedback_NBB, group_NI[:, block], scale_NGR, zero_NGR)
+        found = (step_NIR[:, block], error_NIR[:, block], loss_NR, error_norm_NR)
+        _solve_block(grids, scheme.max_code, (pivot_NI[:, block], added_NI[:, block], *found))
     is_finite_NR = torch.ones_like(loss_NR, dtype=torch.bool)
     if not is_finite(error_NIR):
         is_finite_NR = error_NIR.isfinite().all(1)
@@ -242,26 +230,21 @@ def _codes(target: Target, step_IR: Tensor, scheme: Scheme, order_I: Tensor) -> 
     return code_OGg.to(torch.uint8).view(target.weight_OI.shape)
 
 
-def _solve_block(
-    target_NBR: Tensor,
-    weight_NBR: Tensor,
-    feedback_NBB: Tensor,
-    group_NB: Tensor,
-    scale_NGR: Tensor,
-    zero_NGR: Tensor,
-    max_code: int,
-    *rest: Tensor,
-) -> None:
-    """Do for each of N targets what ``kernels.solve_block`` does, with the same arguments, by the loops for where the
-    tensors are."""
-    grids = (target_NBR, weight_NBR, feedback_NBB, group_NB, scale_NGR, zero_NGR)
-    if triton_kernels.take(target_NBR):
-        triton_kernels.solve_block(*grids, max_code, *rest)
+def _solve_block(grids: Sequence[Tensor], max_code: int, rest: Sequence[Tensor]) -> None:
+    """Do for each of N targets what ``kernels.solve_block`` does, by the loops for where the tensors are.
+
+    Args:
+        grids: Its arguments before the largest code, each with N in front.
+        max_code: The largest code.
+        rest: Its arguments after that, likewise.
+    """
+    if triton_kernels.take(grids[0]):
+        arguments: list[Any] = [*grids, max_code, *rest]
+        triton_kernels.solve_block(*arguments)
         return
     for own in zip(*grids, *rest, strict=True):
-        arguments: list[Any] = list(own)
-        arguments.insert(len(grids), max_code)
-        if kernels.take(target_NBR):
+        arguments = [*own[: len(grids)], max_code, *own[len(grids) :]]
+        if kernels.take(grids[0]):
             arguments = [each.numpy() if isinstance(each, Tensor) else np.float32(each) for each in arguments]
             kernels.solve_block(*arguments)
         else:
