@@ -45,8 +45,6 @@ class Rates:
         unit_s: Fixed seconds of a unit whose output is stored: reading headers, placing modules, the record.
         passing_s: The same where the output is passed on.
         solve_s: Solves that take longer are cut into ranges of rows.
-        together_bytes: Bytes that small linear groups which are solved together may have, where that is more than the
-            largest group has.
         held_bytes: Bytes of hidden states and sums that a span may have outstanding, over all its blocks.
         weight_size: Bytes of a weight in a worker's memory.
         resident_bytes: Bytes of weights that a worker keeps for continuations.
@@ -69,7 +67,6 @@ class Rates:
     unit_s: float
     passing_s: float
     solve_s: float
-    together_bytes: float
     held_bytes: float
     weight_size: int
     resident_bytes: float
@@ -93,7 +90,6 @@ CPU_RATES = Rates(
     unit_s=0.006,
     passing_s=0.006,
     solve_s=20.0,
-    together_bytes=0.0,
     held_bytes=0.025e9,
     weight_size=4,
     resident_bytes=0.5e9,
@@ -120,7 +116,6 @@ H100_RATES = Rates(
     unit_s=0.02,
     passing_s=0.005,
     solve_s=1.0,
-    together_bytes=4e9,
     held_bytes=64e9,
     weight_size=2,
     resident_bytes=72e9,
@@ -274,11 +269,10 @@ class CostModel:
             is_gptq: How codes are found.
             longest_s: For how long a unit may run.
             refinement: Rounds of it.
-            largest_bytes: What the largest group takes in.
+            largest_bytes: What the largest group takes in: so much is there for them.
         """
         own_s = self.solve_s(group, is_gptq, refinement) - self.rates.unit_s
-        most_bytes = max(largest_bytes, self.rates.together_bytes)
-        return max(1, min(int((longest_s - self.rates.unit_s) / own_s), int(most_bytes / solve_bytes(group))))
+        return max(1, min(int((longest_s - self.rates.unit_s) / own_s), int(largest_bytes / solve_bytes(group))))
 
     def pack_s(self, parameters: float) -> float:
         """Return the seconds of packing a block and proving the file."""

@@ -15,8 +15,7 @@ RATES = [
     item.name
     for item in fields(Rates)
     if item.name.endswith(("_flops", "_weights", "_bytes"))
-    and item.name
-    not in ("store_bytes", "peer_bytes", "network_bytes", "held_bytes", "resident_bytes", "together_bytes")
+    and item.name not in ("store_bytes", "peer_bytes", "network_bytes", "held_bytes", "resident_bytes")
 ]
 
 
