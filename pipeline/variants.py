@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args
 
@@ -30,17 +31,48 @@ class Method(StrEnum):
     GPTQ = "gptq"
     AWQ = "awq"
     AWQ_GPTQ = "awq-gptq"
+    SMOOTHQUANT = "smoothquant"
+    SMOOTHQUANT_GPTQ = "smoothquant-gptq"
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether scales are searched that make inputs easier to round, at the price of weights."""
+        return self in (Method.SMOOTHQUANT, Method.SMOOTHQUANT_GPTQ)
 
     @property
     def has_scales(self) -> bool:
-        """Whether activation-aware scales are searched first."""
-        return self in (Method.AWQ, Method.AWQ_GPTQ)
+        """Whether scales of input channels are searched first."""
+        return self.is_smooth or self in (Method.AWQ, Method.AWQ_GPTQ)
 
     @property
     def codes(self) -> Method:
         """How codes are found once weights are scaled: ``gptq`` feeds errors back, ``rtn`` and ``awq`` round to nearest
         on grids of their own."""
-        return Method.GPTQ if self is Method.AWQ_GPTQ else self
+        match self:
+            case Method.AWQ_GPTQ | Method.SMOOTHQUANT_GPTQ:
+                return Method.GPTQ
+            case Method.SMOOTHQUANT:
+                return Method.RTN
+            case Method.RTN | Method.GPTQ | Method.AWQ:
+                return self
+
+
+class NumberType(StrEnum):
+    """What codes are."""
+
+    INT = "int"
+    """Whole numbers."""
+    FLOAT = "float"
+    """Floating-point numbers of 8 bits (E4M3)."""
+
+
+class Activations(StrEnum):
+    """How engines round the inputs of quantized linears."""
+
+    NONE = "none"
+    """Not at all: they compute in 16 bit with what codes stand for."""
+    DYNAMIC = "dynamic"
+    """To codes of the weights' type and width, with a scale for each token that its largest input sets."""
 
 
 class Propagate(StrEnum):
@@ -85,6 +117,15 @@ COMPENSATION = {Propagate.QUANTIZED: 0.3, Propagate.TWO_PASS: 0.0, Propagate.TRU
 
 SCHEDULE_SUFFIXES = {Propagate.QUANTIZED: "seq", Propagate.TWO_PASS: "twopass", Propagate.TRUE_SEQUENTIAL: "trueseq"}
 """What a short name ends with for statistics that are not of the source's inputs."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "w8a8-int8": {"method": Method.SMOOTHQUANT_GPTQ, "type": NumberType.INT, "activations": Activations.DYNAMIC},
+    "fp8-dynamic": {"method": Method.RTN, "type": NumberType.FLOAT, "activations": Activations.DYNAMIC},
+}
+"""Variants that have a name of their own, as engines' users know them."""
+
+ROUNDED_INPUTS = {NumberType.INT: "w8a8", NumberType.FLOAT: "fp8"}
+"""What a short name says, after the method, of variants whose inputs are rounded."""
 
 EXPRESSION_MARK = "re:"
 """What a regular expression in ``ignore`` starts with."""
@@ -152,11 +193,21 @@ class VariantSpec(Strict):
     """Name of the variant in paths and on the card; made from the other fields when empty: the short name, and a digest
     of what that does not say."""
     method: Method
-    """How codes are found: `rtn`, `gptq`, `awq`, or `awq-gptq`, which finds GPTQ's codes after AWQ's scales."""
+    """How codes are found: `rtn`, `gptq`, `awq`, or `awq-gptq`, which finds GPTQ's codes after AWQ's scales. Where
+    inputs are rounded too, `smoothquant` and `smoothquant-gptq` search scales that make inputs easier to round."""
     bits: Bits = 4
-    """Width of a code; format `awq` holds 4 bits only, and `gptq` no 5 and 6. With `mix` it is of no effect."""
+    """Width of a code; format `awq` holds 4 bits only, and `gptq` no 5 and 6. With `mix` it is of no effect. Where
+    inputs are rounded it is 8."""
+    type: NumberType = NumberType.INT
+    """What codes are: `int`, or `float`, numbers of 8 bits (E4M3), which is for method `rtn` and rounded inputs."""
+    activations: Activations = Activations.NONE
+    """How engines round the inputs of quantized linears: `none`, or `dynamic`, to 8 bits of the weights' type with a
+    scale for each token. Weights then have one scale per output channel, are symmetric, and stored as
+    compressed-tensors; the statistics are those of `propagate: float`. KL divergence, perplexity and the smoke prompts
+    are measured with rounded inputs; errors of single linears are of their weights alone."""
     group_size: int = 128
-    """Consecutive input channels that share one scale; -1 means one scale per output channel."""
+    """Consecutive input channels that share one scale; -1 means one scale per output channel, which it is where inputs
+    are rounded."""
     symmetric: bool = True
     """Symmetric grids have no zero point; asymmetric ones store one per group."""
     format: Format = Format.COMPRESSED_TENSORS
@@ -200,7 +251,11 @@ class VariantSpec(Strict):
     @model_validator(mode="before")
     @classmethod
     def _from_short_name(cls, value: Any) -> Any:
-        return parse_variant(value).model_dump() if isinstance(value, str) else value
+        if isinstance(value, str):
+            return parse_variant(value).model_dump()
+        if isinstance(value, dict) and value.get("activations", Activations.NONE) != Activations.NONE:
+            return {"bits": 8, "group_size": PER_CHANNEL, **value}
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> VariantSpec:
@@ -229,11 +284,47 @@ class VariantSpec(Strict):
                 f"propagate true-sequential is not for {self.method}, whose scales change linears that were solved "
                 "before: choose quantized, or method gptq or rtn"
             )
+        self._require_roundable_inputs()
         if not self.name:
             object.__setattr__(self, "name", self._own_name())
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name {self.name!r} must be letters, digits, '.', '_' and '-'")
         return self
+
+    def _require_roundable_inputs(self) -> None:
+        """Return when what is asked for goes together with how inputs are rounded.
+
+        Raises:
+            ValueError: naming the key that does not.
+        """
+        if self.activations is Activations.NONE:
+            if self.type is NumberType.FLOAT:
+                raise ValueError("type float is for rounded inputs: set activations to dynamic")
+            if self.method.is_smooth:
+                raise ValueError(
+                    f"method {self.method} makes inputs easier to round, and activations none leaves them: choose awq "
+                    "or awq-gptq, or activations dynamic"
+                )
+            return
+        wanted: dict[str, tuple[Any, ...]] = {
+            "bits": (8,),
+            "group_size": (PER_CHANNEL,),
+            "symmetric": (True,),
+            "format": (Format.COMPRESSED_TENSORS,),
+            "propagate": (Propagate.FLOAT,),
+            "widths": ({},),
+            "mix": (None,),
+            "method": (Method.RTN, Method.GPTQ, Method.SMOOTHQUANT, Method.SMOOTHQUANT_GPTQ),
+        }
+        what = f"activations {self.activations}"
+        if self.type is NumberType.FLOAT:
+            wanted |= {"method": (Method.RTN,), "refinement": (0,)}
+            what = "type float"
+        for key, legal in wanted.items():
+            if getattr(self, key) not in legal:
+                choices = " or ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in legal)
+                said = f"is for {key} {choices}" if legal not in (({},), (None,)) else f"has no {key}"
+                raise ValueError(f"{what} {said}, not {getattr(self, key)}")
 
     def _own_name(self) -> str:
         """Return the short name, with a digest of what it does not say, if anything: another variant must not be
@@ -249,6 +340,9 @@ class VariantSpec(Strict):
     def short_name(self) -> str:
         """Return the shortest name that ``parse_variant`` reads back as these method, bits, group, symmetry, format and
         schedule."""
+        if self.activations is not Activations.NONE:
+            preset = next((name for name, keys in PRESETS.items() if self._has(keys)), None)
+            return preset or f"{self.method}-{ROUNDED_INPUTS[self.type]}"
         group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
         parts = [self.method.value, self._width(), group]
         if self.format is not _default_format(self.method, self.bits, is_mixed=self.mix is not None):
@@ -258,6 +352,10 @@ class VariantSpec(Strict):
         if self.propagate in SCHEDULE_SUFFIXES:
             parts.append(SCHEDULE_SUFFIXES[self.propagate])
         return "-".join(parts)
+
+    def _has(self, keys: Mapping[str, Any]) -> bool:
+        """Return whether these are the variant's."""
+        return all(getattr(self, key) == value for key, value in keys.items())
 
     def _width(self) -> str:
         """Return the width as a short name has it: an average has a decimal point, other budgets have no number."""
@@ -315,11 +413,14 @@ _OWN_FORMATS = {
     Method.GPTQ: (Format.GPTQ,),
     Method.AWQ: (Format.AWQ,),
     Method.AWQ_GPTQ: (Format.AWQ,),
-    Method.RTN: (),
 }
 
+_METHODS = "|".join(sorted(Method, key=len, reverse=True))
+
+_ROUNDED_NAME = re.compile(rf"(?P<method>{_METHODS})-(?P<inputs>{'|'.join(ROUNDED_INPUTS.values())})")
+
 _VARIANT_NAME = re.compile(
-    r"(?P<method>rtn|awq-gptq|gptq|awq)-w(?P<bits>\d+(?:\.\d+)?)-(?P<group>g\d+|channel)"
+    rf"(?P<method>{_METHODS})-w(?P<bits>\d+(?:\.\d+)?)-(?P<group>g\d+|channel)"
     r"(?:-(?P<format>gptq|awq|ct))?(?:-(?P<symmetry>sym|asym))?"
     rf"(?:-(?P<schedule>{'|'.join(SCHEDULE_SUFFIXES.values())}))?"
 )
@@ -331,7 +432,7 @@ def _default_format(method: Method, bits: int, *, is_mixed: bool = False) -> For
     widths the one whose widths every loader reads."""
     if is_mixed:
         return Format.COMPRESSED_TENSORS
-    preferred = _OWN_FORMATS[method] if bits > 3 else (Format.GPTQ,)
+    preferred = _OWN_FORMATS.get(method, ()) if bits > 3 else (Format.GPTQ,)
     return next((format_ for format_ in preferred if bits in FORMAT_BITS[format_]), Format.COMPRESSED_TENSORS)
 
 
@@ -350,17 +451,22 @@ def _default_symmetry(method: Method, format_: Format) -> bool:
 def parse_variant(name: str) -> VariantSpec:
     """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym]`` and
     ``-seq``, ``-trueseq`` or ``-twopass`` for a schedule other than ``float``. Bits with a decimal point, as in
-    ``gptq-w4.5-g64``, are an average: mixed precision.
+    ``gptq-w4.5-g64``, are an average: mixed precision. Where inputs are rounded too it is one of ``PRESETS``, or
+    ``method-w8a8`` or ``method-fp8``.
 
     Raises:
         SpecError: when the name cannot be read or means a combination that no format holds.
     """
-    hint = (
-        "try gptq-w4-g128, gptq-w3-g64, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct; or describe it in a file with --spec"
-    )
+    if name in PRESETS:
+        return _named_variant(name, PRESETS[name])
+    if (match := _ROUNDED_NAME.fullmatch(name)) is not None:
+        types = {word: type_ for type_, word in ROUNDED_INPUTS.items()}
+        keys = {"method": match["method"], "type": types[match["inputs"]], "activations": Activations.DYNAMIC}
+        return _named_variant(name, keys)
     match = _VARIANT_NAME.fullmatch(name)
     if match is None:
-        raise SpecError(f"variant {name!r} is not of the form method-wBITS-gGROUP", code="spec.variant", hint=hint)
+        message = f"variant {name!r} is not of the form method-wBITS-gGROUP, and none of {', '.join(PRESETS)}"
+        raise SpecError(message, code="spec.variant", hint=_VARIANT_HINT)
     method, is_mixed = Method(match["method"]), "." in match["bits"]
     bits = int(float(match["bits"]))
     format_ = _default_format(method, bits, is_mixed=is_mixed)
@@ -371,17 +477,33 @@ def parse_variant(name: str) -> VariantSpec:
     propagate = schedules.get(match["schedule"], Propagate.FLOAT)
     group = PER_CHANNEL if match["group"] == "channel" else int(match["group"][1:])
     width = {"mix": {"average_bits": float(match["bits"])}} if is_mixed else {"bits": bits}
+    return _named_variant(
+        name,
+        {
+            "method": method,
+            **width,
+            "group_size": group,
+            "symmetric": symmetric,
+            "format": format_,
+            "propagate": propagate,
+        },
+    )
+
+
+_VARIANT_HINT = (
+    "try gptq-w4-g128, gptq-w3-g64, awq-w4-g128, rtn-w8-g128, gptq-w4-g64-ct, w8a8-int8, fp8-dynamic; or describe it "
+    "in a file with --spec"
+)
+
+
+def _named_variant(name: str, keys: Mapping[str, Any]) -> VariantSpec:
+    """Return the variant that a short name stands for.
+
+    Raises:
+        SpecError: when its keys do not go together.
+    """
     try:
-        return VariantSpec.model_validate(
-            {
-                "method": method,
-                **width,
-                "group_size": group,
-                "symmetric": symmetric,
-                "format": format_,
-                "propagate": propagate,
-            }
-        )
+        return VariantSpec.model_validate(dict(keys))
     except ValidationError as error:
         reason = "; ".join(problems(error, VariantSpec))
-        raise SpecError(f"variant {name!r}: {reason}", code="spec.variant", hint=hint) from error
+        raise SpecError(f"variant {name!r}: {reason}", code="spec.variant", hint=_VARIANT_HINT) from error

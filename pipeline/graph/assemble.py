@@ -167,6 +167,8 @@ def _kept(inputs: Inputs, plan: VariantPlan, own: VariantUnits, units: JobUnits,
         routers = _router_tensors(inputs, unit.block)
         for name in sorted(present):
             linear = plan.matrices.get(name.removesuffix(".weight"))
+            if linear is not None and linear.scheme is not None and name.endswith(".weight"):
+                continue  # codes, which lie under the name of the weight
             if name in routers:
                 scaled = ", follows activation-aware scales" if name in folded else ""
                 reasons[name] = f"router of experts{scaled}"

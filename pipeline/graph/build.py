@@ -10,7 +10,7 @@ in such a piece is keyed by it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -119,7 +119,7 @@ def quantized_groups(groups: Sequence[LinearGroup], matrices: Mapping[str, Matri
         part = quantized_part(group, matrices)
         scheme = matrices[part.linears[0].name].scheme if part is not None else None
         if part is not None and scheme is not None:
-            found.append((position, part, asdict(scheme)))
+            found.append((position, part, scheme.params))
     return found
 
 
@@ -501,11 +501,12 @@ class UnitBuilder:
         (merged, *changes), options = inputs, plan.solver_options
         local = self.outline.skeleton.block_tensors(group.block)
         weights = self.keys.places(local[name] for name in scope_of(group, local))
-        identity = {"weights": weights, "names": _names(group), "scheme": scheme, "options": options}
+        params = {"scheme": scheme, "options": options, "is_smooth": plan.spec.method.is_smooth}
+        identity = {"weights": weights, "names": _names(group), **params}
         return WorkUnit(
             Kind.SCALES,
             self.keys.key(Kind.SCALES, {**identity, "statistics": merged.key, **_changed(changes)}),
-            {"group": position, "scheme": scheme, "options": options},
+            {"group": position, **params},
             (merged, *changes),
             rank=merged.rank + SOLVED_AFTER,
             cost=self.costs.scales_s(_searched(group)),

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from pipeline.precision import Precision
-from pipeline.quantize.awq import SEARCH_ROWS
+from pipeline.quantize.scales import SEARCH_ROWS
 from pipeline.quantize.solve import TILE_ROWS, TILE_ROWS_DEVICE
 from pipeline.validate.generation import ROWS
 

@@ -46,5 +46,5 @@ def scaling_cautions(modules: Sequence[ModuleFacts], variant: VariantSpec) -> tu
     return (
         f"{len(left)} of {quantized} linears have no activation-aware scales, as no layer before them can take up the "
         "inverse: their groups' ranges were searched, and they were "
-        + ("rounded to nearest" if variant.method is Method.AWQ else "solved as they are"),
+        + ("solved as they are" if variant.method.codes is Method.GPTQ else "rounded to nearest"),
     )

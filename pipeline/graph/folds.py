@@ -1,4 +1,4 @@
-"""The activation-aware change of basis of one block, as values that stages pass on.
+"""The change of basis of one block that makes it easier to round, as values that stages pass on.
 
 A group's columns are multiplied by ``scale_I`` and the layer that produces its input takes up the inverse: a norm by
 its weight, a linear by its rows. For a norm the stored weight is rounded first and the scale derived from what was
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.quantize.awq import search_scales
+from pipeline.quantize.smoothquant import search_smooth_scales
 from pipeline.quantize.solve import SolveOptions
 from pipeline.quantize.types import Scheme, Statistics
 from pipeline.skeleton.groups import LinearGroup
@@ -91,6 +92,8 @@ def search_group_scales(
     scheme: Scheme,
     options: SolveOptions,
     prepare: Callable[[Tensor], Tensor] = lambda weight_OI: weight_OI,
+    *,
+    is_smooth: bool = False,
 ) -> ScaleResult:
     """Return the group's scale. The weights must be attached to the skeleton.
 
@@ -102,19 +105,28 @@ def search_group_scales(
         scheme: The grid that the group will be rounded to.
         options: Of the search.
         prepare: What the group's rows [O, I] are to be before they are scaled and rounded.
+        is_smooth: Whether scales are to make inputs easier to round, rather than weights err less.
     """
     (producer,) = find_producers(skeleton, [group])
     if producer is None:
         return ScaleResult(torch.ones_like(statistics.abs_sum_I), None, None, {})
     rows = torch.tensor(producer.row_of_I, device=statistics.abs_sum_I.device)
-    # Channels fed by one row must share a scale: give them their mean magnitude, and the search does the rest.
-    shared = replace(statistics, abs_sum_I=_mean_by_row(statistics.abs_sum_I, rows)[rows])
+
+    def share(values_I: Tensor) -> Tensor:
+        """Return for each channel the mean over those that are fed by its row, with which it must share a scale."""
+        return _mean_by_row(values_I, rows)[rows]
+
     stride = -(-sum(linear.out_features for linear in group.linears) // MAX_SEARCHED_ROWS)
     stack_OI = torch.cat(
         [linear.to_rows(weights[linear.local_name + ".weight"])[::stride].float() for linear in group.linears]
     )
-    found = search_scales(prepare(stack_OI.to(rows.device)), shared, scheme, options)
-    scale_I = _mean_by_row(found.scale_I, rows)[rows]
+    weight_OI = prepare(stack_OI.to(rows.device))
+    if is_smooth:
+        found = search_smooth_scales(weight_OI, statistics, scheme, share)
+    else:
+        shared = replace(statistics, abs_sum_I=share(statistics.abs_sum_I))
+        found = search_scales(weight_OI, shared, scheme, options)
+    scale_I = share(found.scale_I)
     if producer.fold is Fold.ROWS:
         return ScaleResult(scale_I, producer, found.exponent, {})
     scale_I, norm = _fold_norm(weights, producer, scale_I)

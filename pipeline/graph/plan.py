@@ -346,7 +346,8 @@ def _contents(outline: Outline, plan: VariantPlan) -> Contents:
     schemes = {name: matrix.scheme for name, matrix in plan.matrices.items() if matrix.scheme is not None}
     whole_rows = spec.group_size == PER_CHANNEL
     grids = {(scheme.bits, PER_CHANNEL if whole_rows else scheme.group_size) for scheme in schemes.values()}
-    return Contents(outline.skeleton.architecture, spec.format, spec.symmetric, frozenset(grids), tuple(schemes))
+    grid = (spec.format, spec.symmetric, frozenset(grids), tuple(schemes), spec.activations, spec.type)
+    return Contents(outline.skeleton.architecture, *grid)
 
 
 def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -> MatrixRow:

@@ -261,7 +261,7 @@ def _plan_linear(variant: VariantSpec, linear: LinearRef, checkpoint_size: int, 
     size, note = _group_size(variant, linear, checkpoint_size)
     if size is None:
         return None, note
-    scheme = Scheme(bits, size, variant.symmetric)
+    scheme = Scheme(bits, size, variant.symmetric, variant.type, variant.activations)
     unholdable = codec_for(variant.format).check(linear.name, linear.out_features, linear.in_features, scheme)
     return (None, f"left unquantized: {unholdable}") if unholdable else (scheme, note)
 

@@ -22,7 +22,9 @@ from pipeline.publish.loading import loading_guide
 from pipeline.publish.plots import LAYER_ERROR_FILE, SIZE_QUALITY_FILE
 from pipeline.publish.reproduce import reproduce_command, reproduce_spec
 from pipeline.publish.tensor_parallel import Loading, tp_answers
+from pipeline.spec import Activations
 from pipeline.units import format_bytes, format_count
+from pipeline.variants import ROUNDED_INPUTS
 
 CARD_FILE = "README.md"
 NUM_WORST_MODULES = 10
@@ -76,7 +78,9 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
         metadata["base_model"] = base_models if len(base_models) > 1 else base_models[0]
     variant = facts.variant
     widths = weights_by_width(facts.modules) or {variant.bits: 1}
-    tags = [*variant.method.value.split("-"), *(f"{bits}-bit" for bits in widths), variant.format.value, "bitmill"]
+    rounded = () if variant.activations is Activations.NONE else (ROUNDED_INPUTS[variant.type],)
+    methods = variant.method.value.split("-")
+    tags = [*methods, *(f"{bits}-bit" for bits in widths), *rounded, variant.format.value, "bitmill"]
     return metadata | {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -86,7 +90,8 @@ def front_matter(facts: ReleaseFacts) -> dict[str, Any]:
 
 def _values(facts: ReleaseFacts) -> dict[str, Any]:
     answers = tp_answers(facts.modules, facts.variant)
-    runs_half_only = answers[0].loading is Loading.GENERAL
+    # Of weights whose inputs are rounded the general kernel takes what the fast one takes.
+    runs_half_only = answers[0].loading is Loading.GENERAL and facts.variant.activations is Activations.NONE
     expert_layers = figures.expert_layers(facts)
     return {
         "facts": facts,

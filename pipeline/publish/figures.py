@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts, ReleaseFacts, weights_by_width
-from pipeline.spec import PER_CHANNEL, ExpertStatistics, Format, Method, Propagate, VariantSpec, average_width
+from pipeline.spec import (
+    PER_CHANNEL,
+    Activations,
+    ExpertStatistics,
+    Format,
+    Method,
+    NumberType,
+    Propagate,
+    VariantSpec,
+    average_width,
+)
 
 _SCALE_BITS = 16
 _METHOD_NAMES = {
@@ -17,6 +27,13 @@ _METHOD_NAMES = {
     Method.GPTQ: "GPTQ",
     Method.AWQ: "AWQ",
     Method.AWQ_GPTQ: "AWQ and GPTQ",
+    Method.SMOOTHQUANT: "SmoothQuant",
+    Method.SMOOTHQUANT_GPTQ: "SmoothQuant and GPTQ",
+}
+_TYPE_NAMES = {NumberType.INT: "", NumberType.FLOAT: " floating-point"}
+_INPUTS = {
+    Activations.NONE: "",
+    Activations.DYNAMIC: ", inputs rounded alike with a scale for each token",
 }
 
 
@@ -176,7 +193,7 @@ def describe_shrinkage(facts: ReleaseFacts) -> str:
 
 def describe_scheme(variant: VariantSpec, modules: Iterable[ModuleFacts]) -> str:
     """Return for example ``4-bit GPTQ, symmetric, groups of 128``: what the linears have, and what was asked for where
-    none has it. Of several widths the average is said too."""
+    none has it. Of several widths the average is said too, and what becomes of inputs where these are rounded."""
     modules = tuple(modules)
     sizes = sorted({module.group_size for module in modules if module.bits < UNQUANTIZED_BITS}, reverse=True)
     group = f"groups of {' and '.join(map(str, sizes or [variant.group_size]))}"
@@ -191,7 +208,8 @@ def describe_scheme(variant: VariantSpec, modules: Iterable[ModuleFacts]) -> str
     if others:
         bits += f" ({average_width(widths):.2f} on average)"
     refined = " and refinement" if variant.refinement else ""
-    return f"{bits} {_METHOD_NAMES[variant.method]}{refined}, {symmetry}, {group}"
+    method, inputs = f"{_METHOD_NAMES[variant.method]}{refined}", _INPUTS[variant.activations]
+    return f"{bits}{_TYPE_NAMES[variant.type]} {method}, {symmetry}, {group}{inputs}"
 
 
 def width_rows(facts: ReleaseFacts) -> tuple[WidthRow, ...]:

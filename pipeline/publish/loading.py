@@ -72,8 +72,7 @@ def _requirements(format_: Format, known: Sequence[Limit]) -> str:
         case Format.GPTQ | Format.AWQ:
             return '"transformers>=5" accelerate gptqmodel==7.6.0 optimum==2.3.0'
         case Format.COMPRESSED_TENSORS:
-            # The one limit of the format that a package lifts.
-            package = "compressed-tensors==0.17.0" if known else "compressed-tensors==0.20.0"
+            package = next((limit.package for limit in known if limit.package), "compressed-tensors==0.20.0")
             return f'"transformers>=5" accelerate {package}'
 
 

@@ -13,6 +13,10 @@ float16 only. Whether a linear is split by outputs or inputs is read off its nam
 An unquantized linear only has to divide. The rules are taken matrix by matrix, which is stricter than an engine that
 fuses q/k/v first or repeats key/value heads; that the number of attention heads divides is not checked here.
 
+Where inputs are rounded too, codes lie one to a byte and are multiplied as they are: linears only have to divide.
+vLLM's fast kernel (CUTLASS) takes in and out per rank in multiples of 16, and its general one (Triton) takes the others
+(read from the code of 0.32.0, not tried).
+
 Whatever the shapes, Marlin, and with it vLLM's GPTQ loader, takes codes of 4 and 8 bits only: releases at other widths
 count as refused. In compressed-tensors the Humming kernel takes them, a package that vLLM does not install. Marlin
 takes zero points with 4-bit codes only (vLLM's ``query_marlin_supported_quant_types``), and nothing but Machete, a
@@ -28,7 +32,7 @@ from enum import StrEnum
 
 from pipeline.facts import UNQUANTIZED_BITS, ModuleFacts
 from pipeline.formats.loaders import VLLM_BITS
-from pipeline.spec import PER_CHANNEL, Format, VariantSpec
+from pipeline.spec import PER_CHANNEL, Activations, Format, VariantSpec
 
 TP_SIZES = (1, 2, 4, 8)
 """The tensor-parallel sizes that the card answers for."""
@@ -37,6 +41,7 @@ WORD_BITS = 32
 MARLIN_OUT = 64
 MARLIN_IN = 128
 MARLIN_GROUPS = (32, 64, 128)
+CUTLASS_SIZES = 16
 
 _COLUMN = frozenset(
     {"q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "query", "key", "value", "Wqkv"}
@@ -84,6 +89,8 @@ def tp_answers(
 def kernel_refusal(variant: VariantSpec, widths: Iterable[int]) -> str:
     """Return why vLLM has no kernel for codes of one of these widths, whatever the shapes; empty when it has."""
     widths = set(widths)
+    if variant.activations is not Activations.NONE:
+        return ""
     if unusual := sorted(widths - VLLM_BITS):
         marlin = f"vLLM's Marlin kernel takes codes of 4 and 8 bits only, not of {' and '.join(map(str, unusual))}"
         is_other = variant.format is Format.COMPRESSED_TENSORS
@@ -106,7 +113,7 @@ def _answer(modules: tuple[ModuleFacts, ...], variant: VariantSpec, size: int) -
         refusal = _refusal(module, variant, size)
         if refusal:
             return TpAnswer(size, Loading.REFUSED, module.name, refusal)
-        obstacle = _marlin_obstacle(module, variant, size)
+        obstacle = _obstacle(module, variant, size)
         if obstacle and slow is None:
             slow = TpAnswer(size, fallback, module.name, obstacle)
     return slow or TpAnswer(size, Loading.FAST)
@@ -133,6 +140,8 @@ def _refusal(module: ModuleFacts, variant: VariantSpec, size: int) -> str:
         return f"{module.in_features} inputs do not divide over {size} ranks"
     if module.bits >= UNQUANTIZED_BITS:
         return ""
+    if variant.activations is not Activations.NONE:
+        return ""
     out_rank, in_rank = module.out_features // out_parts, module.in_features // in_parts
     if not _is_per_row(module, variant) and in_rank % module.group_size:
         return f"{in_rank} inputs per rank are not whole groups of {module.group_size}"
@@ -142,12 +151,15 @@ def _refusal(module: ModuleFacts, variant: VariantSpec, size: int) -> str:
     return ""
 
 
-def _marlin_obstacle(module: ModuleFacts, variant: VariantSpec, size: int) -> str:
+def _obstacle(module: ModuleFacts, variant: VariantSpec, size: int) -> str:
     """Return which rule of the fast kernel the cut linear breaks; empty when none."""
     if module.bits >= UNQUANTIZED_BITS:
         return ""
     out_parts, in_parts = _splits(module, size)
     out_rank, in_rank = module.out_features // out_parts, module.in_features // in_parts
+    if variant.activations is not Activations.NONE:
+        uneven = [size for size in (out_rank, in_rank) if size % CUTLASS_SIZES]
+        return f"{uneven[0]} per rank is no multiple of {CUTLASS_SIZES}" if uneven else ""
     if out_rank % MARLIN_OUT:
         return f"{out_rank} outputs per rank are no multiple of {MARLIN_OUT}"
     if in_rank % MARLIN_IN:

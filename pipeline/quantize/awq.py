@@ -9,9 +9,9 @@ exponent is searched, coarse to fine, for the least tr(dW H dW^T) with dW = Q(W 
 re-running the layer on all tokens, from the second moment alone: matrix products only, no tokens.
 
 The exponent 0 (no scaling) is among the candidates, and the winner is compared with it once more at the end, on grids
-that are searched if those of the solve are to be. SEARCH_ROWS rows at most, evenly spread over the stack, stand for
-all throughout; until the end their grids span the range, as the loss depends on that but its dependence on the exponent
-hardly does. On these rows scaling is never worse than leaving it.
+that are searched if those of the solve are to be. SEARCH_ROWS rows (``scales.py``) at most, evenly spread over the
+stack, stand for all throughout; until the end their grids span the range, as the loss depends on that but its
+dependence on the exponent hardly does. On these rows scaling is never worse than leaving it.
 
 The change of basis itself (weights, statistics and whatever produces the input) belongs to the block, and so does its
 rounding to the model's dtype. ``solve`` then gets the scaled weight with ``statistics.rescale``d statistics.
@@ -19,49 +19,21 @@ rounding to the model's dtype. ``solve`` then gets the scaled weight with ``stat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from pipeline.quantize.checks import require_solvable
 from pipeline.quantize.grid import channel_importance, encode, fit_grid
 from pipeline.quantize.loss import row_losses
+from pipeline.quantize.scales import MAX_SCALE_RATIO, FoundScales, sample_rows, search_exponent
 from pipeline.quantize.solve import SolveOptions
 from pipeline.quantize.types import Scheme, Statistics, dequantize
-
-COARSE_EXPONENTS = tuple(k / 5 for k in range(6))
-FINE_OFFSETS = (-0.1, 0.1, -0.05, 0.05, -0.025, 0.025)
-"""Tried around the best exponent so far, one after the other."""
-
-SEARCH_ROWS = 512
-"""Rows that the exponent is searched on, at most."""
 
 MEAN_FLOOR = 1e-3
 """Least mean|x| of a channel as a fraction of the average: a channel that calibration never woke is not shrunk away."""
 
-MAX_SCALE_RATIO = 1e4
-"""Scales stay within this factor of 1, so that scaled weights stay far inside float16."""
 
-
-@dataclass(frozen=True)
-class AwqScales:
-    """The scaling of one linear input.
-
-    Attributes:
-        scale_I: float32 [I], positive; all ones when scaling does not help.
-        exponent: The exponent of mean|x| that gave them; 0 when scaling does not help.
-        loss_unscaled: tr(dW H dW^T) / num_tokens of rounding the searched rows to nearest without scaling.
-        loss_scaled: The same with the scales, never larger.
-    """
-
-    scale_I: Tensor
-    exponent: float
-    loss_unscaled: float
-    loss_scaled: float
-
-
-def search_scales(weight_OI: Tensor, statistics: Statistics, scheme: Scheme, options: SolveOptions) -> AwqScales:
+def search_scales(weight_OI: Tensor, statistics: Statistics, scheme: Scheme, options: SolveOptions) -> FoundScales:
     """Return the scales that lower the rounding loss of all linears that share one input the most.
 
     Args:
@@ -70,6 +42,9 @@ def search_scales(weight_OI: Tensor, statistics: Statistics, scheme: Scheme, opt
         scheme: Their grid.
         options: Whether the grids that the winner is judged on are searched or span the range.
 
+    Returns:
+        Losses are tr(dW H dW^T) / num_tokens of rounding to nearest.
+
     Raises:
         QuantizationError: naming what is not finite, has no tokens, or does not fit together.
     """
@@ -77,27 +52,18 @@ def search_scales(weight_OI: Tensor, statistics: Statistics, scheme: Scheme, opt
     device = weight_OI.device
     second_moment_II = statistics.second_moment_II.to(device)
     mean_I = statistics.abs_sum_I.to(device) / statistics.num_tokens
-    stride = -(-weight_OI.shape[0] // SEARCH_ROWS)
-    sample_OI = weight_OI[::stride].contiguous()
+    sample_OI = sample_rows(weight_OI)
 
     def loss_of(exponent: float, search: bool = False) -> float:
         return _scaled_loss(sample_OI, scales_for(mean_I, exponent), second_moment_II, scheme, search)
 
-    best, best_loss = 0.0, loss_of(0.0)
-    tried = {0.0}
-    for exponent, is_offset in [(e, False) for e in COARSE_EXPONENTS] + [(e, True) for e in FINE_OFFSETS]:
-        candidate = round(best + exponent if is_offset else exponent, 4)
-        if candidate in tried or not 0.0 <= candidate <= 1.0:
-            continue
-        tried.add(candidate)
-        if (loss := loss_of(candidate)) < best_loss:
-            best, best_loss = candidate, loss
+    best, _ = search_exponent(loss_of)
     unscaled = loss_of(0.0, options.clip_search)
     scaled = loss_of(best, options.clip_search) if best else unscaled
     if not scaled < unscaled:
         best, scaled = 0.0, unscaled
     per_token = 1 / statistics.num_tokens
-    return AwqScales(scales_for(mean_I, best), best, unscaled * per_token, scaled * per_token)
+    return FoundScales(scales_for(mean_I, best), best, unscaled * per_token, scaled * per_token)
 
 
 def scales_for(mean_I: Tensor, exponent: float) -> Tensor:
@@ -119,5 +85,5 @@ def _scaled_loss(weight_OI: Tensor, scale_I: Tensor, second_moment_II: Tensor, s
     scaled_OI = weight_OI * scale_I
     importance_I = channel_importance(second_moment_II.diagonal() / scale_I.square())
     scale_OG, zero_OG = fit_grid(scaled_OI, importance_I, scheme, search)
-    rounded_OI = dequantize(encode(scaled_OI, scale_OG, zero_OG, scheme), scale_OG, zero_OG, scheme.group_size)
+    rounded_OI = dequantize(encode(scaled_OI, scale_OG, zero_OG, scheme), scale_OG, zero_OG, scheme)
     return float(row_losses(rounded_OI.div_(scale_I).sub_(weight_OI), second_moment_II).sum())

@@ -3,11 +3,7 @@
 Dimension suffixes: O = out_features (rows), I = in_features, G = groups of a row, g = columns of a group (I = G * g),
 R = rows of the chunk at hand.
 
-Storable scales
-    A scale is stored as float16 by some formats and as the model's dtype by others, and engines convert freely. Only
-    numbers exact in both float16 and bfloat16 (8 significant bits, 2**-14 ... 65280) mean the same everywhere, so the
-    search runs over exactly those. There are 128 of them in every octave, 0.4-0.8 % apart. As a bonus scale * code is
-    exact in float32.
+Scales are storable ones (``storable.py``). As a bonus scale * code is exact in float32.
 
 Search
     Each (row, group) minimises its own loss over scale s and zero point z, with q(w) = clamp(round(w / s) + z):
@@ -18,6 +14,8 @@ Search
     the result is never worse than the unclipped grid. Fractions above 1 find the grid of weights that were already
     rounded once. Cost: about 25 evaluations; on the CPU a compiled loop over groups that are in cache
     (``kernels.py``), elsewhere 7 elementwise passes each.
+
+Floating-point grids have a search of their own (``float_grid.py``).
 
 Degenerate groups (zero, constant, tiny, huge) need no special case: the scale is clamped to the storable range, and a
 zero weight has the zero point as its code, which dequantizes to exactly 0. A clamped scale costs precision, or clips:
@@ -32,20 +30,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.quantize import kernels
+from pipeline.quantize import float8, kernels
+from pipeline.quantize.float_grid import fit_float_scales
+from pipeline.quantize.storable import MAX_SCALE, MIN_SCALE, storable_scale
 from pipeline.quantize.types import Scheme
-
-MIN_SCALE = 2.0**-14
-"""The smallest normal float16."""
-
-MAX_SCALE = 65280.0
-"""The largest float16 with 8 significant bits."""
 
 IMPORTANCE_FLOOR = 1e-3
 """Importance of a channel that calibration never woke, as a fraction of the mean: text in use may wake it."""
 
 FRACTIONS = (1.15, 1.075, 0.975, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4)
 """Coarse candidates, as fractions of the scale that clips nothing."""
+
+FLOAT_SPARE = 2.0**-4
+"""What is left of the wished scale when a floating-point grid's is held at the smallest storable one without loss worth
+a word: the largest weight then is 28 of 448, and 11 powers of two lie between it and the smallest normal number."""
 
 STEPS = (1.03, 0.97, 1.015, 0.985, 1.0075, 0.9925, 1.00375, 0.99625)
 """Fine candidates, relative to the best so far; the last ones reach the storable neighbours."""
@@ -54,27 +52,13 @@ CHUNK_ELEMENTS = 1 << 26
 """Weights searched at once on accelerators, where few launches matter more than cache."""
 
 
-def storable_scale(scale: Tensor, *, round_up: bool = False) -> Tensor:
-    """Return float32 scales that float16 and bfloat16 both hold exactly, of the same shape.
-
-    Args:
-        scale: Wished scales, any shape; infinite ones become the largest storable scale.
-        round_up: Take the next storable scale not below the wish (so that a range that fits keeps fitting) instead of
-            the nearest one.
-    """
-    wished = scale.to(torch.float32).clamp(MIN_SCALE, MAX_SCALE)
-    storable = wished.to(torch.bfloat16).to(torch.float32)
-    if round_up:
-        # The bit pattern of a positive float is monotone: one bfloat16 step up is 1 << 16.
-        above = (storable.view(torch.int32) + (1 << 16)).view(torch.float32)
-        storable = torch.where(storable < wished, above, storable)
-    return storable
-
-
 def encode(weight_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, scheme: Scheme) -> Tensor:
-    """Return the nearest codes, uint8 [O, I]: clamp(round(weight / scale) + zero, 0, 2**bits - 1), ties to even."""
+    """Return the nearest codes, uint8 [O, I]: clamp(round(weight / scale) + zero, 0, 2**bits - 1), ties to even; of a
+    floating-point grid the patterns of the numbers nearest to weight / scale."""
     num_rows, num_columns = weight_OI.shape
     code = weight_OI.view(num_rows, -1, scheme.group_size) / scale_OG[..., None]
+    if scheme.is_float:
+        return float8.encode(code).view(num_rows, num_columns)
     code.round_().add_(zero_OG.to(torch.float32)[..., None]).clamp_(0, scheme.max_code)
     return code.to(torch.uint8).view(num_rows, num_columns)
 
@@ -117,6 +101,8 @@ def fit_grid(weight_OI: Tensor, importance: Tensor, scheme: Scheme, search: bool
     num_groups = num_columns // scheme.group_size
     scale_OG = torch.empty(num_rows, num_groups, dtype=torch.float32, device=weight_OI.device)
     zero_OG = torch.empty(num_rows, num_groups, dtype=torch.uint8, device=weight_OI.device)
+    if scheme.is_float:
+        return fit_float_scales(weight_OI, importance, scheme.group_size, search), zero_OG.zero_()
     if kernels.take(weight_OI):
         fractions, steps = (np.array(values, np.float32) for values in (FRACTIONS, STEPS))
         kernels.fit_grid(
@@ -164,6 +150,8 @@ def _wished_scale(weight_RGg: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Return the lower end of every group's range (at most 0) and the scale that clips nothing of it, float32 [R, G]
     each; the scale is 0 for a group of zeros."""
     low_RG, high_RG = weight_RGg.amin(-1).clamp_max(0.0), weight_RGg.amax(-1).clamp_min(0.0)
+    if scheme.is_float:
+        return low_RG, torch.maximum(high_RG, -low_RG) / float8.MAX_NUMBER
     if scheme.symmetric:
         # The negative side has one code more, so the two sides ask for different scales.
         return low_RG, torch.maximum(high_RG / (scheme.middle - 1), low_RG / -scheme.middle)
@@ -178,7 +166,8 @@ class Clipping:
     Attributes:
         num_below_O: int64 [O], groups that need a scale below ``MIN_SCALE / 2`` to clip nothing. A group of zeros needs
             none. From there up to ``MIN_SCALE`` the steps are less than twice as wide as they would be: a group loses
-            less than a bit.
+            less than a bit. On a floating-point grid these are the groups that need one below ``MIN_SCALE`` times
+            ``FLOAT_SPARE``.
         num_above_O: int64 [O], groups that need a scale above ``MAX_SCALE`` to clip nothing.
         kept_O: float64 [O], the sum over groups of the scale over the one that clips nothing; 1 for a group of zeros.
     """
@@ -197,7 +186,8 @@ def clipping(weight_OI: Tensor, scale_OG: Tensor, scheme: Scheme) -> Clipping:
         scheme: Grid; its group size divides I.
     """
     _, wished_OG = _wished_scale(weight_OI.view(weight_OI.shape[0], -1, scheme.group_size), scheme)
-    below_OG = (wished_OG > 0) & (wished_OG < MIN_SCALE / 2)
+    least = MIN_SCALE * (FLOAT_SPARE if scheme.is_float else 0.5)
+    below_OG = (wished_OG > 0) & (wished_OG < least)
     kept_OG = torch.where(wished_OG > 0, scale_OG.double() / wished_OG.double(), 1.0)
     return Clipping(below_OG.sum(-1), (wished_OG > MAX_SCALE).sum(-1), kept_OG.sum(-1))
 

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from pipeline.quantize import kernels
-from pipeline.quantize.grid import storable_scale
 from pipeline.quantize.loss import row_losses
+from pipeline.quantize.storable import storable_scale
 from pipeline.quantize.types import Scheme, dequantize
 
 BLOCK_SIZE = 128
@@ -93,7 +93,7 @@ def refine_rows(
     def err(grids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the errors of codes and grids, and their losses."""
         codes_OI, scale_OG, zero_OG = grids
-        delta_OI = dequantize(codes_OI, scale_OG, zero_OG, scheme.group_size).sub_(weight_OI)
+        delta_OI = dequantize(codes_OI, scale_OG, zero_OG, scheme).sub_(weight_OI)
         return delta_OI, row_losses(delta_OI, second_moment_II, torch.float64)
 
     _, loss_O = err((found.codes_OI, found.scale_OG, found.zero_OG))

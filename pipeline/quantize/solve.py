@@ -432,7 +432,7 @@ def _better(nearest: FoundRows, solved: SolvedColumns) -> FoundRows:
 def _round_tile(tile: _Tile, scheme: Scheme, options: SolveOptions) -> FoundRows:
     """Return the tile's rows rounded to nearest, on the grids that weigh errors as its attempt says."""
     codes_RI, scale_RG, zero_RG = round_rows(tile.weight_RI, tile.attempt.importance, scheme, options.clip_search)
-    delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme.group_size).sub_(tile.weight_RI)
+    delta_RI = dequantize(codes_RI, scale_RG, zero_RG, scheme).sub_(tile.weight_RI)
     loss_R = row_losses(delta_RI, tile.attempt.second_moment_II)
     error_norm_R = delta_RI.square_().sum(-1, dtype=torch.float64)
     return FoundRows(codes_RI, scale_RG, zero_RG, loss_R, error_norm_R, torch.zeros_like(loss_R, dtype=torch.int64))
@@ -444,7 +444,7 @@ def _finish(
     """Refine what was found for a tile, and say what is to be said of its rows."""
     weight_RI, moment_II, shrinkage = tile.weight_RI, tile.attempt.second_moment_II, tile.stack.shrinkage
     found = refine_rows(weight_RI, found, moment_II, scheme, options.damping, options.refinement)
-    delta_RI = dequantize(found.codes_OI, found.scale_OG, found.zero_OG, scheme.group_size).sub_(weight_RI)
+    delta_RI = dequantize(found.codes_OI, found.scale_OG, found.zero_OG, scheme).sub_(weight_RI)
     diagonal_I = moment_II.diagonal()
     solved = SolvedRows(
         codes_OI=found.codes_OI,

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ from pipeline.precision import Precision
 from pipeline.skeleton.calls import BlockCall, BlockForward, Place, cache_among, is_same
 from pipeline.skeleton.checkpoint import Shapes, checkpoint_names, fused_parts, stack_parts
 from pipeline.skeleton.experts import split_experts
+from pipeline.skeleton.inputs import InputFunction, taken_through
 from pipeline.skeleton.modules import is_linear, set_tensor
 from pipeline.skeleton.products import DTYPES, products
 from pipeline.skeleton.tables import Tables
@@ -223,6 +224,12 @@ class Skeleton:
         finally:
             for name, tensor in before.items():
                 set_tensor(block, name, tensor)
+
+    def inputs_taken_through(self, functions: Mapping[str, InputFunction]) -> AbstractContextManager[None]:
+        """Within the context, linears, by their name in the checkpoint, take their inputs through functions."""
+        names = {stored: model for model, stored in self.names.items()}
+        own = {names[f"{name}.weight"].removesuffix(".weight"): function for name, function in functions.items()}
+        return taken_through(self.net, own)
 
     def dense(
         self, index: int, weights: dict[str, Tensor], precision: Precision = Precision.FLOAT32

@@ -6,14 +6,18 @@ Independent of the solver's results: it sees only tensors and ``quantization_con
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from pipeline.formats.codec import codec_for
 from pipeline.formats.config import read_quantization_config
+from pipeline.quantize.activations import round_inputs
 from pipeline.quantize.types import Scheme, dequantize
 from pipeline.skeleton.groups import LinearRef
+from pipeline.skeleton.inputs import InputFunction
+from pipeline.spec import Activations
 
 MIN_NORMAL_F16, MAX_F16 = 2.0**-14, 65504.0
 """The range in which float16 keeps its full precision."""
@@ -78,17 +82,26 @@ class DenseReader:
         """
         return {local: self._weight(name, tensors) for local, name in names.items()}
 
+    def input_functions(self) -> dict[str, InputFunction]:
+        """Return what becomes of the inputs of each linear that does not take them as they are, by its name in the
+        checkpoint; it is one function for all linears of a scheme."""
+        found = {name: scheme for name in self._linears if (scheme := self._scheme(name)) is not None}
+        rounded = {name: scheme for name, scheme in found.items() if scheme.activations is not Activations.NONE}
+        functions = {scheme: partial(round_inputs, scheme=scheme) for scheme in rounded.values()}
+        return {name: functions[scheme] for name, scheme in rounded.items()}
+
     def _weight(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         found = self._quantized(name)
         if found is None or self._schemes is None:
             return tensors[name]
         linear, scheme = found
         codes_OI, scale_OG, zero_OG = codec_for(self._schemes.format).unpack(linear.name, tensors, scheme)
-        return linear.to_rows(dequantize(codes_OI, scale_OG, zero_OG, scheme.group_size))
+        return linear.to_rows(dequantize(codes_OI, scale_OG, zero_OG, scheme))
 
     def _quantized(self, name: str) -> tuple[LinearRef, Scheme] | None:
         linear = self._linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if self._schemes is None or linear is None:
-            return None
-        scheme = self._schemes.scheme(linear.name, linear.in_features)
-        return None if scheme is None else (linear, scheme)
+        scheme = None if linear is None else self._scheme(linear.name)
+        return None if linear is None or scheme is None else (linear, scheme)
+
+    def _scheme(self, name: str) -> Scheme | None:
+        return None if self._schemes is None else self._schemes.scheme(name, self._linears[name].in_features)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import compress
 from pathlib import Path
 
@@ -126,16 +127,22 @@ class ReleaseModel:
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Return float32 logits [length, vocabulary] of one sequence."""
-        (logits_BLV,) = dense_logits(self.skeleton, [torch.tensor([list(token_ids)])], self._load)
+        with self._rounding_inputs():
+            (logits_BLV,) = dense_logits(self.skeleton, [torch.tensor([list(token_ids)])], self._load)
         return logits_BLV[0]
 
     def logits_of(self, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Yield float32 logits [length, vocabulary] of each sequence; every block is read once, and none is kept."""
         tokens = [torch.tensor([list(ids)]) for ids in sequences]
-        for logits_BLV in dense_logits(
-            self.skeleton, tokens, lambda index: self.skeleton.dense(index, self._read_block(index))
-        ):
-            yield logits_BLV[0]
+        with self._rounding_inputs():
+            for logits_BLV in dense_logits(
+                self.skeleton, tokens, lambda index: self.skeleton.dense(index, self._read_block(index))
+            ):
+                yield logits_BLV[0]
+
+    def _rounding_inputs(self) -> AbstractContextManager[None]:
+        """Within the context, linears round their inputs where the release's do."""
+        return self.skeleton.inputs_taken_through(self._reader.input_functions())
 
     def problems(self) -> tuple[list[str], int]:
         """Return what is wrong with the packed linears, one line each, and how many there are."""

@@ -37,8 +37,11 @@ VARIANTS = [
         "gptq-w4-g64-ct-asym-seq",
         "gptq-w3-g64-ct-asym-trueseq",
     ),
+    # Inputs are rounded too.
+    *("w8a8-int8", "fp8-dynamic"),
 ]
 COMPRESSED = ["rtn-w4-g64", "rtn-w8-g64", "awq-w4-g64-ct"]
+ROUNDED = ["rtn-w8a8", "fp8-dynamic"]
 NO_CPROJ = {"method": "gptq", "format": "gptq", "group_size": 64, "ignore": ["re:c_proj$"], "name": "gptq-no-c_proj"}
 
 ARCHITECTURES: dict[str, list[Any]] = {
@@ -47,13 +50,13 @@ ARCHITECTURES: dict[str, list[Any]] = {
     "gpt_neox": ["gptq-w4-g64", "awq-w4-g64"],
     "llama": [
         *("gptq-w4-g64", "awq-w4-g64", "rtn-w8-g64-gptq", "gptq-w3-g64", "gptq-w4.5-g64-gptq"),
-        *(*COMPRESSED, "rtn-w8-channel-asym"),
+        *(*COMPRESSED, "rtn-w8-channel-asym", *ROUNDED),
     ],
     "mistral": ["gptq-w4-g64", "awq-w4-g64"],
     "opt": ["gptq-w4-g64", "awq-w4-g64"],
     "phi3": ["gptq-w4-g64", "awq-w4-g64"],
-    "qwen2": ["gptq-w4-g64", "awq-w4-g64", *COMPRESSED],
-    "qwen3": ["gptq-w4-g64", "awq-w4-g64"],
+    "qwen2": ["gptq-w4-g64", "awq-w4-g64", *COMPRESSED, *ROUNDED],
+    "qwen3": ["gptq-w4-g64", "awq-w4-g64", *ROUNDED],
     "several group sizes": ["gptq-w4-g64", "gptq-w4-g64-ct", "awq-w4-g64-ct"],
 }
 """Tiny random models and their variants: biases, fused projections, transposed linears, kept linears, every format."""

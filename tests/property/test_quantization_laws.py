@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pipeline.quantize.awq import search_scales
 from pipeline.quantize.gptq import factor
-from pipeline.quantize.grid import channel_importance, encode, fit_grid, storable_scale
+from pipeline.quantize.grid import channel_importance, encode, fit_grid
 from pipeline.quantize.solve import TILE_ROWS, SolveOptions, solve
 from pipeline.quantize.statistics import accumulate, empty, merge, rescale
+from pipeline.quantize.storable import storable_scale
 from pipeline.quantize.types import QuantizedLinear, Scheme, Statistics
 from pipeline.spec import Method
 from tests.factories import columns_of

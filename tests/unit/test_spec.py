@@ -14,9 +14,11 @@ from pipeline.errors import SpecError
 from pipeline.spec import (
     BUDGETS_BY_BITS,
     FORMAT_BITS,
+    Activations,
     Format,
     GateSpec,
     Method,
+    NumberType,
     Propagate,
     VariantSpec,
     build_spec,
@@ -27,10 +29,18 @@ from pipeline.spec import (
 
 MINIMAL: dict[str, Any] = {"source": "org/model", "variants": ["gptq-w4-g128"], "targets": ["out"]}
 EVERY_VARIANT = [
-    {"method": method, "bits": bits, "group_size": group, "symmetric": symmetric, "format": format_}
-    for method, format_, symmetric, group in itertools.product(Method, Format, (True, False), (-1, 16, 64, 128))
-    for bits in FORMAT_BITS[format_]
-    if (format_ is not Format.GPTQ or symmetric) and (format_ is not Format.AWQ or not symmetric)
+    *(
+        {"method": method, "bits": bits, "group_size": group, "symmetric": symmetric, "format": format_}
+        for method, format_, symmetric, group in itertools.product(Method, Format, (True, False), (-1, 16, 64, 128))
+        for bits in FORMAT_BITS[format_]
+        if (format_ is not Format.GPTQ or symmetric) and (format_ is not Format.AWQ or not symmetric)
+        if not method.is_smooth
+    ),
+    *(
+        {"method": method, "type": type_, "activations": Activations.DYNAMIC}
+        for method, type_ in itertools.product(Method, NumberType)
+        if method is Method.RTN or (type_ is NumberType.INT and method not in (Method.AWQ, Method.AWQ_GPTQ))
+    ),
 ]
 
 

@@ -202,7 +202,8 @@ def forward(call: Call) -> dict[str, Any]:
     hidden = hidden_states(call)
     # What a variant makes of held-out text is judged by a gate; nobody can calibrate on what is not finite.
     is_judged = call.unit.kind is Kind.FORWARD and bool(call.unit.variant)
-    with _attached(call, VariantReader(call)(index)):
+    read = VariantReader(call)
+    with read.rounding_inputs(), _attached(call, read(index)):
         for number in list(hidden):
             output, _ = forward_block(skeleton, index, hidden.pop(number), Collections(), must_be_finite=not is_judged)
             call.put({hidden_name(number): output})

@@ -78,7 +78,7 @@ def continue_part(call: Call) -> dict[str, Any]:
         with _outer_attached(call):
             hidden = {number: skeleton.embed(_tried(call, state, number)[None]) for number in running}
     for index in range(first, last if running else first):
-        with skeleton.attached(index, _kept_block(call, read, index)):
+        with read.rounding_inputs(), skeleton.attached(index, _kept_block(call, read, index)):
             hidden = {number: skeleton.run_block(index, states) for number, states in hidden.items()}
     if running and last == skeleton.num_blocks:
         with _outer_attached(call):
@@ -185,8 +185,9 @@ def generate(call: Call) -> dict[str, Any]:
         dense_bytes, room_for = _dense_bytes(call, range(skeleton.num_blocks)), call.shelf.make_room_for
         prompts = [tokenizer.encode(prompt, with_special=True) for prompt in call.params["prompts"]]
         drafts = [_drafts(call).get(prompt, []) for prompt in call.params["prompts"]]
-        with skeleton.outer_attached(outer_weights(call)):
-            load = BlockCache(VariantReader(call), skeleton.dense, room_for(dense_bytes), dense_bytes, room_for)
+        read = VariantReader(call)
+        with skeleton.outer_attached(outer_weights(call)), read.rounding_inputs():
+            load = BlockCache(read, skeleton.dense, room_for(dense_bytes), dense_bytes, room_for)
             found = continue_greedily(skeleton, load, prompts, max_tokens, tokenizer.end_ids, drafts)
         continued = [list(ids) for ids in found]
     return {"continuations": [{"ids": ids, "text": tokenizer.decode(ids)} for ids in continued]}

@@ -37,6 +37,7 @@ def scales(call: Call) -> dict[str, Any]:
             scheme_of(call.params),
             options_of(call.params),
             lambda weight_OI: _compensated(call, call.params["group"], weight_OI),
+            is_smooth=call.params["is_smooth"],
         )
     call.put(result.tensors)
     return result.summary

@@ -17,7 +17,7 @@ from pipeline.skeleton.groups import LinearRef
 
 def scheme_of(params: Mapping[str, Any]) -> Scheme:
     """Return the grid that a unit's arguments describe."""
-    return Scheme(**params["scheme"])
+    return Scheme.of(params["scheme"])
 
 
 def options_of(params: Mapping[str, Any]) -> SolveOptions:

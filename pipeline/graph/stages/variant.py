@@ -1,6 +1,8 @@
-"""A variant's dense weights, as its packed files stand for them."""
+"""A variant's dense weights, as its packed files stand for them, and what it makes of the inputs of linears."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -17,6 +19,10 @@ class VariantReader:
         self._packs = {need.block: need for need in call.needs(Kind.PACK)}
         linears = [linear for block in call.source.outline.groups for group in block for linear in group.linears]
         self._reader = DenseReader(call.params["quantization_config"], linears)
+
+    def rounding_inputs(self) -> AbstractContextManager[None]:
+        """Within the context, the skeleton's linears round their inputs as the variant's do; the source's do not."""
+        return self._call.skeleton.inputs_taken_through(self._reader.input_functions() if self._packs else {})
 
     def __call__(self, index: int) -> dict[str, Tensor]:
         """Return the dense weights of one block by local name."""

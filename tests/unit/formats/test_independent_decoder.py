@@ -179,7 +179,7 @@ def test_what_the_codecs_pack_is_read_back(
     )
     config = quantization_config(format_, {LINEAR: scheme, "lm_head": None}, variant, "0")
     read = read_checkpoint(write(tmp_path, tensors, config))
-    expected_OI = dequantize(quantized.codes_OI, quantized.scale_OG, quantized.zero_OG, scheme.group_size)
+    expected_OI = dequantize(quantized.codes_OI, quantized.scale_OG, quantized.zero_OG, scheme)
     assert read.weights.keys() == {f"{LINEAR}.weight", "model.norm.weight"}
     assert torch.equal(read.weights[f"{LINEAR}.weight"], expected_OI)
     assert torch.equal(read.weights["model.norm.weight"], norm.float())

@@ -267,6 +267,27 @@ def test_experts_are_loaded_by_transformers_from_symmetric_compressed_tensors_al
     assert limits(dense) == ()
 
 
+@pytest.mark.parametrize(
+    ("variant", "loads", "said"),
+    [
+        ("w8a8-int8", False, "merges experts of which the codes are whole numbers in a byte each"),
+        ("fp8-dynamic", True, "computes experts with inputs that are not rounded"),
+    ],
+)
+def test_experts_whose_inputs_are_rounded_are_not_loaded_by_transformers_as_engines_compute_them(
+    variant: str, loads: bool, said: str
+) -> None:
+    spec = parse_variant(variant)
+    grid = (spec.format, spec.symmetric, frozenset({(8, PER_CHANNEL)}))
+    found = limits(Contents("MixtralForCausalLM", *grid, EXPERTS, spec.activations, spec.type))
+    (limit,) = (limit for limit in found if limit.loader is Loader.TRANSFORMERS)
+    assert limit.loads is loads
+    assert said in limit.text
+    dense = limits(Contents("MixtralForCausalLM", *grid, EXPERTS[:1], spec.activations, spec.type))
+    assert [limit.loader for limit in dense] == ([Loader.VLLM] if variant == "fp8-dynamic" else [])
+    assert all(limit.loads and "Ada and Hopper" in limit.text for limit in dense)
+
+
 def test_experts_that_transformers_knows_in_one_tensor_only_are_not_loaded_by_it() -> None:
     found = limits(Contents("GraniteMoeForCausalLM", Format.COMPRESSED_TENSORS, True, frozenset({(4, 64)}), EXPERTS))
     (limit,) = (limit for limit in found if limit.loader is Loader.TRANSFORMERS)

@@ -331,8 +331,8 @@ BAD = {
         ({"quantization_status": "nonsense"}, "is not valid"),
         ({"config_groups": {"group_0": 1}}, "is not valid"),
         ({"config_groups": {"NO_PRESET": ["Linear"]}}, "is not valid"),
-        ({"config_groups": {"FP8_DYNAMIC": ["Linear"]}}, "only static weight"),
-        ({"config_groups": {"MXFP4A16": ["Linear"]}}, "float by group"),
+        ({"config_groups": {"FP8_DYNAMIC": ["Linear"]}}, "weights in float-quantized, not in format pack-quantized"),
+        ({"config_groups": {"MXFP4A16": ["Linear"]}}, "whose inputs are not rounded are not read"),
         (
             {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 7, "group_size": 64}}}},
             "bits 7",

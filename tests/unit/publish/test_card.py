@@ -479,3 +479,15 @@ def test_a_name_that_the_template_does_not_get_is_an_error(monkeypatch: pytest.M
     monkeypatch.setattr(card, "_values", lacking)
     with pytest.raises(UndefinedError, match="scheme"):
         render_card(make_facts())
+
+
+@pytest.mark.parametrize(("variant", "tags"), [("w8a8-int8", ["w8a8"]), ("fp8-dynamic", ["fp8"]), ("rtn-w8-g128", [])])
+def test_rounded_inputs_are_said_in_tags_in_words_and_beside_the_figures(variant: str, tags: list[str]) -> None:
+    modules = tuple(module.model_copy(update={"bits": 8}) for module in make_facts(variant).modules)
+    facts = make_facts(variant, modules=modules)
+    text, found = render_card(facts), front_matter(facts)["tags"]
+    assert [tag for tag in found if tag in ("w8a8", "fp8")] == tags
+    said = ("inputs rounded alike with a scale for each token", "Inputs of linears were rounded", "of weights alone")
+    assert [words in text for words in said] == [bool(tags)] * 3
+    assert ("8-bit floating-point" in text) == (variant == "fp8-dynamic")
+    assert "--dtype half" not in text

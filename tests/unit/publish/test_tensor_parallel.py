@@ -53,6 +53,28 @@ def test_rules_of_one_linear(
     assert loadings(linear(leaf, out_features, in_features, group_size=group_size)) == expected
 
 
+@pytest.mark.parametrize("variant", ["w8a8-int8", "fp8-dynamic"])
+@pytest.mark.parametrize(
+    ("leaf", "out_features", "in_features", "expected"),
+    [
+        # Nothing is packed, so whatever divides loads; the fast kernel wants multiples of 16.
+        ("q_proj", 128, 40, [GENERAL] * 4),
+        ("q_proj", 128, 48, [FAST] * 4),
+        ("q_proj", 64, 576, [FAST, FAST, FAST, GENERAL]),
+        ("q_proj", 20, 576, [GENERAL, GENERAL, GENERAL, REFUSED]),
+        ("down_proj", 576, 64, [FAST, FAST, FAST, GENERAL]),
+        ("down_proj", 576, 1028, [GENERAL, GENERAL, GENERAL, REFUSED]),
+    ],
+)
+def test_codes_that_are_multiplied_only_have_to_divide(
+    variant: str, leaf: str, out_features: int, in_features: int, expected: list[Loading]
+) -> None:
+    module = linear(leaf, out_features, in_features, bits=8, group_size=-1)
+    assert loadings(module, variant=variant) == expected
+    (one, *_) = tp_answers([module], parse_variant(variant))
+    assert ("no multiple of 16" in one.reason) == (one.loading is GENERAL)
+
+
 @pytest.mark.parametrize("variant", ["gptq-w3-g128", "awq-w2-g64", "rtn-w3-channel"])
 def test_two_and_three_bits_have_no_kernel_whatever_the_shapes(variant: str) -> None:
     spec = parse_variant(variant)

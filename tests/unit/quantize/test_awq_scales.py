@@ -28,7 +28,7 @@ def _output_loss(weight: Tensor, scale: Tensor, statistics: Statistics, search: 
     moment = statistics.second_moment_II
     importance = channel_importance(moment.diagonal() / scale.square())
     codes, grid_scale, zero = round_rows(scaled, importance, SCHEME, search)
-    delta = dequantize(codes, grid_scale, zero, SCHEME.group_size).double() / scale.double() - weight.double()
+    delta = dequantize(codes, grid_scale, zero, SCHEME).double() / scale.double() - weight.double()
     return float(((delta @ moment.double()) * delta).sum()) / statistics.num_tokens
 
 
@@ -56,7 +56,7 @@ def test_scaling_that_cannot_help_is_left_alone(layer: Layer) -> None:
     weight, statistics = layer(32, 96)
     # Weights that lie on the unscaled grid already: any scaling adds error.
     scale, zero = fit_grid(weight, torch.ones(96), SCHEME, search=False)
-    on_grid = dequantize(round_rows(weight, torch.ones(96), SCHEME, False)[0], scale, zero, SCHEME.group_size)
+    on_grid = dequantize(round_rows(weight, torch.ones(96), SCHEME, False)[0], scale, zero, SCHEME)
     found = search_scales(on_grid, statistics, SCHEME, SolveOptions(clip_search=True))
     assert found.exponent == 0.0
     assert torch.equal(found.scale_I, torch.ones(96))
@@ -90,7 +90,7 @@ def test_change_of_basis_keeps_loss_and_energy(layer: Layer) -> None:
 def test_sampled_rows_choose_as_well_as_all_rows(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, statistics = layer(300, 96)
     full = search_scales(weight, statistics, SCHEME, SolveOptions(clip_search=False))
-    monkeypatch.setattr("pipeline.quantize.awq.SEARCH_ROWS", 128)
+    monkeypatch.setattr("pipeline.quantize.scales.SEARCH_ROWS", 128)
     sampled = search_scales(weight, statistics, SCHEME, SolveOptions(clip_search=False))
     unscaled = _output_loss(weight[::3], torch.ones(96), statistics, False)
     assert sampled.loss_unscaled == pytest.approx(unscaled, rel=1e-3), "its losses are of the rows that were searched"

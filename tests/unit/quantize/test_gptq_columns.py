@@ -129,7 +129,7 @@ def test_losses_from_residuals_are_those_of_the_codes(layer: Layer, damping: flo
     scheme = SCHEMES[0]
     scale, zero = _grid(weight, moment, scheme)
     solved = columns_of(weight, scale, zero, scheme, _factored(moment, damping), block_size=32)
-    delta = (dequantize(solved.codes_OI, scale, zero, scheme.group_size) - weight).double()
+    delta = (dequantize(solved.codes_OI, scale, zero, scheme) - weight).double()
     norm = delta.square().sum(-1)
     damped = float((damping * moment.diagonal().mean() * norm).max())
     torch.testing.assert_close(

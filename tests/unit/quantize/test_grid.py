@@ -6,15 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.quantize.grid import (
-    MAX_SCALE,
-    MIN_SCALE,
-    block_importance,
-    channel_importance,
-    encode,
-    fit_grid,
-    storable_scale,
-)
+from pipeline.quantize.grid import block_importance, channel_importance, encode, fit_grid
+from pipeline.quantize.storable import MAX_SCALE, MIN_SCALE, storable_scale
 from pipeline.quantize.types import Scheme, dequantize
 
 SCHEMES = [Scheme(bits, 16, symmetric) for bits in (2, 3, 4, 5, 6, 8) for symmetric in (True, False)]
@@ -37,7 +30,7 @@ def _all_storable() -> Tensor:
 
 def _losses(weight: Tensor, scale: Tensor, zero: Tensor, importance: Tensor, scheme: Scheme) -> Tensor:
     """Return float64 [O, G], by the definition."""
-    rounded = dequantize(encode(weight, scale, zero, scheme), scale, zero, scheme.group_size)
+    rounded = dequantize(encode(weight, scale, zero, scheme), scale, zero, scheme)
     delta = (rounded.double() - weight.double()).square() * importance.double()
     return delta.view(weight.shape[0], -1, scheme.group_size).sum(-1)
 
@@ -71,7 +64,7 @@ def test_scales_outside_float16_are_brought_inside() -> None:
 def test_spanning_grid_clips_nothing(scheme: Scheme) -> None:
     weight = _random(40, 64)
     scale, zero = fit_grid(weight, torch.ones(64), scheme, search=False)
-    rounded = dequantize(encode(weight, scale, zero, scheme), scale, zero, 16)
+    rounded = dequantize(encode(weight, scale, zero, scheme), scale, zero, scheme)
     half_step = scale.repeat_interleave(16, 1) / 2
     # An asymmetric zero point is rounded itself, which can cost the ends another half step.
     allowed = half_step * (1 if scheme.symmetric else 2)
@@ -126,7 +119,7 @@ def test_weights_that_lie_on_a_grid_are_found_exactly(scheme: Scheme) -> None:
     scale = storable_scale(torch.rand(30, 2, generator=generator) * 0.01 + 0.001)
     weight = codes * scale.repeat_interleave(16, 1)
     found_scale, found_zero = fit_grid(weight, torch.ones(32), scheme, search=True)
-    rounded = dequantize(encode(weight, found_scale, found_zero, scheme), found_scale, found_zero, 16)
+    rounded = dequantize(encode(weight, found_scale, found_zero, scheme), found_scale, found_zero, scheme)
     assert torch.equal(rounded, weight)
 
 
@@ -143,7 +136,7 @@ def test_degenerate_groups_get_usable_scales_and_exact_zeros(value: float, schem
     assert _is_storable(scale)
     codes = encode(weight, scale, zero, scheme)
     assert int(codes.max()) <= scheme.max_code
-    rounded = dequantize(codes, scale, zero, 16)
+    rounded = dequantize(codes, scale, zero, scheme)
     assert bool(rounded.isfinite().all())
     assert not rounded[weight == 0].any()
     if abs(value) == 1.0:
@@ -155,7 +148,7 @@ def test_mixed_extremes_in_one_group_stay_finite() -> None:
     for scheme in SCHEMES:
         scale, zero = fit_grid(weight, torch.ones(16), scheme, search=True)
         assert _is_storable(scale)
-        assert float(dequantize(encode(weight, scale, zero, scheme), scale, zero, 16)[0, 3]) == 0.0
+        assert float(dequantize(encode(weight, scale, zero, scheme), scale, zero, scheme)[0, 3]) == 0.0
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -43,7 +43,7 @@ def test_grids_err_as_little_as_those_that_torch_finds(
 
     def losses(scale: Tensor, zero: Tensor) -> Tensor:
         codes = grid.encode(weight, scale, zero, scheme)
-        delta = (dequantize(codes, scale, zero, scheme.group_size) - weight).double()
+        delta = (dequantize(codes, scale, zero, scheme) - weight).double()
         delta = delta.view(70, -1, scheme.group_size)
         if kind == "diagonal":
             return (delta.square() * diagonal.view(-1, scheme.group_size)).sum(-1)
@@ -86,7 +86,7 @@ def test_columns_are_rounded_as_with_torch(scheme: Scheme, with_torch: pytest.Mo
     assert (fast.codes_OI == slow.codes_OI).float().mean() > 0.98
     assert float(fast.loss_O.sum()) == pytest.approx(float(slow.loss_O.sum()), rel=5e-3)
     for solved in (fast, slow):
-        delta = dequantize(solved.codes_OI, scale, zero, scheme.group_size) - weight
+        delta = dequantize(solved.codes_OI, scale, zero, scheme) - weight
         torch.testing.assert_close(solved.loss_O, row_losses(delta, moment), rtol=1e-4, atol=0)
         torch.testing.assert_close(solved.error_norm_O, delta.double().square().sum(-1), rtol=1e-5, atol=0)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.quantize import kernels
-from pipeline.quantize.grid import storable_scale
 from pipeline.quantize.refine import FoundRows, refine_rows
 from pipeline.quantize.solve import SolveOptions, solve
+from pipeline.quantize.storable import storable_scale
 from pipeline.quantize.types import QuantizedLinear, Scheme, Statistics, dequantize
 from pipeline.spec import Method
 
@@ -31,7 +31,7 @@ def found_of(linear: QuantizedLinear, weight_OI: Tensor, second_moment_II: Tenso
 def damped_losses(found: FoundRows, weight_OI: Tensor, second_moment_II: Tensor, scheme: Scheme) -> Tensor:
     moment_II = second_moment_II.double()
     moment_II = moment_II + DAMPING * moment_II.diagonal().mean() * torch.eye(len(moment_II))
-    delta_OI = dequantize(found.codes_OI, found.scale_OG, found.zero_OG, scheme.group_size).double() - weight_OI
+    delta_OI = dequantize(found.codes_OI, found.scale_OG, found.zero_OG, scheme).double() - weight_OI
     return ((delta_OI @ moment_II) * delta_OI).sum(-1)
 
 
