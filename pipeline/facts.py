@@ -160,6 +160,8 @@ class Check(Facts):
     detail: str
     """What was compared with what, or which module or prompt failed."""
     figures: dict[str, float] = {}
+    engine: str = ""
+    """The engine that was asked, in a check of the name `engine`."""
 
 
 class Sample(Facts):

@@ -42,6 +42,7 @@ __all__ = [
     "CalibrationSpec",
     "ClusterSpec",
     "ConversionSpec",
+    "Engine",
     "ExpertStatistics",
     "Format",
     "GateSpec",
@@ -106,6 +107,18 @@ class CalibrationSpec(Strict):
         return min(self.slice_sequences, -(-self.samples // 2))
 
 
+class Engine(StrEnum):
+    """What can be asked, unmodified and in an environment of its own, whether it computes what a release promises."""
+
+    TRANSFORMERS = "transformers"
+
+
+def _each_once(engines: tuple[Engine, ...]) -> tuple[Engine, ...]:
+    if len(set(engines)) < len(engines):
+        raise ValueError(f"an engine is named twice: {', '.join(engines)}")
+    return engines
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("a blank prompt leaves nothing to continue")
@@ -147,6 +160,11 @@ class GateSpec(Strict):
     """Smoke prompts, continued greedily."""
     generated_tokens: Annotated[int, Field(ge=8)] = 32
     """Tokens to generate for each prompt; with fewer than 8, degenerate text could not be told from other text."""
+    engines: Annotated[tuple[Engine, ...], AfterValidator(_each_once)] = ()
+    """Engines (`transformers`) without which nothing is published: each loads the variant's files, unmodified and in an
+    environment of its own, which is installed on first use (gigabytes), on the machine that the command runs on. It
+    continues the smoke prompts, and its tokens and logits are compared with the reference's. A variant of which it is
+    known that an engine does not load it is refused beforehand."""
 
 
 BUDGETS_BY_BITS: dict[int, dict[str, float]] = {

@@ -11,7 +11,7 @@ import click
 
 from pipeline.errors import SpecError
 from pipeline.precision import Precision
-from pipeline.spec import ConversionSpec, build_spec, load_spec
+from pipeline.spec import ConversionSpec, Engine, build_spec, load_spec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -48,6 +48,13 @@ SPEC_FLAGS = (
     click.option("--heldout-samples", type=int, metavar="N", help="Held-out sequences.  [default: 16]"),
     click.option("--heldout-length", type=int, metavar="L", help="Tokens in a held-out sequence.  [default: 512]"),
     click.option(
+        "--engine",
+        "engines",
+        multiple=True,
+        type=click.Choice([engine.value for engine in Engine]),
+        help="Publish only what this engine was seen to compute as the reference does. Repeatable.",
+    ),
+    click.option(
         "--precision",
         type=click.Choice([choice.value for choice in Precision]),
         help="Factors of matrix products while texts pass the blocks.  [default: bfloat16]",
@@ -83,6 +90,7 @@ def spec_from_flags(
     heldout: str | None,
     heldout_samples: int | None,
     heldout_length: int | None,
+    engines: tuple[str, ...],
     precision: str | None,
     release: str | None,
 ) -> ConversionSpec:
@@ -106,6 +114,7 @@ def spec_from_flags(
                 "heldout": heldout,
                 "heldout_samples": heldout_samples,
                 "heldout_length": heldout_length,
+                "engines": list(engines) or None,
             }
         ),
     }

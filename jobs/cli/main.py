@@ -19,6 +19,7 @@ import click
 from jobs.cli.cancel import cancel_command
 from jobs.cli.convert import convert_command
 from jobs.cli.download import download_command
+from jobs.cli.engines import engines_command
 from jobs.cli.flags import HELP_NAMES
 from jobs.cli.inspect import inspect_command
 from jobs.cli.plan import plan_command
@@ -65,6 +66,7 @@ cli.add_command(verify_command)
 cli.add_command(inspect_command)
 cli.add_command(download_command)
 cli.add_command(cancel_command)
+cli.add_command(engines_command)
 
 
 def _on_terminate(number: int, frame: FrameType | None) -> NoReturn:

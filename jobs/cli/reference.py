@@ -48,9 +48,18 @@ def cli_page() -> str:
     with click.Context(cli, info_name="bitmill", **cli.context_settings) as group:
         for name in cli.list_commands(group):
             command = cli.commands[name]
-            with click.Context(command, info_name=name, parent=group, max_content_width=100, terminal_width=100) as own:
-                parts.append(f"## bitmill {name}\n\n```\n{command.get_help(own)}\n```\n")
+            parts += _command_parts(f"bitmill {name}", name, command, group)
     return "\n".join(parts)
+
+
+def _command_parts(title: str, name: str, command: click.Command, parent: click.Context) -> list[str]:
+    """Return what is said of a command, and of those in it."""
+    with click.Context(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100) as own:
+        parts = [f"## {title}\n\n```\n{command.get_help(own)}\n```\n"]
+        if isinstance(command, click.Group):
+            for inner in command.list_commands(own):
+                parts += _command_parts(f"{title} {inner}", inner, command.commands[inner], own)
+    return parts
 
 
 def spec_page() -> str:

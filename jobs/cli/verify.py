@@ -8,13 +8,14 @@ import click
 
 from jobs.cli.flags import HELP_NAMES
 from pipeline.errors import GateFailed
+from pipeline.spec import Engine
 
 
 @click.command("verify", context_settings=HELP_NAMES, short_help="Check a published RELEASE from its storage alone.")
 @click.argument("release")
 @click.option(
     "--engine",
-    type=click.Choice(["transformers"]),
+    type=click.Choice([engine.value for engine in Engine]),
     help="Also load it in this engine, unmodified, in an environment of its own (installed on first use).",
 )
 @click.option("--json", "as_json", is_flag=True, help="The checks as JSON.")

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -351,35 +351,49 @@ def assemble_release(
     Raises:
         GraphError: with the code ``graph.cancelled`` when the job is; also while weights are published.
     """
-    sources = (units.outer, *units.variants[facts.variant.name].packs)
+    model = write_model(inputs, fetched, facts.variant, units, records, work, folder, facts.size_bytes, stopping)
+    (folder / FACTS_FILE).write_text(facts_as_json(facts), encoding="utf-8")
+    (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
+    (folder / "layer_error.png").write_bytes(plot_layer_error(facts))
+    (folder / "size_quality.png").write_bytes(plot_size_quality(facts))
+    told = {FACTS_FILE, "README.md", "layer_error.png", "size_quality.png"}
+    return replace(model, written=model.written | told)
+
+
+def write_model(
+    inputs: Inputs,
+    fetched: FetchedSource,
+    variant: VariantSpec,
+    units: JobUnits,
+    records: Records,
+    work: WorkStore,
+    folder: Path,
+    size_bytes: int,
+    stopping: Stopping,
+) -> Assembled:
+    """Make an empty folder what engines load but for the weights: index, config, companions.
+
+    Raises:
+        GraphError: with the code ``graph.cancelled`` when the job is, while weights are put in their places.
+    """
+    sources = (units.outer, *units.variants[variant.name].packs)
     weight_map: dict[str, str] = {}
     stored: dict[str, StoredFile] = {}
-    written = {
-        "model.safetensors.index.json",
-        "config.json",
-        FACTS_FILE,
-        "README.md",
-        "layer_error.png",
-        "size_quality.png",
-    }
+    written = {"model.safetensors.index.json", "config.json"}
     for number, unit in enumerate(sources, 1):
         name = f"model-{number:05d}-of-{len(sources):05d}.safetensors"
         record = records[unit.key]
-        size_bytes, sha256 = record.files[OUTPUT]
-        stored[name] = StoredFile(size_bytes, sha256, partial(_place, work, unit, stopping))
+        file = record.files[OUTPUT]
+        stored[name] = StoredFile(file.size_bytes, file.sha256, partial(_place, work, unit, stopping))
         weight_map.update(dict.fromkeys(record.summary["tensors"], name))
-    write_index(folder / "model.safetensors.index.json", weight_map, facts.size_bytes)
-    config = next(plan.quantization_config for plan in inputs.variants if plan.spec.name == facts.variant.name)
+    write_index(folder / "model.safetensors.index.json", weight_map, size_bytes)
+    config = next(plan.quantization_config for plan in inputs.variants if plan.spec.name == variant.name)
     _write_json(folder / "config.json", {**inputs.outline.config, "quantization_config": config})
     for path in sorted(fetched.digests):
         if _is_companion(path, inputs):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(fetched.folder / path, folder / path)
             written.add(path)
-    (folder / FACTS_FILE).write_text(facts_as_json(facts), encoding="utf-8")
-    (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
-    (folder / "layer_error.png").write_bytes(plot_layer_error(facts))
-    (folder / "size_quality.png").write_bytes(plot_size_quality(facts))
     return Assembled(frozenset(written), stored)
 
 

@@ -18,6 +18,7 @@ import torch
 
 from pipeline.calibrate.tokens import TokenBatch, coverage_cautions
 from pipeline.formats.config import quantization_config
+from pipeline.formats.loaders import Contents
 from pipeline.graph.chains import (
     HELDOUT_SLICE_SEQUENCES,
     SOLVED_AFTER,
@@ -49,7 +50,7 @@ from pipeline.graph.tuning import Tuning
 from pipeline.hub.selection import CARD_FILE
 from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearGroup, sequential_steps
-from pipeline.spec import CalibrationSpec, ConversionSpec, Method, Propagate, VariantSpec
+from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, Method, Propagate, VariantSpec
 from pipeline.weights import INDEX_FILE
 
 UNREAD_FILES = (CARD_FILE, INDEX_FILE)
@@ -93,6 +94,15 @@ class VariantPlan:
     def predicted_kl(self) -> float:
         """The same of all linears together."""
         return sum(self.predicted_kl_of(name) or 0.0 for name in self.matrices)
+
+    def contents(self, architecture: str) -> Contents:
+        """Return what loaders make a difference by; ``architecture`` is the class named in config.json."""
+        spec = self.spec
+        schemes = {name: matrix.scheme for name, matrix in self.matrices.items() if matrix.scheme is not None}
+        whole_rows = spec.group_size == PER_CHANNEL
+        grids = {(scheme.bits, PER_CHANNEL if whole_rows else scheme.group_size) for scheme in schemes.values()}
+        grid = (spec.format, spec.symmetric, frozenset(grids), tuple(schemes), spec.activations, spec.type)
+        return Contents(architecture, *grid)
 
     def cautions(self, calibration: CalibrationSpec) -> tuple[str, ...]:
         """Return what weakens this variant's result without being a fault."""

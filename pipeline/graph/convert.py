@@ -29,6 +29,7 @@ from pipeline.graph.assemble import (
 )
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
 from pipeline.graph.cost import cost_model
+from pipeline.graph.engines import judge_by_engines, prepare_engines, require_loadable
 from pipeline.graph.job import run_job
 from pipeline.graph.memory import plan_memory
 from pipeline.graph.naming import name_releases
@@ -132,11 +133,14 @@ def _convert(
     outline = remote_outline(source, settings, spec.calibration.experts)
     plans = [make_variant_plan(variant, outline) for variant in spec.variants]
     require_positions(spec, outline)
+    for plan in plans:
+        require_loadable(spec.gates.engines, plan.spec.name, plan.contents(outline.skeleton.architecture))
     costs = cost_model(options.device, spec.precision)
     memory = plan_memory(outline, spec, options.workers, costs, options.max_memory_bytes)
     stopping.check()
     texts = load_texts(spec, settings, stopping)
     require_device(options)
+    prepare_engines(spec.gates.engines, settings, sink, stopping)
     cautions = [names.caution] if names.caution else []
     cautions += [caution for plan in plans for caution in plan.cautions(spec.calibration)]
     for caution in dict.fromkeys(cautions):
@@ -168,7 +172,10 @@ def _convert(
     except CorruptWeightsError:
         forget_weights(source, work)
         raise
-    measured = [measure_variant(inputs, plan, units, records) for plan in inputs.variants]
+    measured = [
+        judge_by_engines(inputs, fetched, own, units, records, work, settings, sink, stopping)
+        for own in (measure_variant(inputs, plan, units, records) for plan in inputs.variants)
+    ]
     outcomes = []
     for own in measured:
         address = names.address(own.plan.spec.name)

@@ -18,10 +18,11 @@ from typing import Any
 from pipeline.calibrate.collections import plan_collections
 from pipeline.errors import PlanError
 from pipeline.facts import UNQUANTIZED_BITS
-from pipeline.formats.loaders import Contents, Limit, Loader, limits
+from pipeline.formats.loaders import Limit, Loader, limits
 from pipeline.graph import cost
 from pipeline.graph.build import VariantPlan
 from pipeline.graph.chains import shape_of
+from pipeline.graph.engines import require_loadable
 from pipeline.graph.forecast import (
     ClusterRequest,
     Forecast,
@@ -46,7 +47,7 @@ from pipeline.publish.tensor_parallel import kernel_refusal
 from pipeline.settings import Settings
 from pipeline.skeleton.groups import sequential_steps
 from pipeline.skeleton.limits import kv_cache, position_limit
-from pipeline.spec import PER_CHANNEL, CalibrationSpec, ConversionSpec, ExpertStatistics, Method, Propagate, VariantSpec
+from pipeline.spec import CalibrationSpec, ConversionSpec, ExpertStatistics, Method, Propagate, VariantSpec
 from pipeline.tensors.index import read_index
 
 KV_CACHE_TOKENS = 8192
@@ -236,9 +237,11 @@ def report_plan(
     """Return the report of a plan; a pure function of its arguments.
 
     Raises:
-        PlanError: when a variant cannot be made from the source.
+        PlanError: when a variant cannot be made from the source, or not be loaded by an engine that is demanded.
     """
     inputs = planned_inputs(outline, spec, "cpu")
+    for plan in inputs.variants:
+        require_loadable(spec.gates.engines, plan.spec.name, plan.contents(outline.skeleton.architecture))
     predicted = simulate(inputs, Cluster(1, workers), tuning=memory.tuning)
     tokens = spec.calibration.samples * spec.calibration.length
     heldout = spec.gates.heldout_samples * spec.gates.heldout_length
@@ -318,7 +321,7 @@ def _report_variant(
     if plan.candidates:
         widths = " or ".join(map(str, plan.candidates))
         notes[f"widths are provisional: conversion measures which of them get {widths} bits"] = len(quantized)
-    known = limits(_contents(outline, plan))
+    known = limits(plan.contents(outline.skeleton.architecture))
     # Of files that vLLM does not load at all, the limit already says why.
     is_loaded = all(limit.loads for limit in known if limit.loader is Loader.VLLM)
     if is_loaded and (refusal := kernel_refusal(plan.spec, {row.bits for row in quantized})):
@@ -339,15 +342,6 @@ def _report_variant(
         fits={device: needed <= gib * 2**30 for device, gib in DEVICES.items()},
         matrices=rows,
     )
-
-
-def _contents(outline: Outline, plan: VariantPlan) -> Contents:
-    spec = plan.spec
-    schemes = {name: matrix.scheme for name, matrix in plan.matrices.items() if matrix.scheme is not None}
-    whole_rows = spec.group_size == PER_CHANNEL
-    grids = {(scheme.bits, PER_CHANNEL if whole_rows else scheme.group_size) for scheme in schemes.values()}
-    grid = (spec.format, spec.symmetric, frozenset(grids), tuple(schemes), spec.activations, spec.type)
-    return Contents(outline.skeleton.architecture, *grid)
 
 
 def _row(outline: Outline, variant: VariantSpec, name: str, plan: VariantPlan) -> MatrixRow:

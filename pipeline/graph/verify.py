@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pipeline.disk import disk_errors, make_folders
 from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
-from pipeline.formats.loaders import Contents, limits
+from pipeline.formats.loaders import Contents
+from pipeline.graph.engines import ask_engine
 from pipeline.settings import Settings
 from pipeline.storage.locate import (
     LocatedRelease,
@@ -19,8 +20,7 @@ from pipeline.storage.locate import (
     verify_release_files,
 )
 from pipeline.storage.temporaries import Temporaries
-from pipeline.validate.engines.environment import check_engine
-from pipeline.validate.release import ReleaseModel, check_release, parse_facts, read_facts
+from pipeline.validate.release import check_release, parse_facts, read_facts
 
 CARD_FILE = "README.md"
 VERIFY_TOKENS = 32
@@ -76,7 +76,9 @@ def verify(location: str, engine: str | None, settings: Settings, on_line: Calla
             facts = read_facts(folder)
             checks += check_release(folder, facts, facts.generated_tokens)
             if engine is not None:
-                checks.append(_check_engine(engine, folder, facts, settings, on_line))
+                prompts = [sample.prompt for sample in facts.verdict.samples]
+                asked = (prompts, VERIFY_TOKENS, Contents.of_release(facts))
+                checks.append(ask_engine(engine, folder, *asked, settings, on_line))
     return Verification(f"{located.namespace}/{located.name}", located.revision, tuple(checks))
 
 
@@ -90,16 +92,6 @@ def _private_folder(parent: Path) -> Iterator[Path]:
             copies.sweep()
             folder = stack.enter_context(copies.claim())
         yield folder
-
-
-def _check_engine(
-    engine: str, folder: Path, facts: ReleaseFacts, settings: Settings, on_line: Callable[[str], None]
-) -> Check:
-    model = ReleaseModel(folder)
-    model.attach()
-    prompts = [(s.prompt, model.tokenizer.encode(s.prompt, with_special=True)) for s in facts.verdict.samples]
-    known = [limit.text for limit in limits(Contents.of_release(facts)) if limit.loader == engine]
-    return check_engine(engine, folder, model.logits, prompts, VERIFY_TOKENS, settings.cache_dir, on_line, known)
 
 
 def inspect(location: str, settings: Settings) -> tuple[LocatedRelease, ReleaseFacts]:

@@ -40,6 +40,7 @@ class EventKind(StrEnum):
     STAGE_FINISHED = "stage_finished"
     WARNED = "warned"
     DEGRADED = "degraded"
+    ENGINE_NEWS = "engine_news"
     VARIANT_JUDGED = "variant_judged"
     PUBLISHED = "published"
     FAILED = "failed"
@@ -203,6 +204,20 @@ class Degraded:
 
 
 @dataclass(frozen=True)
+class EngineNews:
+    """Something with an engine takes long: its environment is installed, or it loads a variant.
+
+    Attributes:
+        engine: Its name.
+        message: What takes long.
+    """
+
+    kind: ClassVar[EventKind] = EventKind.ENGINE_NEWS
+    engine: str
+    message: str
+
+
+@dataclass(frozen=True)
 class VariantJudged:
     """The gates have answered for one variant.
 
@@ -266,6 +281,7 @@ Event = (
     | StageFinished
     | Warned
     | Degraded
+    | EngineNews
     | VariantJudged
     | Published
     | Failed

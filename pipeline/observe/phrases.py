@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.observe.events import (
     Degraded,
+    EngineNews,
     Event,
     Failed,
     JobRevised,
@@ -51,6 +52,8 @@ def announce(event: Event) -> Announcement | None:
             return Announcement("!", one_line(event.message), "yellow")
         case Degraded():
             return Announcement("!", one_line(f"{event.variant}: {event.module}: {event.reason}"), "yellow")
+        case EngineNews():
+            return Announcement("+", one_line(event.message), "cyan")
         case WidthsChosen():
             widths = ", ".join(f"{bits} bits for {number} linears" for bits, number in event.linears.items())
             text = f"{event.variant}: {widths}; predicted KL {format_figure(event.predicted_kl)}"

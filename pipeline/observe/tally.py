@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from pipeline.observe.events import (
     Degraded,
+    EngineNews,
     Event,
     Failed,
     JobRevised,
@@ -147,7 +148,7 @@ class Tally:
                 self._variant(event.variant).state = VariantState.PUBLISHED
             case Failed():
                 self.failure = event
-            case Warned() | WidthsChosen():
+            case Warned() | WidthsChosen() | EngineNews():
                 pass
 
     @property

@@ -42,6 +42,8 @@ def reproduce_command(facts: ReleaseFacts) -> str:
         words += ["--heldout-samples", str(quality.heldout_samples)]
     if quality.heldout_length != default.heldout_length:
         words += ["--heldout-length", str(quality.heldout_length)]
+    for check in facts.verdict.checks:
+        words += ["--engine", check.engine] if check.engine else []
     words += ["--precision", calibration.precision] if calibration.precision is not Precision.BFLOAT16 else []
     return shlex.join([*words, "--to", "releases"])
 

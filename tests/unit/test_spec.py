@@ -303,3 +303,11 @@ def test_what_a_short_name_does_not_say_is_in_the_name_all_the_same() -> None:
     assert all(name.startswith("gptq-mix-g128-x") for name in mixed[:2])
     named = VariantSpec.model_validate({**plain.model_dump(), "name": "mine", "damping": 0.05})
     assert named.name == "mine"
+
+
+def test_an_engine_is_demanded_once() -> None:
+    spec = build_spec({**MINIMAL, "gates": {"engines": ["transformers"]}}, "test")
+    assert [engine.value for engine in spec.gates.engines] == ["transformers"]
+    for engines, reason in ((["transformers"] * 2, "an engine is named twice"), (["vllm"], "'transformers'")):
+        with pytest.raises(SpecError, match=reason):
+            build_spec({**MINIMAL, "gates": {"engines": engines}}, "test")

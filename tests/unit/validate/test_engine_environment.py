@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,3 +97,26 @@ def test_what_is_known_stands_in_the_place_of_a_traceback(
     assert check.detail.endswith(" ".join(known))
     assert 'File "' not in check.detail
     assert "\n" not in check.detail
+
+
+def test_a_program_that_is_not_wanted_any_more_or_takes_too_long_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "HEED_S", 0.02)
+    command = ["sh", "-c", f'echo $$ > "{tmp_path}/pid"; exec sleep 600']
+
+    def heed() -> None:
+        if (tmp_path / "pid").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        environment._run(command, heed)
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    with pytest.raises(subprocess.TimeoutExpired):
+        environment._run(command, lambda: None, timeout_s=0.1)
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+
+
+def test_what_a_program_says_is_what_it_complains_of_else_what_it_tells() -> None:
+    assert environment._run(["sh", "-c", "echo told; echo ' wrong ' >&2; exit 3"], lambda: None) == (3, "wrong")
+    assert environment._run(["sh", "-c", "echo told"], lambda: None) == (0, "told")
