@@ -153,9 +153,7 @@ def test_a_cancelled_job_ends_the_engine(machine: Machine, monkeypatch: pytest.M
 
 def test_an_engine_that_is_known_not_to_load_a_variant_is_told_before_anything_is_fetched(machine: Machine) -> None:
     for run in (machine.convert, lambda variant: plan_conversion(machine.spec(variant), machine.settings, 1)):
-        with pytest.raises(
-            PlanError, match=r"gates\.engines demands transformers, and transformers 5"
-        ) as e:
+        with pytest.raises(PlanError, match=r"gates\.engines demands transformers, and transformers 5") as e:
             run("gptq-w4.5-g64-gptq")
         assert e.value.code == "plan.engine"
 
