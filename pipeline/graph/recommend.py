@@ -206,11 +206,9 @@ def _loss_of(average: float) -> float:
     """Return the loss at an average width, between those that were measured, on a logarithmic scale."""
     points = sorted(WIDTH_LOSSES.items())
     bits = min(max(average, points[0][0]), points[-1][0])
-    for (low, before), (high, after) in pairwise(points):
-        if bits <= high:
-            share = (bits - low) / (high - low)
-            return float(math.exp((1 - share) * math.log(before) + share * math.log(after)))
-    raise AssertionError("a width is within the widths")
+    (low, before), (high, after) = next(pair for pair in pairwise(points) if bits <= pair[1][0])
+    share = (bits - low) / (high - low)
+    return math.exp((1 - share) * math.log(before) + share * math.log(after))
 
 
 def _obstacle(plan: VariantPlan, outline: Outline, engine: str) -> str:
