@@ -92,12 +92,14 @@ class Format(StrEnum):
     """How codes are stored."""
 
     GPTQ = "gptq"
+    GPTQ_V2 = "gptq_v2"
     AWQ = "awq"
     COMPRESSED_TENSORS = "compressed-tensors"
 
 
 FORMAT_BITS: dict[Format, tuple[int, ...]] = {
     Format.GPTQ: (2, 3, 4, 8),
+    Format.GPTQ_V2: (2, 3, 4, 8),
     Format.AWQ: (4,),
     Format.COMPRESSED_TENSORS: (2, 3, 4, 5, 6, 8),
 }
@@ -211,7 +213,8 @@ class VariantSpec(Strict):
     symmetric: bool = True
     """Symmetric grids have no zero point; asymmetric ones store one per group."""
     format: Format = Format.COMPRESSED_TENSORS
-    """Checkpoint format: `gptq`, `awq` or `compressed-tensors`."""
+    """Checkpoint format: `gptq`, `gptq_v2` (the same layout with true zero points, which asymmetric grids need), `awq`
+    or `compressed-tensors`."""
     widths: dict[Pattern, Bits] = Field(default_factory=dict)
     """Bits of linears that get others than `bits`: by checkpoint name, or regular expression after `re:`; the first
     that names a linear counts, and one that names none is an error. Not with `mix`."""
@@ -278,7 +281,9 @@ class VariantSpec(Strict):
         if self.format is Format.AWQ and self.symmetric:
             raise ValueError("format awq stores zero points: symmetric must be false")
         if self.format is Format.GPTQ and not self.symmetric:
-            raise ValueError("format gptq holds symmetric grids only: a zero point of 0 cannot be stored in its layout")
+            raise ValueError(
+                "format gptq holds symmetric grids only: a zero point of 0 cannot be stored in its layout; gptq_v2 can"
+            )
         if self.propagate is Propagate.TRUE_SEQUENTIAL and self.method.has_scales:
             raise ValueError(
                 f"propagate true-sequential is not for {self.method}, whose scales change linears that were solved "
@@ -421,7 +426,7 @@ _ROUNDED_NAME = re.compile(rf"(?P<method>{_METHODS})-(?P<inputs>{'|'.join(ROUNDE
 
 _VARIANT_NAME = re.compile(
     rf"(?P<method>{_METHODS})-w(?P<bits>\d+(?:\.\d+)?)-(?P<group>g\d+|channel)"
-    r"(?:-(?P<format>gptq|awq|ct))?(?:-(?P<symmetry>sym|asym))?"
+    r"(?:-(?P<format>gptq_v2|gptq|awq|ct))?(?:-(?P<symmetry>sym|asym))?"
     rf"(?:-(?P<schedule>{'|'.join(SCHEDULE_SUFFIXES.values())}))?"
 )
 
@@ -444,13 +449,14 @@ def _default_symmetry(method: Method, format_: Format) -> bool:
             return True
         case Format.AWQ:
             return False
-        case Format.COMPRESSED_TENSORS:
+        case Format.GPTQ_V2 | Format.COMPRESSED_TENSORS:
             return not method.has_scales
 
 
 def parse_variant(name: str) -> VariantSpec:
-    """Return the variant that a short name means: ``method-wBITS-gGROUP|channel[-gptq|-awq|-ct][-sym|-asym]`` and
-    ``-seq``, ``-trueseq`` or ``-twopass`` for a schedule other than ``float``. Bits with a decimal point, as in
+    """Return the variant that a short name means: ``method-wBITS-gGROUP|channel``, then ``-gptq``, ``-gptq_v2``,
+    ``-awq`` or ``-ct``, ``-sym`` or ``-asym``, and ``-seq``, ``-trueseq`` or ``-twopass`` for a schedule other than
+    ``float``, each of them only where it is not what is usual. Bits with a decimal point, as in
     ``gptq-w4.5-g64``, are an average: mixed precision. Where inputs are rounded too it is one of ``PRESETS``, or
     ``method-w8a8`` or ``method-fp8``.
 

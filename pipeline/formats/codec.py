@@ -77,8 +77,8 @@ def codec_for(format_: Format) -> Codec:
     from pipeline.formats.gptq import GptqCodec
 
     match format_:
-        case Format.GPTQ:
-            return GptqCodec()
+        case Format.GPTQ | Format.GPTQ_V2:
+            return GptqCodec(format_)
         case Format.AWQ:
             return AwqCodec()
         case Format.COMPRESSED_TENSORS:

@@ -56,8 +56,8 @@ def quantization_config(
     if not any(schemes.values()):
         raise FormatError(f"no linear is quantized, so format {format_} has no configuration")
     match format_:
-        case Format.GPTQ:
-            return _gptq_config(schemes, variant, version)
+        case Format.GPTQ | Format.GPTQ_V2:
+            return _gptq_config(format_, schemes, variant, version)
         case Format.AWQ:
             return _awq_config(schemes, variant, version)
         case Format.COMPRESSED_TENSORS:
@@ -95,10 +95,12 @@ def _meta(variant: VariantSpec, version: str) -> dict[str, Any]:
     return {"quantizer": [f"bitmill:{version}"], "variant": variant.name}
 
 
-def _gptq_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec, version: str) -> dict[str, Any]:
+def _gptq_config(
+    format_: Format, schemes: Mapping[str, Scheme | None], variant: VariantSpec, version: str
+) -> dict[str, Any]:
     by_grid = _by_grid(schemes, variant)
     first, *others = by_grid
-    if not all(grid.symmetric for grid in by_grid):
+    if format_ is Format.GPTQ and not all(grid.symmetric for grid in by_grid):
         raise FormatError("format gptq holds symmetric grids only")
     kept = [name for name, scheme in schemes.items() if scheme is None and name != OUTPUT_HEAD]
     dynamic: dict[str, dict[str, Any]] = {f"-:{pattern}": {} for pattern in with_fused(cover(kept, schemes))}
@@ -107,7 +109,7 @@ def _gptq_config(schemes: Mapping[str, Scheme | None], variant: VariantSpec, ver
             dynamic[f"+:{pattern}"] = {"bits": grid.bits, "group_size": grid.group_size}
     config: dict[str, Any] = {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": format_.value,
         "bits": first.bits,
         "group_size": first.group_size,
         "sym": first.symmetric,
@@ -243,12 +245,17 @@ def _is_head(name: str) -> bool:
 def _read_gptq(config: Mapping[str, Any]) -> ModuleSchemes:
     where = "quantization_config (gptq)"
     labels = {config[key] for key in ("checkpoint_format", "format") if isinstance(config.get(key), str)}
-    if labels - {"gptq"}:
-        found = ", ".join(sorted(labels - {"gptq"}))
-        raise FormatError(f"{where}: layout {found} is not read, only version 1 (gptq)", code="format.unknown_layout")
-    if config.get("sym") is not True:
-        raise FormatError(f"{where}: sym is {config.get('sym')!r}, asymmetric grids are not read in this layout")
-    base = _grid(where, config.get("bits"), config.get("group_size"), True, Format.GPTQ)
+    if unknown := labels - {Format.GPTQ, Format.GPTQ_V2}:
+        found = ", ".join(sorted(unknown))
+        known = "only versions 1 (gptq) and 2 (gptq_v2)"
+        raise FormatError(f"{where}: layout {found} is not read, {known}", code="format.unknown_layout")
+    if len(labels) > 1:
+        raise FormatError(f"{where}: it says version 1 (gptq) and version 2 (gptq_v2)", code="format.unknown_layout")
+    format_ = Format(labels.pop()) if labels else Format.GPTQ
+    symmetric = config.get("sym")
+    if symmetric is not True and format_ is Format.GPTQ:
+        raise FormatError(f"{where}: sym is {symmetric!r}, asymmetric grids are not read in this layout")
+    base = _grid(where, config.get("bits"), config.get("group_size"), symmetric, format_)
     rules = [] if config.get("lm_head") else [Rule(_is_head, None)]
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, dict):
@@ -258,17 +265,17 @@ def _read_gptq(config: Mapping[str, Any]) -> ModuleSchemes:
         if key.startswith("-:"):
             rules.append(Rule(meant, None))
             continue
-        if not isinstance(over, dict) or over.get("sym", True) is not True:
+        if not isinstance(over, dict) or over.get("sym", symmetric) is not symmetric:
             raise FormatError(f"{where}: dynamic {key!r} has no readable override: {over!r:.80}")
         bits, group_size = over.get("bits", base.bits), over.get("group_size", base.group_size)
-        rules.append(Rule(meant, _grid(f"{where}: dynamic {key!r}", bits, group_size, True, Format.GPTQ)))
+        rules.append(Rule(meant, _grid(f"{where}: dynamic {key!r}", bits, group_size, base.symmetric, format_)))
     listed = config.get("modules_in_block_to_quantize") or []
     if not isinstance(listed, list):
         raise FormatError(f"{where}: modules_in_block_to_quantize is no list")
     nested = [item for items in listed for item in (items if isinstance(items, list) else [items])]
     if endings := tuple(_names(f"{where}: modules_in_block_to_quantize", nested)):
         rules.append(Rule(lambda name: not name.endswith(endings), None))
-    return ModuleSchemes(Format.GPTQ, (*rules, Rule(lambda name: True, base)))
+    return ModuleSchemes(format_, (*rules, Rule(lambda name: True, base)))
 
 
 def _read_awq(config: Mapping[str, Any]) -> ModuleSchemes:

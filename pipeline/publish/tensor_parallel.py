@@ -13,6 +13,8 @@ float16 only. Whether a linear is split by outputs or inputs is read off its nam
 An unquantized linear only has to divide. The rules are taken matrix by matrix, which is stricter than an engine that
 fuses q/k/v first or repeats key/value heads; that the number of attention heads divides is not checked here.
 
+Zero points in format gptq_v2 are for the slower kernel alone (exllama; read from the code of 0.32.0, not tried).
+
 Where inputs are rounded too, codes lie one to a byte and are multiplied as they are: linears only have to divide.
 vLLM's fast kernel (CUTLASS) takes in and out per rank in multiples of 16, and its general one (Triton) takes the others
 (read from the code of 0.32.0, not tried).
@@ -95,7 +97,7 @@ def kernel_refusal(variant: VariantSpec, widths: Iterable[int]) -> str:
         marlin = f"vLLM's Marlin kernel takes codes of 4 and 8 bits only, not of {' and '.join(map(str, unusual))}"
         is_other = variant.format is Format.COMPRESSED_TENSORS
         return f"{marlin} (its Humming kernel does, a package of its own, on NVIDIA GPUs)" if is_other else marlin
-    if 8 in widths and not variant.symmetric:
+    if 8 in widths and not variant.symmetric and variant.format is not Format.GPTQ_V2:
         return (
             "vLLM's Marlin kernel takes zero points with 4-bit codes only, not with 8-bit ones "
             "(its Machete kernel does, on Hopper GPUs)"
@@ -107,8 +109,9 @@ def _answer(modules: tuple[ModuleFacts, ...], variant: VariantSpec, size: int) -
     if reason := kernel_refusal(variant, (module.bits for module in modules if module.bits < UNQUANTIZED_BITS)):
         return TpAnswer(size, Loading.REFUSED, reason=reason)
     slow: TpAnswer | None = None
-    # Without a zero point, and in AWQ's own format, vLLM has a second kernel to fall back to.
-    fallback = Loading.GENERAL if variant.symmetric or variant.format is Format.AWQ else Loading.REFUSED
+    # Without a zero point, and in the formats of AWQ and GPTQ, vLLM has a second kernel to fall back to.
+    has_fallback = variant.symmetric or variant.format in (Format.AWQ, Format.GPTQ_V2)
+    fallback = Loading.GENERAL if has_fallback else Loading.REFUSED
     for module in modules:
         refusal = _refusal(module, variant, size)
         if refusal:
@@ -160,6 +163,8 @@ def _obstacle(module: ModuleFacts, variant: VariantSpec, size: int) -> str:
     if variant.activations is not Activations.NONE:
         uneven = [size for size in (out_rank, in_rank) if size % CUTLASS_SIZES]
         return f"{uneven[0]} per rank is no multiple of {CUTLASS_SIZES}" if uneven else ""
+    if variant.format is Format.GPTQ_V2 and not variant.symmetric:
+        return "vLLM's Marlin kernel takes no zero points of format gptq_v2"
     if out_rank % MARLIN_OUT:
         return f"{out_rank} outputs per rank are no multiple of {MARLIN_OUT}"
     if in_rank % MARLIN_IN:

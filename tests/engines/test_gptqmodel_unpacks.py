@@ -28,9 +28,11 @@ from safetensors.torch import load_file, save_file
 
 weights = {}
 for number, job in enumerate(json.load(open(sys.argv[1]))):
-    linear = TorchLinear(sym=True, desc_act=False, bias=False, **job)
+    is_v2 = job.pop("is_v2")
+    linear = TorchLinear(desc_act=False, bias=False, **job)
     linear.load_state_dict(load_file(f"{sys.argv[2]}/{number}.safetensors"), strict=True)
-    convert_gptq_v1_to_v2_format_module(linear, job["bits"], torch.int32)
+    if not is_v2:
+        convert_gptq_v1_to_v2_format_module(linear, job["bits"], torch.int32)
     linear.post_init()
     weights[str(number)] = linear.dequantize_weight().t().contiguous()
 save_file(weights, f"{sys.argv[2]}/weights.safetensors")
@@ -43,23 +45,29 @@ def make_linear(rows: int, columns: int, scheme: Scheme) -> QuantizedLinear:
     groups = rows, columns // scheme.group_size
     scale = torch.ldexp(torch.ones(groups), torch.randint(-6, 3, groups, generator=generator))
     zero = torch.full(groups, scheme.middle, dtype=torch.uint8)
+    if not scheme.symmetric:
+        zero = torch.randint(0, scheme.max_code + 1, groups, generator=generator, dtype=torch.uint8)
     codes = torch.randint(0, scheme.max_code + 1, (rows, columns), generator=generator, dtype=torch.uint8)
     return QuantizedLinear(scheme, codes, scale, zero, UNSOLVED)
 
 
 def test_gptqmodel_unpacks_every_width_to_the_same_weights(tmp_path: Path) -> None:
     shapes = [(32, 32), (96, 160), (224, 64)]
-    linears = [
-        make_linear(rows, columns, Scheme(bits, 32, True))
-        for bits in FORMAT_BITS[Format.GPTQ]
+    grids = [(Format.GPTQ, True), (Format.GPTQ_V2, True), (Format.GPTQ_V2, False)]
+    cases = [
+        (format_, make_linear(rows, columns, Scheme(bits, 32, symmetric)))
+        for format_, symmetric in grids
+        for bits in FORMAT_BITS[format_]
         for rows, columns in shapes
     ]
     jobs = []
-    for number, linear in enumerate(linears):
-        tensors = codec_for(Format.GPTQ).pack("x", linear, torch.float16)
+    for number, (format_, linear) in enumerate(cases):
+        tensors = codec_for(format_).pack("x", linear, torch.float16)
         save_file({key.removeprefix("x."): value for key, value in tensors.items()}, tmp_path / f"{number}.safetensors")
         rows, columns = linear.codes_OI.shape
-        jobs.append({"bits": linear.scheme.bits, "group_size": 32, "in_features": columns, "out_features": rows})
+        grid = {"bits": linear.scheme.bits, "group_size": 32, "sym": linear.scheme.symmetric}
+        is_v2 = format_ is Format.GPTQ_V2
+        jobs.append({**grid, "in_features": columns, "out_features": rows, "is_v2": is_v2})
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     python = ensure_environment("transformers", load_settings().cache_dir, print) / "bin" / "python"
     (tmp_path / "hub").mkdir()
@@ -69,5 +77,5 @@ def test_gptqmodel_unpacks_every_width_to_the_same_weights(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr[-2000:]
     weights = load_file(tmp_path / "weights.safetensors")
-    for number, linear in enumerate(linears):
+    for number, (_, linear) in enumerate(cases):
         assert torch.equal(weights[str(number)].float(), linear.dequantize()), jobs[number]

@@ -39,6 +39,7 @@ VARIANTS = [
     ),
     # Inputs are rounded too.
     *("w8a8-int8", "fp8-dynamic"),
+    *("gptq-w4-g64-gptq_v2", "gptq-w4-g64-gptq_v2-asym", "gptq-w3-g64-gptq_v2-asym"),
 ]
 COMPRESSED = ["rtn-w4-g64", "rtn-w8-g64", "awq-w4-g64-ct"]
 ROUNDED = ["rtn-w8a8", "fp8-dynamic"]
@@ -50,6 +51,7 @@ ARCHITECTURES: dict[str, list[Any]] = {
     "gpt_neox": ["gptq-w4-g64", "awq-w4-g64"],
     "llama": [
         *("gptq-w4-g64", "awq-w4-g64", "rtn-w8-g64-gptq", "gptq-w3-g64", "gptq-w4.5-g64-gptq"),
+        "gptq-w4-g64-gptq_v2-asym",
         *(*COMPRESSED, "rtn-w8-channel-asym", *ROUNDED),
     ],
     "mistral": ["gptq-w4-g64", "awq-w4-g64"],

@@ -44,6 +44,7 @@ def _linear(rows: int, columns: int, scheme: Scheme, seed: int) -> QuantizedLine
 
 held = st.one_of(
     st.tuples(st.just(Format.GPTQ), st.sampled_from([2, 3, 4, 8]), st.just(True)),
+    st.tuples(st.just(Format.GPTQ_V2), st.sampled_from([2, 3, 4, 8]), st.booleans()),
     st.tuples(st.just(Format.AWQ), st.just(4), st.just(False)),
     st.tuples(st.just(Format.COMPRESSED_TENSORS), st.sampled_from([2, 3, 4, 5, 6, 8]), st.booleans()),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from pipeline.spec import Format
 
 MakeLinear = Callable[..., QuantizedLinear]
 NARROW = [Scheme(2, 16, True), Scheme(3, 16, True)]
+NARROW_ASYMMETRIC = [Scheme(2, 16, False), Scheme(3, 16, False)]
 SYMMETRIC = [Scheme(4, 16, True), Scheme(8, 16, True)]
 ASYMMETRIC = [Scheme(4, 16, False), Scheme(8, 16, False)]
 SPLIT = [Scheme(bits, 16, symmetric) for bits in (5, 6) for symmetric in (True, False)]
 HOLDABLE = [
     *((Format.GPTQ, scheme) for scheme in NARROW + SYMMETRIC),
+    *((Format.GPTQ_V2, scheme) for scheme in NARROW + SYMMETRIC + NARROW_ASYMMETRIC + ASYMMETRIC),
     (Format.AWQ, ASYMMETRIC[0]),
     *((Format.COMPRESSED_TENSORS, scheme) for scheme in NARROW + SYMMETRIC + ASYMMETRIC + SPLIT),
 ]
@@ -42,7 +45,7 @@ def _stream(words: list[int], bits: int, count: int) -> list[int]:
     return [number >> bits * i & (1 << bits) - 1 for i in range(count)]
 
 
-def _read_gptq(name: str, tensors: dict[str, Tensor], bits: int, group_size: int) -> Tensor:
+def _read_gptq(name: str, tensors: dict[str, Tensor], bits: int, group_size: int, taken_off: int = 1) -> Tensor:
     """Return the float64 weight [O, I], code by code as the layout is described."""
     qweight, qzeros = tensors[f"{name}.qweight"].tolist(), tensors[f"{name}.qzeros"].tolist()
     scales, g_idx = tensors[f"{name}.scales"].double(), tensors[f"{name}.g_idx"].tolist()
@@ -51,7 +54,7 @@ def _read_gptq(name: str, tensors: dict[str, Tensor], bits: int, group_size: int
     weight = torch.zeros(rows, columns, dtype=torch.float64)
     for o in range(rows):
         for i, code in enumerate(_stream([words[o] for words in qweight], bits, columns)):
-            weight[o, i] = scales[g_idx[i], o] * (code - (zeros[g_idx[i]][o] + 1))
+            weight[o, i] = scales[g_idx[i], o] * (code - (zeros[g_idx[i]][o] + taken_off))
     return weight
 
 
@@ -85,7 +88,12 @@ def _read_compressed(name: str, tensors: dict[str, Tensor], bits: int, group_siz
     return weight
 
 
-READERS = {Format.GPTQ: _read_gptq, Format.AWQ: _read_awq, Format.COMPRESSED_TENSORS: _read_compressed}
+READERS = {
+    Format.GPTQ: _read_gptq,
+    Format.GPTQ_V2: partial(_read_gptq, taken_off=0),
+    Format.AWQ: _read_awq,
+    Format.COMPRESSED_TENSORS: _read_compressed,
+}
 
 
 @pytest.mark.parametrize(("format_", "scheme"), HOLDABLE, ids=str)
@@ -191,13 +199,30 @@ def test_known_words_of_two_bit_codes(make_linear: MakeLinear) -> None:
     assert word & 0xFFFFFFFF == 0x80000093
 
 
-def test_version_2_content_under_the_version_1_label_is_caught(make_linear: MakeLinear) -> None:
+@pytest.mark.parametrize(
+    ("label", "content", "said"),
+    [(Format.GPTQ, Format.GPTQ_V2, "version 2"), (Format.GPTQ_V2, Format.GPTQ, "version 1")],
+)
+def test_content_under_the_other_version_s_label_is_caught(
+    make_linear: MakeLinear, label: Format, content: Format, said: str
+) -> None:
     linear = make_linear(16, 32, SYMMETRIC[0])
-    tensors = codec_for(Format.GPTQ).pack("x", linear, torch.float16)
-    tensors["x.qzeros"] = tensors["x.qzeros"] + 0x11111111
-    with pytest.raises(FormatError, match="version 2 content") as caught:
-        prove_round_trip(codec_for(Format.GPTQ), "x", linear, tensors)
+    tensors = codec_for(content).pack("x", linear, torch.float16)
+    words = {Format.GPTQ: 0x77777777, Format.GPTQ_V2: -0x77777778}
+    assert set(tensors["x.qzeros"].flatten().tolist()) == {words[content]}
+    with pytest.raises(FormatError, match="must hold") as caught:
+        prove_round_trip(codec_for(label), "x", linear, tensors)
     assert caught.value.code == "format.label_disagrees"
+    assert f"{said} content: label it checkpoint_format {content}" in caught.value.hint
+
+
+def test_asymmetric_zero_points_of_0_come_back_from_version_2_alone(make_linear: MakeLinear) -> None:
+    linear = make_linear(16, 32, ASYMMETRIC[0])
+    linear.zero_OG.zero_()
+    tensors = codec_for(Format.GPTQ_V2).pack("x", linear, torch.float16)
+    prove_round_trip(codec_for(Format.GPTQ_V2), "x", linear, tensors)
+    with pytest.raises(FormatError, match="symmetric grids only"):
+        codec_for(Format.GPTQ).pack("x", linear, torch.float16)
 
 
 def test_columns_stored_out_of_order_are_refused(make_linear: MakeLinear) -> None:

@@ -22,6 +22,7 @@ MakeLinear = Callable[..., QuantizedLinear]
 LINEAR = "model.layers.0.mlp.up_proj"
 HOLDABLE = [
     *((Format.GPTQ, Scheme(bits, 32, True)) for bits in (2, 3, 4, 8)),
+    *((Format.GPTQ_V2, Scheme(bits, 32, symmetric)) for bits in (2, 3, 4, 8) for symmetric in (True, False)),
     (Format.AWQ, Scheme(4, 32, False)),
     *(
         (Format.COMPRESSED_TENSORS, Scheme(bits, 32, symmetric))

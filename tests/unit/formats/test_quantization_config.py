@@ -21,6 +21,7 @@ LEAVES = (
 NAMES = tuple(f"model.layers.{block}.{leaf}" for block in range(12) for leaf in LEAVES)
 VARIANTS = {
     Format.GPTQ: parse_variant("gptq-w4-g64"),
+    Format.GPTQ_V2: parse_variant("gptq-w4-g64-gptq_v2-asym"),
     Format.AWQ: parse_variant("awq-w4-g64"),
     Format.COMPRESSED_TENSORS: parse_variant("rtn-w4-g64"),
 }
@@ -298,8 +299,8 @@ def test_grids_that_the_format_lacks_are_refused_when_writing() -> None:
 
 BAD = {
     Format.GPTQ: [
-        ({"checkpoint_format": "gptq_v2"}, "gptq_v2 is not read"),
-        ({"format": "gptq_v2"}, "gptq_v2 is not read"),
+        ({"format": "gptq_v2"}, "it says version 1 .gptq. and version 2"),
+        ({"checkpoint_format": "gptq_p"}, "gptq_p is not read"),
         ({"checkpoint_format": "marlin"}, "marlin is not read"),
         ({"sym": False}, "sym is False"),
         ({"sym": None}, "sym is None"),
@@ -315,6 +316,12 @@ BAD = {
         ({"dynamic": {"+:x": None}}, "no readable override"),
         ({"modules_in_block_to_quantize": "x"}, "is no list"),
         ({"modules_in_block_to_quantize": [[1]]}, "is no list of names"),
+    ],
+    Format.GPTQ_V2: [
+        ({"checkpoint_format": "gptq"}, "sym is False"),
+        ({"sym": None}, "symmetry None"),
+        ({"bits": 6}, "bits 6 is none of 2, 3, 4, 8"),
+        ({"dynamic": {"+:x": {"sym": True}}}, "no readable override"),
     ],
     Format.AWQ: [
         ({"version": "gemv"}, "'gemv' is not read"),

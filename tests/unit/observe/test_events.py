@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.observe.events import (
     Degraded,
+    EngineNews,
     Event,
     EventKind,
     Failed,
@@ -42,6 +43,7 @@ EVERY_EVENT: tuple[Event, ...] = (
     WorkersReady(1, 2),
     WidthsChosen("a", {"3": 10, "4": 20}, 0.0123),
     JobRevised((PhaseWork(Phase.PACK, 2, 1.0),)),
+    EngineNews("transformers", "a: loading it in transformers"),
 )
 
 

@@ -53,6 +53,19 @@ def test_rules_of_one_linear(
     assert loadings(linear(leaf, out_features, in_features, group_size=group_size)) == expected
 
 
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        ("gptq-w4-g128-gptq_v2", [FAST] * 4),
+        ("gptq-w4-g128-gptq_v2-asym", [GENERAL] * 4),
+        ("gptq-w8-g128-gptq_v2-asym", [GENERAL] * 4),
+        ("gptq-w3-g128-gptq_v2-asym", [REFUSED] * 4),
+    ],
+)
+def test_zero_points_of_gptq_v2_are_for_the_general_kernel(variant: str, expected: list[Loading]) -> None:
+    assert loadings(linear("q_proj", 4096, 4096, bits=parse_variant(variant).bits), variant=variant) == expected
+
+
 @pytest.mark.parametrize("variant", ["w8a8-int8", "fp8-dynamic"])
 @pytest.mark.parametrize(
     ("leaf", "out_features", "in_features", "expected"),
