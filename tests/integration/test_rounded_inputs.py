@@ -21,7 +21,7 @@ from tests.integration.test_architectures import Converted, convert_folder, logi
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VARIANTS = ("fp8-dynamic", "w8a8-int8", "rtn-w8a8", "smoothquant-w8a8", "rtn-w8-channel")
+VARIANTS = ("fp8-dynamic", "w8a8-int8", "rtn-w8a8", "rtn-w8-channel")
 DENSE = ("llama", "gpt_neox")
 MIXTURES = ("qwen3_moe",)
 
@@ -97,7 +97,7 @@ def test_the_stated_divergence_is_that_of_rounded_inputs(converted: Converted) -
 def test_scales_are_taken_up_and_stated(converted: Converted) -> None:
     for variant, outcome in converted.outcomes.items():
         has_scales = any(module.awq_exponent is not None for module in outcome.facts.modules)
-        assert has_scales == (variant in ("w8a8-int8", "smoothquant-w8a8")), variant
+        assert has_scales == (variant == "w8a8-int8"), variant
 
 
 @pytest.mark.parametrize(
