@@ -42,7 +42,9 @@ def test_rounding_takes_the_nearest_number_and_the_even_one_of_two() -> None:
     between = torch.unique(NUMBERS)
     ties = (between[1:] + between[:-1]) / 2
     generator = torch.Generator().manual_seed(0)
-    some = torch.cat([ties, torch.randn(4000, generator=generator) * 2.0 ** torch.randint(-9, 9, (4000,))])
+    some = torch.cat(
+        [ties, torch.randn(4000, generator=generator) * 2.0 ** torch.randint(-9, 9, (4000,), generator=generator)]
+    )
     rounded = float8.round_(some.clone())
     distance = (some.clamp(-448, 448)[:, None].double() - between.double()).abs()
     assert torch.equal((some.clamp(-448, 448).double() - rounded.double()).abs(), distance.amin(-1))
