@@ -251,3 +251,6 @@ class ReleaseFacts(Facts):
     """Device kind and dtype of the arithmetic, for example `cpu float32`."""
     spec_fingerprint: str
     """Fingerprint of the source, the variant, and everything that the weights were computed from and by."""
+    repacked_from: str = ""
+    """`namespace/name@revision` of the release whose codes these are, in another format; empty for one that was solved
+    for."""

@@ -24,6 +24,7 @@ from jobs.cli.flags import HELP_NAMES
 from jobs.cli.inspect import inspect_command
 from jobs.cli.plan import plan_command
 from jobs.cli.recommend import recommend_command
+from jobs.cli.repack import repack_command
 from jobs.cli.verify import verify_command
 from pipeline.errors import PipelineError
 from pipeline.observe.events import Failed, to_json
@@ -69,6 +70,7 @@ cli.add_command(download_command)
 cli.add_command(cancel_command)
 cli.add_command(engines_command)
 cli.add_command(recommend_command)
+cli.add_command(repack_command)
 
 
 def _on_terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -151,14 +151,26 @@ def make_variant_plan(spec: VariantSpec, outline: ModelShape, damages: Damages |
     require_all_quantized(spec, matrices, outline.index.parts)
     require_known_names(spec, [*matrices, *outline.other_linears])
     require_whole_groups(spec, (group for block in outline.groups for group in block), matrices)
-    # Loaders take every linear for quantized that is not named, so the output head and the like are named too. They
-    # look for the model's names, which transformers may have made from other ones in the checkpoint.
-    schemes: dict[str, Scheme | None] = dict.fromkeys(outline.other_linears)
-    for stored, plan in matrices.items():
-        model_name = f"{outline.skeleton.block_names[plan.block]}.{plan.linear.local_name}"
-        schemes |= {model_name: plan.scheme, stored: plan.scheme}
+    schemes = schemes_by_every_name(outline, {name: plan.scheme for name, plan in matrices.items()})
     config = quantization_config(spec.format, schemes, spec, version("bitmill"))
     return VariantPlan(spec, matrices, config, tried, damages or {})
+
+
+def schemes_by_every_name(outline: ModelShape, schemes: Mapping[str, Scheme | None]) -> dict[str, Scheme | None]:
+    """Return the grids of all linears by every name that loaders ask for.
+
+    These take every linear for quantized that is not named, so the output head and the like are named too. They look
+    for the model's names, which transformers may have made from other ones in the checkpoint.
+
+    Args:
+        outline: The model.
+        schemes: The grid of each linear of the blocks by its name in the checkpoint, None for unquantized.
+    """
+    found: dict[str, Scheme | None] = dict.fromkeys(outline.other_linears)
+    for block, groups in zip(outline.skeleton.block_names, outline.groups, strict=True):
+        for linear in (linear for group in groups for linear in group.linears):
+            found |= dict.fromkeys((f"{block}.{linear.local_name}", linear.name), schemes[linear.name])
+    return found
 
 
 @dataclass(frozen=True)

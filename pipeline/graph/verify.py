@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
-from pipeline.disk import disk_errors, make_folders
 from pipeline.facts import FACTS_FILE, Check, ReleaseFacts
 from pipeline.formats.loaders import Contents
 from pipeline.graph.engines import ask_engine
@@ -19,7 +17,7 @@ from pipeline.storage.locate import (
     read_release_file,
     verify_release_files,
 )
-from pipeline.storage.temporaries import Temporaries
+from pipeline.storage.temporaries import private_folder
 from pipeline.validate.release import check_release, parse_facts, read_facts
 
 CARD_FILE = "README.md"
@@ -68,7 +66,7 @@ def verify(location: str, engine: str | None, settings: Settings, on_line: Calla
         if located.local_path is not None:
             folder, problems = located.local_path, verify_release_files(located)
         else:
-            folder = stack.enter_context(_private_folder(settings.cache_dir / "verify"))
+            folder = stack.enter_context(private_folder(settings.cache_dir / "verify"))
             problems = copy_release(located, folder)
         counted = f"{len(located.manifest.files)} files have the sizes and SHA-256 of the manifest"
         checks = [Check(name="digests", passed=not problems, detail="; ".join(problems[:5]) or counted)]
@@ -80,18 +78,6 @@ def verify(location: str, engine: str | None, settings: Settings, on_line: Calla
                 asked = (prompts, VERIFY_TOKENS, Contents.of_release(facts))
                 checks.append(ask_engine(engine, folder, *asked, settings, on_line))
     return Verification(f"{located.namespace}/{located.name}", located.revision, tuple(checks))
-
-
-@contextmanager
-def _private_folder(parent: Path) -> Iterator[Path]:
-    """Give the path of a folder for a copy, removed at the end of the block or, after a kill, by the next call."""
-    copies = Temporaries(parent)
-    with ExitStack() as stack:
-        with disk_errors(f"the cache directory {parent}", hint="set BITMILL_CACHE to a folder that can be written to"):
-            make_folders(parent)
-            copies.sweep()
-            folder = stack.enter_context(copies.claim())
-        yield folder
 
 
 def inspect(location: str, settings: Settings) -> tuple[LocatedRelease, ReleaseFacts]:

@@ -12,8 +12,10 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from pipeline.disk import disk_errors, make_folders
 
 
 @contextmanager
@@ -68,6 +70,26 @@ class Temporaries:
             finally:
                 os.close(descriptor)
         return tuple(removed)
+
+
+@contextmanager
+def private_folder(parent: Path) -> Iterator[Path]:
+    """Give the path of a folder for one process alone, not made yet; it is removed at the end of the block or, after a
+    kill, by the next call.
+
+    Args:
+        parent: A folder of the cache directory.
+
+    Raises:
+        StorageError: when nothing can be written there.
+    """
+    copies = Temporaries(parent)
+    with ExitStack() as stack:
+        with disk_errors(f"the cache directory {parent}", hint="set BITMILL_CACHE to a folder that can be written to"):
+            make_folders(parent)
+            copies.sweep()
+            folder = stack.enter_context(copies.claim())
+        yield folder
 
 
 def _open_lock(path: Path) -> int:

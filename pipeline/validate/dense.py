@@ -85,7 +85,7 @@ class DenseReader:
     def input_functions(self) -> dict[str, InputFunction]:
         """Return what becomes of the inputs of each linear that does not take them as they are, by its name in the
         checkpoint; it is one function for all linears of a scheme."""
-        found = {name: scheme for name in self._linears if (scheme := self._scheme(name)) is not None}
+        found = {name: scheme for name in self._linears if (scheme := self.scheme(name)) is not None}
         rounded = {name: scheme for name, scheme in found.items() if scheme.activations is not Activations.NONE}
         functions = {scheme: partial(round_inputs, scheme=scheme) for scheme in rounded.values()}
         return {name: functions[scheme] for name, scheme in rounded.items()}
@@ -100,8 +100,9 @@ class DenseReader:
 
     def _quantized(self, name: str) -> tuple[LinearRef, Scheme] | None:
         linear = self._linears.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        scheme = None if linear is None else self._scheme(linear.name)
+        scheme = None if linear is None else self.scheme(linear.name)
         return None if linear is None or scheme is None else (linear, scheme)
 
-    def _scheme(self, name: str) -> Scheme | None:
+    def scheme(self, name: str) -> Scheme | None:
+        """Return the grid of a linear by its name; None when it is not quantized."""
         return None if self._schemes is None else self._schemes.scheme(name, self._linears[name].in_features)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import CorruptReleaseError, FormatError, PipelineError
 from pipeline.facts import FACTS_FILE, Check, ReleaseFacts, Sample
+from pipeline.quantize.types import Scheme
 from pipeline.skeleton.groups import LinearRef, linear_groups
 from pipeline.skeleton.limits import vocabulary_size
 from pipeline.skeleton.model import Skeleton, dense_logits
@@ -80,7 +81,9 @@ class ReleaseModel:
     """A release that computes: the reference that engines are compared with.
 
     Attributes:
+        index: Where its tensors lie.
         skeleton: The model without weights.
+        groups: The linear groups of each block.
         tokenizer: The release's own.
     """
 
@@ -91,22 +94,27 @@ class ReleaseModel:
             PipelineError: when they are damaged or do not belong together.
         """
         self._folder = folder
-        self._index = read_folder_index(folder)
+        self.index = read_folder_index(folder)
         config = parse_json_object((folder / "config.json").read_bytes())
         self.skeleton = Skeleton(folder)
-        shapes = {name: entry.shape for name, (_, entry) in self._index.entries.items()}
+        shapes = {name: entry.shape for name, (_, entry) in self.index.entries.items()}
         packed = {name.rpartition(".")[0] + ".weight" for name in shapes if name.endswith(PACKED_SUFFIXES)}
         plain = {name: shape for name, shape in shapes.items() if not name.endswith(PACKED_SUFFIXES)}
         self.skeleton.bind({**plain, **dict.fromkeys(packed)})
-        groups = [linear_groups(self.skeleton, block) for block in range(self.skeleton.num_blocks)]
-        self._linears: dict[str, LinearRef] = {
-            linear.name: linear for block in groups for group in block for linear in group.linears
-        }
-        self._reader = DenseReader(config.get("quantization_config"), list(self._linears.values()))
+        self.groups = tuple(linear_groups(self.skeleton, block) for block in range(self.skeleton.num_blocks))
+        self._reader = DenseReader(config.get("quantization_config"), self.linears())
         blocks = map(self.skeleton.block, range(self.skeleton.num_blocks))
         dense_bytes = sum(tensor.nbytes for block in blocks for tensor in block.state_dict().values())
         self._load = BlockCache(self._read_block, self.skeleton.dense, KEPT_BYTES, dense_bytes)
         self.tokenizer = TextTokenizer(folder)
+
+    def linears(self) -> list[LinearRef]:
+        """Return the linears of the blocks, in order."""
+        return [linear for block in self.groups for group in block for linear in group.linears]
+
+    def schemes(self) -> dict[str, Scheme | None]:
+        """Return the grid of every linear of the blocks by its name, None where it is not quantized."""
+        return {linear.name: self._reader.scheme(linear.name) for linear in self.linears()}
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         names = self.skeleton.block_tensors(index)
@@ -114,15 +122,15 @@ class ReleaseModel:
 
     def _tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         stored = [stored for name in names for stored in self._reader.stored_names(name)]
-        missing = [name for name in stored if name not in self._index.entries]
+        missing = [name for name in stored if name not in self.index.entries]
         if missing:
             raise FormatError(f"the release has no tensor {missing[0]}", hint="quantization_config and files disagree")
-        return read_tensors(self._folder, self._index, stored)
+        return read_tensors(self._folder, self.index, stored)
 
     def attach(self) -> None:
         """Put what lies outside the blocks in place; done once before computing."""
         names = self.skeleton.outer_tensors()
-        tensors = read_tensors(self._folder, self._index, names.values())
+        tensors = read_tensors(self._folder, self.index, names.values())
         self.skeleton.attach_outer({model: tensors[name] for model, name in names.items()})
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
