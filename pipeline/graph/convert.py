@@ -29,7 +29,7 @@ from pipeline.graph.assemble import (
 )
 from pipeline.graph.build import Inputs, JobUnits, make_variant_plan
 from pipeline.graph.cost import cost_model
-from pipeline.graph.engines import judge_by_engines, prepare_engines, require_loadable
+from pipeline.graph.engines import EngineGate, prepare_engines, require_loadable
 from pipeline.graph.job import run_job
 from pipeline.graph.memory import plan_memory
 from pipeline.graph.naming import name_releases
@@ -172,10 +172,8 @@ def _convert(
     except CorruptWeightsError:
         forget_weights(source, work)
         raise
-    measured = [
-        judge_by_engines(inputs, fetched, own, units, records, work, settings, sink, stopping)
-        for own in (measure_variant(inputs, plan, units, records) for plan in inputs.variants)
-    ]
+    gate = EngineGate(inputs, fetched, units, records, work, settings, sink, stopping)
+    measured = [gate.judge(measure_variant(inputs, plan, units, records)) for plan in inputs.variants]
     outcomes = []
     for own in measured:
         address = names.address(own.plan.spec.name)

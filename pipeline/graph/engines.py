@@ -8,7 +8,7 @@ about one variant, and writes the same card. A failure is not written down: it m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -58,75 +58,71 @@ def prepare_engines(engines: Sequence[Engine], settings: Settings, sink: EventSi
         ensure_environment(engine, settings.cache_dir, partial(_tell, sink, engine), stopping.check)
 
 
-def judge_by_engines(
-    inputs: Inputs,
-    fetched: FetchedSource,
-    own: Measured,
-    units: JobUnits,
-    records: Records,
-    work: WorkStore,
-    settings: Settings,
-    sink: EventSink,
-    stopping: Stopping,
-) -> Measured:
-    """Return a variant with the answers of the engines that the spec demands in its Verdict. One that has failed before
-    is not shown to any.
+@dataclass(frozen=True)
+class EngineGate:
+    """The engines that a spec demands, and what they are asked about.
 
-    Raises:
-        EngineError: when an environment cannot be made.
-        GraphError: with the code ``graph.cancelled`` when the job is.
+    Attributes:
+        inputs: What the conversion depends on.
+        fetched: The source.
+        units: Of this run.
+        records: What its units left.
+        work: Where that is, and engines' answers.
+        settings: Where environments are.
+        sink: Told what takes long.
+        stopping: Knows whether the job is wanted still.
     """
-    if not own.verdict.passed:
-        return own
-    checks = tuple(
-        _answer(engine, inputs, fetched, own, units, records, work, settings, sink, stopping)
-        for engine in inputs.spec.gates.engines
-    )
-    return replace(own, verdict=own.verdict.model_copy(update={"checks": (*own.verdict.checks, *checks)}))
 
+    inputs: Inputs
+    fetched: FetchedSource
+    units: JobUnits
+    records: Records
+    work: WorkStore
+    settings: Settings
+    sink: EventSink
+    stopping: Stopping
 
-def _answer(
-    engine: Engine,
-    inputs: Inputs,
-    fetched: FetchedSource,
-    own: Measured,
-    units: JobUnits,
-    records: Records,
-    work: WorkStore,
-    settings: Settings,
-    sink: EventSink,
-    stopping: Stopping,
-) -> Check:
-    """Return what an engine was found to do with a variant, or finds now."""
-    variant, gates = own.plan.spec, inputs.spec.gates
-    prompts = [sample.prompt for sample in own.verdict.samples]
-    key = fingerprint(
-        {
-            "engine": engine,
-            "requirements": pinned_requirements(engine),
-            "weights": weights_fingerprint(fetched, variant, units),
-            "config": own.plan.quantization_config,
-            "prompts": prompts,
-            "max_tokens": gates.generated_tokens,
-        }
-    )
-    found = work.lookup(STAGE, key)
-    if found is not None:
-        return Check.model_validate(found.summary)
-    with work.private_folder() as folder:
-        model = write_model(inputs, fetched, variant, units, records, work, folder, own.size_bytes, stopping)
-        for name, file in model.stored.items():
-            file.place(folder / name)
+    def judge(self, own: Measured) -> Measured:
+        """Return a variant with the engines' answers in its Verdict. One that has failed before is not shown to any.
 
-        contents = own.plan.contents(inputs.outline.skeleton.architecture)
-        _tell(sink, engine, f"{variant.name}: loading it in {engine}")
-        check = ask_engine(
-            engine, folder, prompts, gates.generated_tokens, contents, settings, lambda line: None, stopping.check
+        Raises:
+            EngineError: when an environment cannot be made.
+            GraphError: with the code ``graph.cancelled`` when the job is.
+        """
+        if not own.verdict.passed:
+            return own
+        checks = tuple(self._answer(engine, own) for engine in self.inputs.spec.gates.engines)
+        return replace(own, verdict=own.verdict.model_copy(update={"checks": (*own.verdict.checks, *checks)}))
+
+    def _answer(self, engine: Engine, own: Measured) -> Check:
+        """Return what an engine was found to do with a variant, or finds now."""
+        variant, max_tokens = own.plan.spec, self.inputs.spec.gates.generated_tokens
+        prompts = [sample.prompt for sample in own.verdict.samples]
+        key = fingerprint(
+            {
+                "engine": engine,
+                "requirements": pinned_requirements(engine),
+                "weights": weights_fingerprint(self.fetched, variant, self.units),
+                "config": own.plan.quantization_config,
+                "prompts": prompts,
+                "max_tokens": max_tokens,
+            }
         )
-    if check.passed:
-        with work.writing(STAGE, key) as writer:
-            writer.finish(check.model_dump(mode="json"))
-    return check
+        found = self.work.lookup(STAGE, key)
+        if found is not None:
+            return Check.model_validate(found.summary)
+        with self.work.private_folder() as folder:
+            made = (self.inputs, self.fetched, variant, self.units, self.records, self.work, folder, own.size_bytes)
+            for name, file in write_model(*made, self.stopping).stored.items():
+                file.place(folder / name)
+            contents = own.plan.contents(self.inputs.outline.skeleton.architecture)
+            _tell(self.sink, engine, f"{variant.name}: loading it in {engine}")
+            asked = (engine, folder, prompts, max_tokens, contents, self.settings)
+            check = ask_engine(*asked, lambda line: None, self.stopping.check)
+        if check.passed:
+            with self.work.writing(STAGE, key) as writer:
+                writer.finish(check.model_dump(mode="json"))
+        return check
 
 
 def _tell(sink: EventSink, engine: Engine, line: str) -> None:
