@@ -76,7 +76,7 @@ def _render(found: Recommendation, source: str, console: Console) -> None:
         figures = [f"{item.average_bits:.3g}", f"{item.loss:.3g}"] if item.size_bytes else ["-", "-"]
         table.add_row("->" if item is best else "", item.name, *sizes, *figures, escape(why), style=style)
     console.print(table)
-    console.print("  * of a 135M model; larger ones lose less, in the same order", soft_wrap=True)
+    console.print("  * measured on a 135M model; stands for the order alone", soft_wrap=True)
     console.print(f"\n[bold]{best.name}[/bold]: {'; '.join(found.reasons)}.", soft_wrap=True)
     if best.variant is None:
         words = ["bitmill", "convert", source, "--variant", best.name, "--to", "releases/"]

@@ -1,9 +1,9 @@
 """Which variant to take of a source that has to fit into a device's memory, and be loaded by an engine.
 
 Sizes are exact: they follow from the shapes in the source's headers. What a variant loses is not known before it is
-made; what stands here was measured on one small model (docs/benchmarks.md), which loses more than larger ones do. Only
-the order of the variants is used, and that is the same wherever it was looked at: fewer bits lose more, and at equal
-bits so does rounding to nearest more than GPTQ, and GPTQ alone more than GPTQ after activation-aware scales.
+made; what stands here was measured on one small model (docs/benchmarks.md). Only the order of the variants is used:
+fewer bits lose more, and at equal bits GPTQ alone more than GPTQ after activation-aware scales. That larger models have
+the same order is assumed.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _reasons(
     if source_bytes + around <= memory_bytes:
         yield (
             "the source fits as it is, too: what fewer bits gain is speed, and room. Where prompts are long, w8a8-int8 "
-            "or fp8-dynamic are faster, as engines multiply in 8 bits"
+            "or fp8-dynamic should be faster, as engines multiply in 8 bits (not measured)"
         )
     better = [candidate for candidate in found if candidate.loss < best.loss and not candidate.obstacle]
     if better:
